@@ -7,6 +7,7 @@ All problems of a file are listed at once, each with its line, its key, what was
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from safemerge_recipes.recipe import (
     Source,
     method_parameters,
 )
-from safemerge_recipes.yaml_text import MAX_BYTES, Document, Path_, YamlError, describe, read_yaml, write_yaml
+from safemerge_recipes.yaml_text import MAX_BYTES, Document, Keys, YamlError, describe, read_yaml, write_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,7 @@ def _absolute(path: str, directory: Path) -> Path:
     except RuntimeError as error:
         raise RecipeError(f'"{path}": {error}; write the folder in full') from None
     # Not `resolve`: a link keeps its name, and the path need not exist.
-    return Path(_normal(Path.cwd() / directory / given))
-
-
-def _normal(path: Path) -> str:
-    import os.path
-
-    return os.path.normpath(path)
+    return Path(os.path.normpath(Path.cwd() / directory / given))
 
 
 def _local(source: Source, directory: Path) -> Path | None:
@@ -114,9 +109,9 @@ def load_recipe(
 
     Args:
         path: The file.
-        overrides: `KEY=VALUE` texts, applied in order. Keys are joined by dots, list positions are numbers, and
-            values are YAML. A selector of a gate takes the place of the file's; another `merge.method` forgets
-            the file's keys that it does not use.
+        overrides: `KEY=VALUE` texts, applied in order. Keys are joined by dots, list positions are numbers,
+            and values are YAML. A selector of a gate takes the place of the file's; another `merge.method`
+            forgets the file's keys that it does not use.
         metrics: Names of plugins' metrics; with them (even none) other unknown metrics are problems.
         methods: The same for merge methods.
 
@@ -137,7 +132,7 @@ def parse_recipe(
 ) -> LoadedRecipe:
     """The checked recipe of YAML text, as if it stood in the file `path`. See `load_recipe`."""
     path = Path(path)
-    directory = Path(_normal(Path.cwd() / path.parent))
+    directory = Path(os.path.normpath(Path.cwd() / path.parent))
     try:
         document = read_yaml(text)
     except YamlError as error:
@@ -205,10 +200,10 @@ class _Reader:
 
     path: Path
     document: Document
-    origins: dict[Path_, str]
+    origins: dict[Keys, str]
     problems: list[tuple[int, str, str]]
 
-    def place(self, keys: Path_, line: int | None = None) -> str:
+    def place(self, keys: Keys, line: int | None = None) -> str:
         """Where a problem is: an override or a line, and the key."""
         for end in range(len(keys), 0, -1):
             origin = self.origins.get(keys[:end])
@@ -217,13 +212,13 @@ class _Reader:
         shown = line if line is not None else self.line(keys)
         return f"{self.path}:{shown} {_dotted(keys)}".rstrip()
 
-    def line(self, keys: Path_) -> int:
+    def line(self, keys: Keys) -> int:
         """The line of the key, or of the nearest that holds it."""
         return next(
             self.document.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.document.lines
         )
 
-    def fail(self, keys: Path_, message: str) -> None:
+    def fail(self, keys: Keys, message: str) -> None:
         overridden = any(keys[:n] in self.origins for n in range(len(keys) + 1))
         self.problems.append((10**9 if overridden else self.line(keys), self.place(keys), message))
 
@@ -252,7 +247,7 @@ class _Reader:
             child = _child(owner, part)
             if isinstance(child, str) and depth == 1 and parts[0] == "sources":
                 child = owner[part] = {"location": child}
-            elif child is None and isinstance(owner, dict) and isinstance(part, str):
+            elif child is None and isinstance(owner, dict) and not isinstance(parts[depth + 1], int):
                 child = owner[part] = {}
             if not isinstance(child, (dict, list)):
                 above = _dotted(parts[: depth + 1])
@@ -273,7 +268,7 @@ class _Reader:
         self.origins[keys] = shown
         return None
 
-    def _make_room(self, owner: dict[str, Any], parts: Path_, value: object) -> None:
+    def _make_room(self, owner: dict[str, Any], parts: Keys, value: object) -> None:
         """Removes what an override takes the place of: the gate's other selectors, other methods' keys."""
         for depth in range(1, len(parts)):
             holder, key = parts[depth - 1], parts[depth]
@@ -298,7 +293,7 @@ class _Reader:
 
     def explain(self, errors: ValidationError) -> None:
         """Notes every problem pydantic found, in words; branches of a union become one line."""
-        wanted: dict[tuple[Path_, str], list[str]] = {}
+        wanted: dict[tuple[Keys, str], list[str]] = {}
         for error in errors.errors(include_url=False):
             keys = self._keys(error["loc"], error["type"])
             found, expected = self._words(keys, error)
@@ -309,7 +304,7 @@ class _Reader:
             expected_text = " or ".join(part for part in expected_list if part)
             self.fail(keys, f"{found}; {expected_text}" if expected_text else found)
 
-    def _keys(self, location: Sequence[str | int], kind: str) -> Path_:
+    def _keys(self, location: Sequence[str | int], kind: str) -> Keys:
         """The keys of an error's place, without the names pydantic adds for the branches of a union."""
         keys: list[str | int] = []
         value: Any = self.document.value
@@ -322,7 +317,7 @@ class _Reader:
                 keys.append(part)
         return tuple(keys)
 
-    def _words(self, keys: Path_, error: Any) -> tuple[str, str]:
+    def _words(self, keys: Keys, error: Any) -> tuple[str, str]:
         """What was found and what was expected."""
         kind, value, context = error["type"], error["input"], error.get("ctx", {})
         found = f"found {describe(value)}"
@@ -355,7 +350,7 @@ class _Reader:
         return found, f"expected otherwise: {error['msg']}"
 
     @staticmethod
-    def _pattern(keys: Path_, pattern: str) -> str:
+    def _pattern(keys: Keys, pattern: str) -> str:
         if keys[-1] == "normalize":
             return "expected frobenius, spectral or rank:k"
         if keys[-1] in ("metric", "method"):
@@ -363,7 +358,7 @@ class _Reader:
             return f"expected a name, such as {next(iter(known)) if known else 'linear or mergekit:<method>'}"
         return f"expected text that matches {pattern}"
 
-    def _suggest(self, keys: Path_) -> str:
+    def _suggest(self, keys: Keys) -> str:
         model = _model_at(keys[:-1])
         if model is None:
             return ""
@@ -378,7 +373,7 @@ class _Reader:
         }
         homes = [name for name, part in parts.items() if part is not model and key in _names(part)]
         if homes:
-            return " ".join(f'did you mean "{homes[0]}.{key}"?'.split())
+            return f'did you mean "{homes[0]}.{key}"?'
         return f"expected one of {', '.join(names)}"
 
 
@@ -406,12 +401,8 @@ def _either(options: Sequence[str]) -> str:
     return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
 
 
-def _dotted(keys: Path_) -> str:
-    return (
-        ".".join(key if isinstance(key, int) else _shown(key) for key in keys)
-        if False
-        else ".".join(_shown(key) for key in keys)
-    )
+def _dotted(keys: Keys) -> str:
+    return ".".join(_shown(key) for key in keys)
 
 
 def _shown(key: str | int) -> str:
@@ -438,7 +429,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _model_at(keys: Path_) -> type[BaseModel] | None:
+def _model_at(keys: Keys) -> type[BaseModel] | None:
     """The model that describes the mapping at some keys."""
     model: type[BaseModel] = Recipe
     for key in keys:
@@ -463,16 +454,10 @@ def dump_recipe(recipe: Recipe) -> str:
 def _plain(value: Any) -> Any:
     """Plain values of a recipe: of rules what they change, of the rest all that is used and not null."""
     if isinstance(value, Source):
-        if (
-            value.location is not None
-            and not value.subfolder
-            and (value.revision is None or "/" not in value.location[:1])
-        ):
-            whole = str(value)
-            if Source.model_validate(whole) == value:
-                return whole
-        given = {key: part for key, part in value.given().items() if part is not None}
-        return given
+        whole = str(value)
+        if value.location is not None and not value.subfolder and Source.model_validate(whole) == value:
+            return whole
+        return {key: part for key, part in value.given().items() if part is not None}
     if isinstance(value, (GateChange, MergeChange)):
         changes = type(value) in (GateChange, MergeChange)
         if changes:

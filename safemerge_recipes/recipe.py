@@ -737,14 +737,14 @@ class Recipe(_Model):
     gate: Gate
     """Which tensors are merged."""
     merge: Merge = Field(default_factory=Merge)
-    """What a selected tensor becomes."""
+    """What a selected tensor becomes; `linear` with `alpha: 0.8` unless said."""
     rules: Annotated[tuple[Rule, ...], Field(strict=False, max_length=1000)] = ()
     """Exceptions; the first that matches a tensor wins."""
     vocabulary: Literal["finetuned", "aligned", "strict"] | None = None
     """Whose rows the embeddings and head get where vocabularies differ in size; `strict` refuses that.
     null: the fine-tuned side's, as its tokenizer is copied."""
     output: Output = Field(default_factory=Output)
-    """What is written."""
+    """What is written, and where; may be left to the command line."""
     evaluate: Evaluate | None = None
     """How the result is scored; null: not at all."""
 

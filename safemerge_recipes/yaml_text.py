@@ -1,21 +1,20 @@
 """YAML text to plain values with their places, and back. Stricter than PyYAML where that helps people.
 
-Only `true` and `false` are booleans (`no` and `on` stay text), `1e-4` is a number, repeated keys and keys that
-are not text are problems, tags are refused, and size, nesting and alias expansion are bounded.
+Only `true` and `false` are booleans (`no` and `on` stay text), `1e-4` is a number, repeated keys and keys
+that are not text are problems, tags are refused, and size, nesting and alias expansion are bounded.
 Knows nothing of recipes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-Path_ = tuple[str | int, ...]
+Keys = tuple[str | int, ...]
 """Keys and list positions from the top to a value."""
 
 MAX_BYTES = 1_000_000
@@ -45,8 +44,8 @@ class Document:
     """A document's values, the line of each (from 1), and what is wrong with it as (line, path, message)."""
 
     value: Any
-    lines: dict[Path_, int] = field(default_factory=dict)
-    problems: list[tuple[int, Path_, str]] = field(default_factory=list)
+    lines: dict[Keys, int] = field(default_factory=dict)
+    problems: list[tuple[int, Keys, str]] = field(default_factory=list)
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise YamlError(line, f"nested deeper than {MAX_DEPTH} levels")
-        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -147,7 +146,7 @@ def _expanded(node: yaml.Node, known: dict[int, int], open_nodes: set[int]) -> i
     return total
 
 
-def _value(node: yaml.Node, path: Path_, document: Document) -> Any:
+def _value(node: yaml.Node, path: Keys, document: Document) -> Any:
     document.lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
@@ -157,17 +156,20 @@ def _value(node: yaml.Node, path: Path_, document: Document) -> Any:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else key_node
+        if not isinstance(key_node, yaml.ScalarNode):
+            document.problems.append((line, path, "found a list or mapping as a key; expected text"))
+            continue
+        key = _scalar(key_node)
+        here = (*path, key)
         if not isinstance(key, str):
-            kind = describe(key) if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
-            document.problems.append((line, path, f"found {kind} as a key; expected text"))
+            document.problems.append((line, path, f"found {describe(key)} as a key; expected text"))
         elif key in result:
-            first = document.lines[(*path, key)]
+            first = document.lines[here]
             message = f"key given twice, on lines {first} and {line}; expected once"
-            document.problems.append((line, (*path, key), message))
+            document.problems.append((line, here, message))
         else:
-            document.lines[(*path, key)] = line
-            result[key] = _value(value_node, (*path, key), document)
+            document.lines[here] = line
+            result[key] = _value(value_node, here, document)
     return result
 
 
@@ -193,11 +195,12 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
-        return f"the number {str(value)[:40]}" if math.isfinite(value) else str(value)
+        return str(value)[:40]
     if isinstance(value, str):
         shown = value if len(value) <= 60 else value[:57] + "..."
         return json.dumps(shown, ensure_ascii=False)
-    return "a mapping" if isinstance(value, dict) else "a list"
+    kind = "mapping" if isinstance(value, dict) else "list"
+    return f"a {kind}" if value else f"an empty {kind}"
 
 
 class _Dumper(yaml.SafeDumper):
