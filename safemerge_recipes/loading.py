@@ -171,9 +171,9 @@ def _read(path: Path) -> str:
             raise RecipeError(f"{path}: found {size} bytes; expected a recipe of at most {MAX_BYTES}")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        close = difflib.get_close_matches(str(path), near, n=1)
-        hint = f'; did you mean "{close[0]}"?' if close else "; expected a recipe file"
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        hint = f'; did you mean "{path.parent / close[0]}"?' if close else "; expected a recipe file"
         raise RecipeError(f"{path}: there is no such file{hint}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML text file") from None
@@ -363,9 +363,10 @@ class _Reader:
         if model is None:
             return ""
         names, key = _names(model), str(keys[-1])
-        close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.6)
+        words = {name: name for name in names} | {w: n for w, n in _SYNONYMS.items() if n in names}
+        close = difflib.get_close_matches(key.lower(), words, n=1)
         if close:
-            return f'did you mean "{close[0]}"?'
+            return f'did you mean "{words[close[0]]}"?'
         parts = {
             name: part
             for name in ("gate", "merge", "output", "evaluate", "sources")
@@ -376,6 +377,15 @@ class _Reader:
             return f'did you mean "{homes[0]}.{key}"?'
         return f"expected one of {', '.join(names)}"
 
+
+_SYNONYMS = {
+    "threshold": "tau",
+    "weight": "alpha",
+    "top_k": "lowest",
+    "patterns": "tensors",
+    "layers": "tensors",
+}
+"""Words people know from elsewhere, each with the key it stands for here."""
 
 _EXPECTED = {
     "float_type": "a number",

@@ -764,7 +764,8 @@ class Recipe(_Model):
 
         given = self.sources.roles()
         asked: set[tuple[str, str]] = set()
-        for policy in self.policies():
+        *ruled, default = self.policies()
+        for policy in (default, *ruled):
             place = "" if policy.rule is None else f" (rules.{policy.rule})"
             never = policy.gate.selector[0] == "never"
             needs: list[tuple[Role, str]]

@@ -49,7 +49,8 @@ output: {path: out/llama-2-7b-gsm8k-safe}
 Δf = W_finetuned − W_aligned, Δs = W_safety − W_aligned, V = W_aligned − W_base.
 
 `--set KEY=VALUE` changes a value: `--set gate.tau=0.6`, `--set rules.0.gate.lowest=4`. A selector set this
-way takes the place of the one in the file, and another `merge.method` drops the file's keys that it does not use.
+way takes the place of the one in the file, and another `merge.method` drops the file's keys that it does
+not use.
 
 Patterns match whole tensor names. Globs know `*` (any run, dots too), `?`, `[abc]`, `[!abc]`, `{a,b}` and
 `{0..3}`; text between slashes is a regular expression: `/.*\\.(q|k)_proj\\.weight/`. In YAML, text that
