@@ -295,13 +295,16 @@ class _Reader:
         """Notes every problem pydantic found, in words; branches of a union become one line."""
         wanted: dict[tuple[Keys, str], list[str]] = {}
         for error in errors.errors(include_url=False):
+            if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+                continue  # a list that is only short of its bad items, which have their own lines
             keys = self._keys(error["loc"], error["type"])
             found, expected = self._words(keys, error)
             listed = wanted.setdefault((keys, found), [])
             if expected not in listed:
                 listed.append(expected)
         for (keys, found), expected_list in wanted.items():
-            expected_text = " or ".join(part for part in expected_list if part)
+            first, *others = expected_list
+            expected_text = " or ".join([first, *(part.removeprefix("expected ") for part in others)])
             self.fail(keys, f"{found}; {expected_text}" if expected_text else found)
 
     def _keys(self, location: Sequence[str | int], kind: str) -> Keys:
@@ -345,6 +348,8 @@ class _Reader:
             return found, "expected true or false" + (f"; write {write}" if write else "")
         if kind == "string_pattern_mismatch":
             return found, self._pattern(keys, context["pattern"])
+        if kind in ("model_type", "model_attributes_type") and _model_at(keys) is Source:
+            return found, "expected a path or hub id, or a mapping"
         if kind in _EXPECTED:
             return found, f"expected {_EXPECTED[kind].format(**context)}"
         return found, f"expected otherwise: {error['msg']}"

@@ -1,4 +1,4 @@
-"""Globs against an independent oracle (fnmatch), their bounds, and the refusal of patterns that could hang."""
+"""Globs against an independent oracle (fnmatch), their bounds, and patterns that could hang."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_braces_are_the_union_of_their_alternatives(parts, name):
         ("/a(/", 'pattern "/a(/", character 3: not a regular expression: missing ), unterminated subpattern'),
         (
             "/a",
-            'pattern "/a", character 1: a regular expression is written between two slashes, like /.*q_proj.*/',
+            'pattern "/a", character 1: a regular expression is written between two slashes',
         ),
     ],
 )
@@ -102,16 +102,26 @@ def test_expansion_is_bounded_and_quick(pattern):
     with pytest.raises(ValueError, match=r"more than|longer than"):
         compile_patterns(pattern)
     assert time.perf_counter() - begun < 2
-    assert compile_patterns("{1..%d}" % MAX_ALTERNATIVES)("10000")
+    assert compile_patterns(f"{{1..{MAX_ALTERNATIVES}}}")("10000")
 
 
 @pytest.mark.parametrize(
     "pattern",
     [
-        "/(x+)+y/", "/(x*)*y/", "/((x)+)+/", "/(x+){2,}/", "/(a|aa)+b/", "/(?:a?)*b/", r"/(a)\1/", "/(?P<n>a)(?P=n)/",
-        "/.*.*.*.*.*x/", "/(?x: a # ) \n)/", "/(?#()x+/", "/([)]x+)+/",
+        "/(x+)+y/",
+        "/(x*)*y/",
+        "/((x)+)+/",
+        "/(x+){2,}/",
+        "/(a|aa)+b/",
+        "/(?:a?)*b/",
+        r"/(a)\1/",
+        "/(?P<n>a)(?P=n)/",
+        "/.*.*.*.*.*x/",
+        "/(?x: a # ) \n)/",
+        "/(?#()x+/",
+        "/([)]x+)+/",
     ],
-)  # fmt: skip
+)
 def test_regular_expressions_that_can_hang_are_refused(pattern):
     with pytest.raises(ValueError, match=r"for ever|quantifiers|not supported"):
         compile_patterns(pattern)
