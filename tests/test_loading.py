@@ -70,8 +70,8 @@ def test_the_example_loads():
             "{tau: 0.5}",
             "{zork: 0.5}",
             "r.yaml:15 rules.0.gate.zork: unknown key; expected one of tau, "
-            "at_most, lowest, fraction, random, names, names_file, always, never, per, complement, metric, direction, "
-            "granularity, scope, degenerate, precision, rank",
+            "at_most, lowest, fraction, random, names, names_file, always, never, per, complement, metric, "
+            "direction, granularity, scope, degenerate, precision, rank",
         ),
         ("metric: rho", "metrc: rho", 'r.yaml:8 gate.metrc: unknown key; did you mean "metric"?'),
         ("output:", "ouput:", 'r.yaml:16 ouput: unknown key; did you mean "output"?'),
