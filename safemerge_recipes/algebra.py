@@ -1,0 +1,136 @@
+"""Weights as exact symbolic sums, so that what cancels on paper never reaches the floating-point unit.
+
+A weight of any role is a sum of terms, each an exact rational coefficient times an operand: a tensor as
+stored, or the product of two LoRA factors. Differences of roles are differences of sums, in which equal
+operands cancel: with two adapters on one model, W_f − W_a is the product of the factors alone, and
+αW_f + (1−α)W_s over full checkpoints does not mention W_a any more. Knows nothing of files being read or
+of torch; `kernels` turns sums into numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol, Union
+
+from safemerge_recipes.header import TensorRef
+
+
+class Operand(Protocol):
+    """Something a coefficient can multiply. Frozen and hashable: equal operands cancel."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix this operand stands for."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every stored tensor that evaluating it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor exactly as a checkpoint stores it."""
+
+    ref: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ref.shape
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.ref,)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`scale`·B·A, or its transpose, for stored LoRA factors B `(d_out, r)` and A `(r, d_in)`."""
+
+    b: TensorRef
+    a: TensorRef
+    scale: float
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r, the inner dimension of the factors."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = (self.b.shape[0], self.a.shape[1])
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.b, self.a)
+
+
+Number = Union[int, float, Fraction]
+
+
+def exact(number: Number) -> Fraction:
+    """The rational number a recipe's decimal stands for: 0.8 is 4/5, not its nearest binary double."""
+    return number if isinstance(number, Fraction) else Fraction(repr(number)) if isinstance(number, float) else Fraction(number)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Σ coefficient · operand. The empty sum is zero."""
+
+    terms: tuple[tuple[Fraction, Operand], ...] = ()
+
+    @classmethod
+    def of(cls, operand: Operand) -> Weight:
+        """The weight that is just this operand."""
+        return cls(((Fraction(1), operand),))
+
+    def __add__(self, other: Weight) -> Weight:
+        total: dict[Operand, Fraction] = {}
+        for coefficient, operand in (*self.terms, *other.terms):
+            total[operand] = total.get(operand, Fraction(0)) + coefficient
+        return Weight(tuple((coefficient, operand) for operand, coefficient in total.items() if coefficient))
+
+    def __mul__(self, factor: Number) -> Weight:
+        by = exact(factor)
+        return Weight(tuple((coefficient * by, operand) for coefficient, operand in self.terms if by))
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Weight) -> Weight:
+        return self + other * -1
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing is left: the two sides of a difference are the same tensor."""
+        return not self.terms
+
+    @property
+    def stored(self) -> TensorRef | None:
+        """The tensor this weight equals byte for byte, if it is just one stored tensor."""
+        if len(self.terms) == 1 and self.terms[0][0] == 1 and isinstance(self.terms[0][1], Stored):
+            return self.terms[0][1].ref
+        return None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the sum holds nothing but LoRA products, so that its factors say everything."""
+        return bool(self.terms) and all(isinstance(operand, LowRank) for _, operand in self.terms)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape common to all operands. Undefined for zero."""
+        return self.terms[0][1].shape
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every stored tensor that evaluating this weight reads, each once, in order of appearance."""
+        return tuple(dict.fromkeys(ref for _, operand in self.terms for ref in operand.refs))
+
+    def __iter__(self) -> Iterator[tuple[Fraction, Operand]]:
+        return iter(self.terms)
+
+
+ZERO = Weight()

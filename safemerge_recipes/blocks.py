@@ -1,0 +1,149 @@
+"""Bytes in and out: positioned reads into reused buffers, positioned writes, in-kernel copies.
+
+One `Reader` serves all workers of a run (positioned reads need no lock); each worker has its own `Arena` of
+buffers, so a run's memory does not grow with the number of tensors. Knows dtypes, but no mathematics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.header import DTYPE_BITS, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+COPY_CHUNK = 1 << 26
+"""Bytes asked of the kernel at once by `copy_bytes`."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name that may take part in arithmetic."""
+    import torch
+
+    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+
+
+class Arena:
+    """Reusable buffers of one worker, by slot name; a slot grows to the largest request and stays."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._slots: dict[tuple[str, Any], torch.Tensor] = {}
+
+    def take(self, slot: str, numel: int, dtype: torch.dtype, device: str | None = None) -> torch.Tensor:
+        """A flat tensor of `numel` elements, contents undefined, valid until the slot is taken again."""
+        import torch
+
+        where = device or self.device
+        found = self._slots.get((slot, dtype))
+        if found is None or found.numel() < numel:
+            pinned = where == "cpu" and self.device != "cpu"  # staging memory for the GPU
+            found = torch.empty(numel, dtype=dtype, device=where, pin_memory=pinned)
+            self._slots[slot, dtype] = found
+        return found[:numel]
+
+
+class Reader:
+    """Reads ranges of stored tensors. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+
+    def _descriptor(self, path: str) -> int:
+        found = self._files.get(path)
+        if found is None:
+            try:
+                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise SourceError(f"{path}: cannot be opened: {error.strerror}; it was readable when planned") from None
+            found = self._files.setdefault(path, opened)
+            if found != opened:  # another thread was first
+                os.close(opened)
+        return found
+
+    def read(self, ref: TensorRef, start: int, count: int, arena: Arena, slot: str) -> torch.Tensor:
+        """Elements [start, start + count) of the flattened tensor, in its stored dtype, on the arena's device.
+
+        Raises:
+            SourceError: the file ended early or the disk failed.
+        """
+        dtype = torch_dtype(ref.dtype)
+        width = DTYPE_BITS[ref.dtype] // 8
+        raw = arena.take(slot, count, dtype, device="cpu")
+        self.read_bytes(ref.path, ref.offset + start * width, memoryview(raw.view(_bytes()).numpy()))
+        if arena.device == "cpu":
+            return raw
+        return arena.take(slot + ":device", count, dtype).copy_(raw)  # waits, so the staging buffer is free again
+
+    def read_bytes(self, path: str, offset: int, view: memoryview) -> None:
+        """Fills `view` from byte `offset` of the file; short reads are continued, an early end is an error."""
+        file, done = self._descriptor(path), 0
+        while done < len(view):
+            try:
+                got = os.preadv(file, [view[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(f"{path}: byte {offset + done}: {error.strerror}; is the disk failing?") from None
+            if not got:
+                raise SourceError(f"{path}: ends at byte {offset + done}, {len(view) - done} bytes early; was it changed?")
+            done += got
+
+    def copy_bytes(self, path: str, offset: int, count: int, target: int, at: int) -> Iterator[int]:
+        """Copies bytes between files inside the kernel, yielding the size of each finished piece."""
+        source = self._descriptor(path)
+        while count:
+            try:
+                done = os.copy_file_range(source, target, min(count, COPY_CHUNK), offset, at)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                done = _copy_through_memory(source, target, min(count, COPY_CHUNK), offset, at)
+            if not done:
+                raise SourceError(f"{path}: ends at byte {offset}, {count} bytes early; was it changed meanwhile?")
+            offset, at, count = offset + done, at + done, count - done
+            yield done
+
+    def close(self) -> None:
+        """Closes every file."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(file)
+        self._files.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _bytes() -> torch.dtype:
+    import torch
+
+    return torch.uint8
+
+
+def _copy_through_memory(source: int, target: int, count: int, offset: int, at: int) -> int:
+    data = os.pread(source, min(count, 1 << 22), offset)
+    write_bytes(target, memoryview(data), at)
+    return len(data)
+
+
+def write_bytes(file: int, view: memoryview, at: int) -> None:
+    """Writes all of `view` at byte `at`; short writes are continued."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file, view[done:], at + done)
+
+
+def write_tensor(file: int, tensor: torch.Tensor, at: int) -> memoryview:
+    """Writes a contiguous tensor's bytes at byte `at` of the file; returns the view that was written."""
+    view = memoryview(tensor.reshape(-1).view(_bytes()).cpu().numpy())
+    write_bytes(file, view, at)
+    return view

@@ -1,0 +1,147 @@
+"""Safetensors headers: where each tensor's bytes lie. Reads no tensor data and needs no torch.
+
+The format (github.com/huggingface/safetensors): an unsigned 64-bit little-endian length N, N bytes of
+JSON, then the data. Offsets in the JSON count from the start of the data; `TensorRef.offset` counts from
+the start of the file. Everything a stranger's file may get wrong is checked here, before any byte is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import SourceError
+
+MAX_HEADER_BYTES = 16_000_000
+"""Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F4": 4,
+}  # fmt: skip
+"""Bits of one element of each dtype the format knows."""
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""The dtypes that may take part in a merge; all others can only be copied."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """The place of one stored tensor: `nbytes` bytes at `offset` (from the start of the file) of `path`."""
+
+    path: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """First dimension of the tensor seen as a matrix `(rows, columns)`: all dimensions but the last."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Last dimension, or 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]  # add returns None
+        raise ValueError(f"{twice[:200]!r} stands there twice")
+    return found
+
+
+def _natural(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _ref(path: str, start: int, name: str, entry: object) -> TensorRef:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} must hold exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_natural, shape)):
+        raise ValueError(f"{name!r} has an impossible shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+        raise ValueError(f"{name!r} has impossible offsets")
+    nbytes = offsets[1] - offsets[0]
+    if nbytes * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+        raise ValueError(f"{name!r} of shape {shape} and dtype {dtype} does not take {nbytes} bytes")
+    return TensorRef(path, start + offsets[0], nbytes, dtype, tuple(shape))
+
+
+def _check_coverage(refs: Mapping[str, TensorRef], start: int, size: int) -> None:
+    end, last = start, "the header"
+    for name, ref in sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != end:
+            what = "overlap" if ref.offset < end else "leave a gap"
+            raise ValueError(f"{last} and {name!r} {what} at byte {ref.offset}")
+        end, last = ref.offset + ref.nbytes, repr(name)
+    if end != size:
+        state = "truncated" if size < end else "followed by bytes that belong to no tensor"
+        raise ValueError(f"the file has {size} bytes where its header needs {end}: it is {state}")
+
+
+def read_header(path: Path | str) -> dict[str, TensorRef]:
+    """Every tensor of one safetensors file, by name, in the order of the bytes.
+
+    Raises:
+        SourceError: the file is missing, is not safetensors, or its header and size disagree.
+    """
+    path = str(path)
+    try:
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            size = file.seek(0, 2)
+            if len(prefix) < 8:
+                raise ValueError(f"it has only {len(prefix)} bytes")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(
+                    f"its header claims {length} bytes; the file has {size}, the limit is {MAX_HEADER_BYTES}"
+                )
+            file.seek(8)
+            text = file.read(length)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        header.pop("__metadata__", None)
+        refs = {name: _ref(path, 8 + length, name, entry) for name, entry in header.items()}
+        _check_coverage(refs, 8 + length, size)
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise SourceError(
+            f"{path}: not a sound safetensors file: {str(error)[:500]}; expected an intact file, download or save it again"
+        ) from None
+    return dict(sorted(refs.items(), key=lambda item: item[1].offset))
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
+    """The opening bytes of a safetensors file, length prefix included, padded to a multiple of 8.
+
+    Args:
+        tensors: name -> (dtype, shape, begin, end); begin and end in bytes from the start of the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, (dtype, shape, begin, end) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

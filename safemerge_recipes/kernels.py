@@ -1,0 +1,130 @@
+"""Turns symbolic weights into numbers, a block at a time.
+
+A block is a run of elements of the flattened tensor; its size depends on the tensor's shape alone, never on
+the memory limit or the number of workers, so results do not depend on them either. Sums are evaluated in
+float32 (float64 where a float64 tensor takes part); rounding to the output dtype is the caller's, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.algebra import LowRank, Stored, Weight
+from safemerge_recipes.blocks import Arena, Reader, torch_dtype
+from safemerge_recipes.header import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 18
+"""Elements of a block of elementwise work: its float32 form is 1 MiB and stays in a core's cache."""
+
+
+def blocks(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]]:
+    """(start, stop) element ranges that cover a tensor; at row boundaries where a matrix product needs them."""
+    total = 1
+    for size in shape:
+        total *= size
+    columns = shape[-1] if shape else 1
+    step = BLOCK // columns * columns if 0 < columns <= BLOCK else columns if whole_rows else BLOCK
+    for start in range(0, total, step or 1):
+        yield start, min(start + step, total)
+
+
+def has_factors(weight: Weight) -> bool:
+    """Whether evaluating the weight takes a matrix product, and so whole rows."""
+    return any(isinstance(operand, LowRank) for _, operand in weight)
+
+
+def working_dtype(*weights: Weight) -> torch.dtype:
+    """float64 if any stored tensor is float64, else float32."""
+    import torch
+
+    wide = any(ref.dtype == "F64" for weight in weights for ref in weight.refs)
+    return torch.float64 if wide else torch.float32
+
+
+def load(reader: Reader, ref: TensorRef, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """A whole stored tensor in the given dtype. For LoRA factors and other small things only."""
+    arena = Arena(device)
+    return reader.read(ref, 0, ref.numel, arena, "load").reshape(ref.shape).to(dtype)
+
+
+class Evaluator:
+    """Evaluates one weight block by block, reading what each block needs and no more.
+
+    Args:
+        weight: the sum to evaluate.
+        reader: open files.
+        arena: the worker's buffers; `slot` keeps two evaluators of one worker apart.
+        dtype: dtype of the arithmetic.
+    """
+
+    def __init__(self, weight: Weight, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> None:
+        self.weight, self.reader, self.arena, self.slot, self.dtype = weight, reader, arena, slot, dtype
+        self.stored: list[tuple[float, TensorRef]] = []
+        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        left, right = [], []
+        for coefficient, operand in weight:
+            if isinstance(operand, Stored):
+                self.stored.append((float(coefficient), operand.ref))
+            elif isinstance(operand, LowRank):
+                b, a = factors(operand, reader, dtype, arena.device)
+                left.append(b)
+                right.append(a * (float(coefficient) * operand.scale))
+        if left:
+            import torch
+
+            self.factors = torch.cat(left, dim=1), torch.cat(right, dim=0)
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of the flattened weight, in `dtype`, valid until the next call."""
+        count = stop - start
+        out = self.arena.take(self.slot, count, self.dtype)
+        first = True
+        for coefficient, ref in self.stored:
+            raw = self.reader.read(ref, start, count, self.arena, self.slot + ":raw")
+            if first:
+                out.copy_(raw)
+                if coefficient != 1:
+                    out.mul_(coefficient)
+            else:
+                if raw.dtype != self.dtype:
+                    raw = self.arena.take(self.slot + ":term", count, self.dtype).copy_(raw)
+                out.add_(raw, alpha=coefficient)
+            first = False
+        if first:
+            out.zero_()
+        if self.factors is not None:
+            b, a = self.factors
+            columns = a.shape[1]
+            rows = slice(start // columns, stop // columns)
+            out.view(-1, columns).addmm_(b[rows], a)
+        return out
+
+
+def factors(operand: LowRank, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left, right) with left @ right == B·A or its transpose, without the scale, in `dtype`."""
+    b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
+    return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
+
+
+def as_interpolation(weight: Weight, dtype: str) -> tuple[TensorRef, TensorRef, float] | None:
+    """(start, end, t) where the weight is (1−t)·start + t·end of two tensors stored as `dtype`, else None.
+
+    Such sums take one fused pass over the stored numbers: float32 inside, one rounding at the end.
+    """
+    if len(weight.terms) != 2:
+        return None
+    (first, one), (second, two) = weight.terms
+    if not (isinstance(one, Stored) and isinstance(two, Stored)):
+        return None
+    if one.ref.dtype != dtype or two.ref.dtype != dtype or first + second != 1 or not 0 < first < 1:
+        return None
+    return two.ref, one.ref, float(first)
+
+
+def torch_out(dtype: str) -> torch.dtype:
+    """The torch dtype results are rounded to."""
+    return torch_dtype(dtype)

@@ -1,0 +1,355 @@
+"""The gate's reading of one tensor: how far the update lies in the subspace that alignment changed.
+
+For V = W_aligned − W_base and Δ = W_finetuned − W_aligned, both `(d_out, d_in)`, the paper's gate
+(arXiv 2503.17239) is ρ = cos(VVᵀΔ, Δ) = ‖VᵀΔ‖² / (‖VVᵀΔ‖·‖Δ‖). Neither VVᵀ nor a low-rank Δ is ever
+formed: from LoRA factors Δ = B·A, with M = VᵀB and G = AAᵀ, ‖VᵀΔ‖² = tr(MᵀM·G) and
+‖VVᵀΔ‖² = tr((VM)ᵀ(VM)·G). Matrices are streamed in row blocks of fixed size; products are float32, sums of
+squares and everything of size r × r float64. Knows nothing of thresholds or recipes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.algebra import Weight
+from safemerge_recipes.blocks import Arena, Reader
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.kernels import Evaluator, working_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+ROW_BLOCK = 1 << 20
+"""Elements of a row block of the streamed matrices."""
+PANEL = 1024
+"""Columns of the exact d × d products held at once."""
+PROBES = 16
+"""Random vectors of a sketch."""
+QUANTILE = 9.0
+"""Half-width of a sketched interval in standard errors: t with 15 degrees of freedom, beyond 1 − 1e-6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums of squares from which every measure of a tensor, or of a group of tensors, follows.
+
+    They add up: the moments of a block-diagonal group are the sums of its members'.
+
+    Attributes:
+        overlap: ‖VᵀΔ‖².
+        image: ‖VVᵀΔ‖².
+        delta: ‖Δ‖².
+        v: ‖V‖².
+        gram: ‖VᵀV‖².
+        rho_error: half-width of ρ's interval; 0 where ρ is exact to rounding.
+        null_error: half-width of ρ₀'s interval; 0 where it is exact to rounding.
+    """
+
+    overlap: float
+    image: float
+    delta: float
+    v: float
+    gram: float
+    rho_error: float = 0.0
+    null_error: float = 0.0
+    d_out: int = 0
+
+    @property
+    def degenerate(self) -> str | None:
+        """What makes ρ undefined, if anything: "V is zero" or "the update is zero"."""
+        return "V is zero" if self.v == 0 else "the update is zero" if self.delta == 0 else None
+
+    @property
+    def rho(self) -> float | None:
+        """ρ in [0, 1]; 0 for an update orthogonal to V, None where undefined."""
+        if self.degenerate:
+            return None
+        below = math.sqrt(self.image) * math.sqrt(self.delta)
+        return min(1.0, self.overlap / below) if below else 0.0
+
+    @property
+    def rho_null(self) -> float | None:
+        """ρ₀ ≈ √(PR / d_out), PR = ‖V‖⁴ / ‖VᵀV‖²: what an update unrelated to V would show."""
+        return min(1.0, self.v / math.sqrt(self.gram * self.d_out)) if self.gram else None
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+class Streamed:
+    """A weight as row blocks of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
+
+    def __init__(self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int) -> None:
+        self.columns = weight.shape[-1]
+        self.rows = math.prod(weight.shape) // self.columns
+        self.dtype = working_dtype(weight)
+        self._evaluate = Evaluator(weight, reader, arena, slot, self.dtype)
+        self._hold = self.rows * self.columns * self.dtype.itemsize <= room
+        self._held: list[tuple[slice, torch.Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, block `(len(rows), columns)`); a block is valid until the next one unless held."""
+        if self._held:
+            yield from self._held
+            return
+        step = max(1, ROW_BLOCK // self.columns)
+        held = []
+        for first in range(0, self.rows, step):
+            last = min(first + step, self.rows)
+            block = self._evaluate(first * self.columns, last * self.columns).view(-1, self.columns)
+            if self._hold:
+                block = block.clone()
+                held.append((slice(first, last), block))
+            yield slice(first, last), block
+        self._held = held
+
+    def panel(self, columns: slice) -> torch.Tensor:
+        """All rows of some columns, `(rows, len(columns))`. Reads the whole matrix again unless it is held."""
+        import torch
+
+        return torch.cat([block[:, columns].clone() for _, block in self])
+
+
+def _square(x: torch.Tensor) -> float:
+    """‖x‖²: products in the tensor's dtype, summed pairwise in blocks, total in float64."""
+    return float((x * x).sum(dim=-1).double().sum())
+
+
+def _factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, A) of a purely low-rank weight, coefficients and scales folded into A."""
+    import torch
+
+    pair = Evaluator(weight, reader, arena, "factors", torch.float64).factors
+    assert pair is not None  # callers have asked weight.low_rank
+    return pair
+
+
+def _both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
+    (bv, av), (bd, ad) = _factors(v, reader, arena), _factors(delta, reader, arena)
+    gv, hv, gd, cross = av @ av.T, bv.T @ bv, ad @ ad.T, bv.T @ bd
+    inner = gv @ cross  # VᵀΔ = A_vᵀ·cross·A_d and VVᵀΔ = B_v·inner·A_d
+    hg = hv @ gv
+    return Moments(
+        overlap=float((cross.T @ inner * gd).sum()),
+        image=float((inner.T @ hv @ inner * gd).sum()),
+        delta=float((bd.T @ bd * gd).sum()),
+        v=float(hg.trace()),
+        gram=float((hg * hg.T).sum()),
+        d_out=bv.shape[0],
+    )
+
+
+def _low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int) -> Moments:
+    import torch
+
+    bv, av = _factors(v, reader, arena)
+    matrix = Streamed(delta, reader, arena, "delta", 0)
+    narrow = bv.to(matrix.dtype)
+    k = torch.zeros(bv.shape[1], matrix.columns, dtype=torch.float64, device=arena.device)
+    square = 0.0
+    for rows, block in matrix:
+        k += (narrow[rows].T @ block).double()
+        square += _square(block)
+    gv, hv = av @ av.T, bv.T @ bv
+    inner, hg = gv @ k, hv @ gv
+    return Moments(
+        overlap=float((k * inner).sum()),
+        image=float((inner * (hv @ inner)).sum()),
+        delta=square,
+        v=float(hg.trace()),
+        gram=float((hg * hg.T).sum()),
+        d_out=bv.shape[0],
+    )
+
+
+def _probes(name: str, columns: int, like: Streamed, device: str) -> torch.Tensor:
+    """Standard normal probes `(columns, PROBES)`, the same for the same tensor name everywhere."""
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    draw = torch.randn(columns, PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return draw.to(device=device, dtype=like.dtype)
+
+
+def _mean_and_error(samples: torch.Tensor) -> tuple[float, float]:
+    """Mean of float64 samples and the relative half-width of its interval."""
+    mean = float(samples.mean())
+    if not mean:
+        return mean, 0.0
+    return mean, QUANTILE * float(samples.std()) / math.sqrt(len(samples)) / mean
+
+
+def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int) -> Moments:
+    """V streamed, Δ from its factors: ρ exact, ρ₀ from a sketch that shares the passes over V."""
+    import torch
+
+    matrix = Streamed(v, reader, arena, "v", room)
+    b, a = _factors(delta, reader, arena)
+    rank, narrow = b.shape[1], b.to(matrix.dtype)
+    probes = _probes(name, matrix.columns, matrix, arena.device)
+    product = torch.zeros(matrix.columns, rank + PROBES, dtype=matrix.dtype, device=arena.device)
+    v_square = 0.0
+    for rows, block in matrix:
+        product += block.T @ torch.cat([narrow[rows], block @ probes], dim=1)
+        v_square += _square(block)
+    m = product[:, :rank]  # VᵀB
+    image_gram = torch.zeros(rank, rank, dtype=torch.float64, device=arena.device)
+    for _, block in matrix:
+        image = (block @ m).double()
+        image_gram += image.T @ image
+    gram, gram_error = _mean_and_error((product[:, rank:].double() ** 2).sum(dim=0))
+    g, m = a @ a.T, m.double()
+    moments = Moments(
+        overlap=float((m.T @ m * g).sum()),
+        image=float((image_gram * g).sum()),
+        delta=float((b.T @ b * g).sum()),
+        v=v_square,
+        gram=gram,
+        d_out=matrix.rows,
+    )
+    return _with_null_error(moments, gram_error)
+
+
+def _with_null_error(moments: Moments, gram_error: float) -> Moments:
+    from dataclasses import replace
+
+    null = moments.rho_null
+    return replace(moments, null_error=(null or 0.0) * gram_error / 2)  # ρ₀ ∝ gram^(−1/2)
+
+
+def _sketch(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
+    """Both dense: ‖VᵀΔω‖² and ‖VVᵀΔω‖² for random ω estimate the norms, at the price of reading twice.
+
+    The estimate of ‖XΩ‖²/m is unbiased for ‖X‖² (Hutchinson); ρ's interval comes from the jackknife over
+    the probes, which sees that its numerator and denominator move together.
+    """
+    import torch
+
+    probes = _probes(name, v.columns, v, device)
+    product = torch.zeros(v.columns, 2 * PROBES, dtype=v.dtype, device=device)
+    v_square = delta_square = 0.0
+    for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
+        product += v_block.T @ torch.cat([d_block @ probes, v_block @ probes], dim=1)
+        v_square += _square(v_block)
+        delta_square += _square(d_block)
+    image = torch.zeros(PROBES, dtype=torch.float64, device=device)
+    for _, v_block in v:
+        image += (v_block @ product[:, :PROBES]).double().square().sum(dim=0)
+    overlap = product[:, :PROBES].double().square().sum(dim=0)
+    gram, gram_error = _mean_and_error(product[:, PROBES:].double().square().sum(dim=0))
+    total = Moments(float(overlap.mean()), float(image.mean()), delta_square, v_square, gram, d_out=v.rows)
+    left_out = ((overlap.sum() - overlap) / (image.sum() - image).sqrt()).log()  # ρ without one probe, up to a factor
+    spread = float(((left_out - left_out.mean()) ** 2).sum() * (PROBES - 1) / PROBES) ** 0.5
+    error = (total.rho or 0.0) * math.expm1(min(QUANTILE * spread, 50.0)) if math.isfinite(spread) else 1.0
+    return _with_null_error(
+        Moments(total.overlap, total.image, delta_square, v_square, gram, rho_error=error, d_out=v.rows), gram_error
+    )
+
+
+def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
+    """Both dense, exactly: products on the smaller side of V, `PANEL` columns at a time."""
+    import torch
+
+    overlap = image = gram = 0.0
+    v_square = sum(_square(block) for _, block in v)
+    delta_square = sum(_square(block) for _, block in delta)
+    side = min(v.rows, v.columns)
+    for first in range(0, side, PANEL):
+        part = slice(first, min(first + PANEL, side))
+        width = part.stop - part.start
+        if v.columns <= v.rows:  # tall: T = VᵀΔ and VᵀV by columns
+            t = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
+            vtv = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
+            for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
+                t.addmm_(v_block.T, d_block[:, part])
+                vtv.addmm_(v_block.T, v_block[:, part])
+            overlap += _square(t)
+            gram += _square(vtv)
+            image += sum(_square(v_block @ t) for _, v_block in v)
+        else:  # wide: rows of S = VVᵀ, then SΔ
+            s = torch.zeros(width, v.rows, dtype=v.dtype, device=device)
+            panels = [slice(c, min(c + PANEL, v.columns)) for c in range(0, v.columns, PANEL)]
+            for columns in panels:
+                block = v.panel(columns)
+                s.addmm_(block[part], block.T)
+            gram += _square(s)
+            for columns in panels:
+                block = delta.panel(columns)
+                projected = s @ block
+                image += _square(projected)
+                overlap += float((projected * block[part]).sum(dim=-1).double().sum())
+    return Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows)
+
+
+def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
+    """‖W‖² of a weight, float64 total."""
+    if weight.is_zero:
+        return 0.0
+    if weight.low_rank:
+        b, a = _factors(weight, reader, arena)
+        return float((b.T @ b * (a @ a.T)).sum())
+    return sum(_square(block) for _, block in Streamed(weight, reader, arena, "delta", 0))
+
+
+def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
+    """‖VᵀV‖² of a dense V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
+    matrix = Streamed(v, reader, arena, "v", room)
+    return _exact(matrix, matrix, arena.device).gram
+
+
+def measure(
+    name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int, exact: bool = False
+) -> Moments:
+    """The moments of one tensor, `(d_out, d_in)`; a stack of matrices is measured as one tall matrix.
+
+    Args:
+        name: names the tensor in errors and seeds its sketch.
+        v: W_aligned − W_base.
+        delta: W_finetuned − W_aligned.
+        reader: open files.
+        arena: the worker's buffers.
+        room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
+            no result.
+        exact: no sketches: ρ and ρ₀ exact to rounding even where both sides are full checkpoints.
+
+    Raises:
+        SourceError: V or Δ holds NaN or infinite values.
+    """
+    if v.is_zero or delta.is_zero:
+        norms = (square_norm(weight, reader, arena) for weight in (delta, v))
+        return Moments(0.0, 0.0, *norms, gram=0.0)
+    if v.low_rank and delta.low_rank:
+        found = _both_low_rank(v, delta, reader, arena)
+    elif v.low_rank:
+        found = _low_rank_v(v, delta, reader, arena, room)
+    elif delta.low_rank:
+        found = _dense_v(name, v, delta, reader, arena, room)
+        if exact and found.gram:
+            from dataclasses import replace
+
+            found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
+    else:
+        left = Streamed(v, reader, arena, "v", room // 2)
+        right = Streamed(delta, reader, arena, "delta", room // 2)
+        found = (_exact if exact else lambda *a: _sketch(name, *a))(left, right, arena.device)
+    if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
+        raise SourceError(_not_finite(name, v, delta, reader, arena))
+    return found
+
+
+def _not_finite(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena) -> str:
+    """Says which stored tensor holds what, for the error message."""
+    from safemerge_recipes.algebra import Stored
+
+    for ref in dict.fromkeys((*v.refs, *delta.refs)):
+        count = 0
+        flat = Weight.of(Stored(ref))
+        for _, block in Streamed(flat, reader, arena, "scan", 0):
+            count += int((~block.isfinite()).sum())
+        if count:
+            return f"{ref.path}: {name}: {count} of {ref.numel} values are NaN or infinite; expected finite weights"
+    return f"{name}: the sums of squares overflow; are the weights of a sane size?"
