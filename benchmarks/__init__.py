@@ -1,1 +1,1 @@
-"""Benchmarks: synthetic checkpoint families, the peers, the floor, and the program that times them side by side."""
+"""Benchmarks: synthetic checkpoint families, peers, the floor, and their timing side by side."""

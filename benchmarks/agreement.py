@@ -1,5 +1,7 @@
-"""How far two results agree: merged checkpoints tensor by tensor, gate readings by name. A ratio of times means
-something only beside it. Reads one tensor at a time."""
+"""How far two results agree: merged checkpoints tensor by tensor, gate readings by name.
+
+A ratio of times means something only beside it. Reads one tensor at a time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes of the synthetic models: tensor names, sizes, config.json. Holds no values and writes nothing."""
+"""The shapes of the synthetic models: tensor names, sizes, config.json. Holds no values, writes nothing."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ def llama(
 
 
 def qwen3_moe(
-    hidden: int, blocks: int, experts: int, width: int, heads: int, kv_heads: int, vocab: int, shard_bytes: int
-) -> Architecture:
-    """Return a Qwen3-MoE under its names on disk: three small matrices an expert. Adapters train attention."""
+    hidden: int, blocks: int, experts: int, width: int, heads: int, kv_heads: int, vocab: int,
+    shard_bytes: int,
+) -> Architecture:  # fmt: skip
+    """Return a Qwen3-MoE by its names on disk: three small matrices an expert; adapters train attention."""
     head = hidden // heads
     config = _common(
         hidden, blocks, heads, kv_heads, vocab,

@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.architectures import SIZES, Architecture
 from benchmarks.stored import Files, lay_out, write_json, write_tokenizer
 
+PLAIN = argparse.RawDescriptionHelpFormatter
 ROLES = ("base", "aligned", "finetuned", "safety")
 ADAPTERS = {"finetuned-adapter": "aligned", "safety-adapter": "aligned", "alignment-adapter": "base"}
 DATA = Path(__file__).parent / "data"
@@ -122,7 +123,8 @@ def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, 
                 noise.addmm_(left[start : start + count], right[role])
             stored[role] = noise.add_(stored[on]).to(torch.bfloat16)
         for role, tensor in stored.items():
-            files[role].write(name, start * columns * 2, memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+            data = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+            files[role].write(name, start * columns * 2, data)
 
 
 def _write_adapters(folder: Path, architecture: Architecture, seed: int) -> None:
@@ -147,7 +149,7 @@ def _write_adapters(folder: Path, architecture: Architecture, seed: int) -> None
 
 
 def _factors(adapter: str, name: str, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return A (r, d_in) as PEFT would initialise it and B (d_out, r) of the size that gives the wanted ΔW."""
+    """Return A (r, d_in) as PEFT initialises it and B (d_out, r) of the size that gives the wanted ΔW."""
     draws = Draws(seed, name)
     d_out, d_in = shape
     bound = d_in**-0.5
@@ -164,7 +166,7 @@ def _factors(adapter: str, name: str, shape: tuple[int, ...], seed: int) -> tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=PLAIN)
     parser.add_argument("sizes", nargs="+", choices=sorted(SIZES))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--seed", type=int, default=0)

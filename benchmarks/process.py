@@ -1,7 +1,8 @@
-"""Running one child process and measuring all of it: wall time, CPU time, memory. Knows nothing of merging."""
+"""Running one child process and measuring all of it: wall time, CPU time, memory. Knows no merging."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,8 +19,8 @@ class Usage:
     """What a child and its descendants used: seconds and bytes.
 
     `peak_rss` counts every resident page, mapped files included; `peak_own` only anonymous and shared memory,
-    which the kernel cannot drop; both are sums over the process tree, sampled. `max_rss` is the kernel's exact
-    maximum of the largest single process.
+    which the kernel cannot drop; both are sums over the process tree, sampled. `max_rss` is the kernel's
+    exact maximum of the largest single process.
     """
 
     code: int
@@ -39,8 +40,9 @@ def measure(command: list[str], log: Path, env: dict[str, str], cwd: Path, timeo
     with log.open("wb") as out, log.with_name(log.name + ".err").open("wb") as err:
         began = time.perf_counter()
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=cwd, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=cwd,
+            start_new_session=True,
+        )  # fmt: skip
         watch = _Watch(child.pid, began + timeout)
         watch.start()
         try:
@@ -80,10 +82,8 @@ class _Watch(threading.Thread):
             self.samples += 1
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # the child leads its own group
-        except ProcessLookupError:
-            pass
 
 
 def _tree(pid: int) -> list[int]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 
+PLAIN = argparse.RawDescriptionHelpFormatter
+
+
 class Folder:
     """The tensors of a checkpoint folder, read one by one."""
 
@@ -75,7 +78,9 @@ def gate(base: Path, aligned: Path, finetuned: Path) -> dict[str, float]:
     return {name: cosine(C, adapter.delta(name)) for name, C in projectors.items()}
 
 
-def merge(aligned: Path, finetuned: Path, safety: Path, selected: set[str], alpha: float, output: Path) -> None:
+def merge(
+    aligned: Path, finetuned: Path, safety: Path, selected: set[str], alpha: float, output: Path
+) -> None:
     """Save the aligned model with αΔf + (1-α)Δs where selected and Δf elsewhere, in the aligned dtype."""
     from safetensors.torch import save_file
 
@@ -94,7 +99,7 @@ def merge(aligned: Path, finetuned: Path, safety: Path, selected: set[str], alph
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=PLAIN)
     for role in ("base", "aligned", "finetuned"):
         parser.add_argument(f"--{role}", type=Path, required=True)
     parser.add_argument("--safety", type=Path, help="needed with --output")

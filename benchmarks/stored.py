@@ -45,7 +45,8 @@ def lay_out(
     total = 0
     for number, shard in enumerate(shards, 1):
         single = len(shards) == 1
-        path = folder / (f"{stem}.safetensors" if single else f"{stem}-{number:05}-of-{len(shards):05}.safetensors")
+        part = "" if single else f"-{number:05}-of-{len(shards):05}"
+        path = folder / f"{stem}{part}.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shard.items():
@@ -96,15 +97,13 @@ def write_tokenizer(folder: Path) -> None:
     """Write a byte-level tokenizer without merges: 256 bytes after three special tokens."""
     special = ["<unk>", "<s>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*special, *_byte_characters()])}
-    added = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}
-        for i, token in enumerate(special)
-    ]  # fmt: skip
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": token, **plain} for i, token in enumerate(special)]
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {
         "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": [],
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
+        "merges": [],
     }  # fmt: skip
     write_json(folder / "tokenizer.json", {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
