@@ -54,7 +54,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes[1].set_xlabel("own peak memory, MB (log scale; mapped files not counted)", fontsize=8)
     for axis in axes:
         axis.set_xscale("log")
-        axis.margins(x=0.2)
+        axis.margins(x=0.2, y=0.01)
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     computer = record["machine"]

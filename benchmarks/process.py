@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+KEPT = ("VmRSS", "VmHWM", "RssAnon", "RssShmem")
 INTERVAL = 0.02  # seconds between two looks at memory
 
 
@@ -19,8 +20,9 @@ class Usage:
     """What a child and its descendants used: seconds and bytes.
 
     `peak_rss` counts every resident page, mapped files included; `peak_own` only anonymous and shared memory,
-    which the kernel cannot drop; both are sums over the process tree, sampled. `max_rss` is the kernel's
-    exact maximum of the largest single process.
+    which the kernel cannot drop. Both are sums over the process tree, sampled; `peak_rss` is at least the
+    high-water mark of the largest process, which no sampling misses. `max_rss` is what the kernel reports at
+    exit; on Linux it is never below the size of the process that started the child.
     """
 
     code: int
@@ -55,9 +57,8 @@ def measure(command: list[str], log: Path, env: dict[str, str], cwd: Path, timeo
             watch.done.set()
             watch.join()
         child.returncode = os.waitstatus_to_exitcode(status)
-    peak_rss = max(watch.peak_rss, used.ru_maxrss * 1024)
     return Usage(
-        child.returncode, wall, used.ru_utime + used.ru_stime, peak_rss, watch.peak_own,
+        child.returncode, wall, used.ru_utime + used.ru_stime, watch.peak_rss, watch.peak_own,
         used.ru_maxrss * 1024, watch.samples,
     )  # fmt: skip
 
@@ -70,16 +71,19 @@ class _Watch(threading.Thread):
         self.peak_rss = self.peak_own = self.samples = 0
 
     def run(self) -> None:
-        while not self.done.wait(INTERVAL):
+        while True:
             if time.perf_counter() > self.deadline:
                 self.kill()
-            rss = own = 0
+            rss = own = high = 0
             for pid in _tree(self.pid):
                 memory = _memory(pid)
                 rss += memory.get("VmRSS", 0)
+                high = max(high, memory.get("VmHWM", 0))
                 own += memory.get("RssAnon", 0) + memory.get("RssShmem", 0)
-            self.peak_rss, self.peak_own = max(self.peak_rss, rss), max(self.peak_own, own)
+            self.peak_rss, self.peak_own = max(self.peak_rss, rss, high), max(self.peak_own, own)
             self.samples += 1
+            if self.done.wait(INTERVAL):
+                return
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -102,5 +106,5 @@ def _memory(pid: int) -> dict[str, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return {}
-    fields = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon", "RssShmem")))
+    fields = (line.split() for line in lines if line.startswith(KEPT))
     return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in fields}
