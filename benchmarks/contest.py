@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Bench:
 
     def log(self, case: str, contestant: str) -> Path:
         """Return the file that keeps a contestant's standard output."""
-        return self.work / f"{case}.{contestant}.log"
+        return self.work / f"{case}.{re.sub('[^0-9A-Za-z]+', '-', contestant)}.log"
 
     def recipe(self, name: str, roles: dict[str, Any], gate: dict, merge: dict | None = None) -> Path:
         """Write a recipe and return its path. A role is given by the name of its folder."""

@@ -1,4 +1,4 @@
-"""The parts of the benchmark: families load in the usual tools, the dense gate is right, children are seen."""
+"""The parts of the benchmark: families load in the usual tools, the dense gate is right, children seen."""
 
 from __future__ import annotations
 
