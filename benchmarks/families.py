@@ -15,6 +15,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def make_family(size: str, data: Path = DATA, seed: int = 0) -> Path:
     return folder
 
 
-def _over_tensors(task, tensors: dict[str, tuple[int, ...]], seed: int, files: dict[str, Files]) -> None:
+def _over_tensors(
+    task: Callable[..., None], tensors: dict[str, tuple[int, ...]], seed: int, files: dict[str, Files]
+) -> None:
     import torch
 
     threads = torch.get_num_threads()
@@ -123,7 +126,7 @@ def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, 
                 noise.addmm_(left[start : start + count], right[role])
             stored[role] = noise.add_(stored[on]).to(torch.bfloat16)
         for role, tensor in stored.items():
-            data = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+            data = tensor.view(torch.uint8).numpy().data.cast("B")
             files[role].write(name, start * columns * 2, data)
 
 
@@ -138,8 +141,8 @@ def _write_adapters(folder: Path, architecture: Architecture, seed: int) -> None
         for name, shape in architecture.adapted_tensors().items():
             A, B = _factors(adapter, name, shape, seed)
             module = "base_model.model." + name.removesuffix(".weight")
-            files.write(f"{module}.lora_A.weight", 0, memoryview(A).cast("B"))
-            files.write(f"{module}.lora_B.weight", 0, memoryview(B).cast("B"))
+            files.write(f"{module}.lora_A.weight", 0, A.data.cast("B"))
+            files.write(f"{module}.lora_B.weight", 0, B.data.cast("B"))
         files.close()
         write_json(folder / adapter / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder / on),

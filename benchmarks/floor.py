@@ -46,6 +46,8 @@ def run_floor(inputs: list[Path], output: Path | None, output_bytes: int, thread
                 position, stop = at, min(at + BLOCK, size)
                 while position < stop:
                     position += os.preadv(descriptor, [buffer[: stop - position]], position)
+            if target is None:
+                continue
             position, stop = at, min(at + BLOCK, output_bytes)
             while position < stop:
                 position += os.pwrite(target, buffer[: stop - position], position)

@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
         if line.startswith("model name")
     ]
     packages = ("torch", "safetensors", "transformers", "peft", "mergekit", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
