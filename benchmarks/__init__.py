@@ -1,0 +1,1 @@
+"""Benchmarks: synthetic checkpoint families, peers, the floor, and their timing side by side."""
