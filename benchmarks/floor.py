@@ -61,13 +61,9 @@ def run_floor(inputs: list[Path], output: Path | None, output_bytes: int, thread
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=PLAIN)
-    parser.add_argument(
-        "--inputs", nargs="+", type=Path, required=True, help="files or folders of safetensors"
-    )
+    parser.add_argument("--inputs", nargs="+", type=Path, required=True, help="files or folders of safetensors")
     parser.add_argument("--output", type=Path, help="file to write; nothing is written without it")
-    parser.add_argument(
-        "--like", type=Path, help="write as many bytes as this one holds (default: first input)"
-    )
+    parser.add_argument("--like", type=Path, help="write as many bytes as this one holds (default: first input)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     files = [file for path in options.inputs for file in weight_files(path)]

@@ -78,9 +78,7 @@ def gate(base: Path, aligned: Path, finetuned: Path) -> dict[str, float]:
     return {name: cosine(C, adapter.delta(name)) for name, C in projectors.items()}
 
 
-def merge(
-    aligned: Path, finetuned: Path, safety: Path, selected: set[str], alpha: float, output: Path
-) -> None:
+def merge(aligned: Path, finetuned: Path, safety: Path, selected: set[str], alpha: float, output: Path) -> None:
     """Save the aligned model with αΔf + (1-α)Δs where selected and Δf elsewhere, in the aligned dtype."""
     from safetensors.torch import save_file
 

@@ -24,14 +24,43 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 _UNDERSTOOD = frozenset(
-    "alpha_pattern fan_in_fan_out init_lora_weights lora_alpha peft_type r rank_pattern use_rslora".split()
+    [
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "use_rslora",
+    ]
 )
 # They steer training or say which keys the file holds; the keys themselves are checked one by one.
 _WITHOUT_EFFECT = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying ephemeral_gpu_offload eva_config "
-    "exclude_modules inference_mode layers_pattern layers_to_transform lora_dropout lora_ga_config "
-    "loftq_config megatron_config megatron_core peft_version qalora_group_size revision runtime_config "
-    "target_modules task_type velora_config".split()
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "ephemeral_gpu_offload",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "lora_ga_config",
+        "loftq_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    ]
 )
 # Initialisations that also change the base model's own weights: W + s·B·A is then not the trained model.
 _MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -99,7 +128,9 @@ def _scale(where: Path, config: Mapping[str, Any], module: str, rank: int) -> fl
     declared = _pattern_value(where, config.get("rank_pattern"), module, config.get("r"))
     alpha = _pattern_value(where, config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if declared != rank:
-        raise SourceError(f"{where}: {module}: the config says rank {declared}, lora_A has {rank} rows; they must agree")
+        raise SourceError(
+            f"{where}: {module}: the config says rank {declared}, lora_A has {rank} rows; they must agree"
+        )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise SourceError(f"{where}: {module}: lora_alpha is {alpha!r}; expected a number")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -153,7 +184,9 @@ def open_adapter(directory: Path) -> Adapter:
     return Adapter(directory, updates, base if isinstance(base, str) else None, (str(weights), str(where)))
 
 
-def apply_adapter(adapter: Adapter, below: Callable[[str], Weight], names: Mapping[str, TensorRef]) -> dict[str, Weight]:
+def apply_adapter(
+    adapter: Adapter, below: Callable[[str], Weight], names: Mapping[str, TensorRef]
+) -> dict[str, Weight]:
     """Every tensor's weight with the adapter on top of `below`.
 
     Raises:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol, Union
+from typing import Protocol
 
 from safemerge_recipes.header import TensorRef
 
@@ -37,10 +37,12 @@ class Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its stored shape."""
         return self.ref.shape
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
+        """Itself."""
         return (self.ref,)
 
 
@@ -60,20 +62,28 @@ class LowRank:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the product."""
         shape = (self.b.shape[0], self.a.shape[1])
         return shape[::-1] if self.transposed else shape
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
+        """Both factors."""
         return (self.b, self.a)
 
 
-Number = Union[int, float, Fraction]
+Number = int | float | Fraction
 
 
 def exact(number: Number) -> Fraction:
     """The rational number a recipe's decimal stands for: 0.8 is 4/5, not its nearest binary double."""
-    return number if isinstance(number, Fraction) else Fraction(repr(number)) if isinstance(number, float) else Fraction(number)
+    return (
+        number
+        if isinstance(number, Fraction)
+        else Fraction(repr(number))
+        if isinstance(number, float)
+        else Fraction(number)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,9 @@ class Reader:
             except OSError as error:
                 raise SourceError(f"{path}: byte {offset + done}: {error.strerror}; is the disk failing?") from None
             if not got:
-                raise SourceError(f"{path}: ends at byte {offset + done}, {len(view) - done} bytes early; was it changed?")
+                raise SourceError(
+                    f"{path}: ends at byte {offset + done}, {len(view) - done} bytes early; was it changed?"
+                )
             done += got
 
     def copy_bytes(self, path: str, offset: int, count: int, target: int, at: int) -> Iterator[int]:
@@ -119,7 +121,9 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

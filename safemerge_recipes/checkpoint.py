@@ -120,7 +120,7 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]
     if legacy:
         raise SourceError(
             f"{directory}: holds {legacy[0]}, a pickle, which can run code and is never loaded; expected safetensors. "
-            f"If you trust it, convert it: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f'If you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\" "
             "and copy the tokenizer files"
         )

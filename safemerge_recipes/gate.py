@@ -116,7 +116,11 @@ def _chosen(gate: Gate, kind: str, value: Any, selector: Any, candidates: Sequen
         sign = {("tau", False): "<", ("tau", True): ">", ("at_most", False): "≤", ("at_most", True): "≥"}[kind, above]
         holds = {"<": float.__lt__, ">": float.__gt__, "≤": float.__le__, "≥": float.__ge__}[sign]
         limit = float(value)
-        return {c.name: f"{word} {c.value:.4g} {sign} {kind} {limit:g}" for c in candidates if c.value is not None and holds(c.value, limit)}
+        return {
+            c.name: f"{word} {c.value:.4g} {sign} {kind} {limit:g}"
+            for c in candidates
+            if c.value is not None and holds(c.value, limit)
+        }
     if kind in ("lowest", "fraction"):
         end = "highest" if above else "lowest"
         chosen: dict[str, str] = {}
@@ -147,7 +151,11 @@ def _drawn(value: Any, candidates: Sequence[Candidate]) -> list[str]:
     rest = sorted(range(len(groups)), key=lambda i: (counts[i] - shares[i], i))
     for i in rest[: value.count - sum(counts)]:
         counts[i] += 1
-    return [name for group, count in zip(groups, counts, strict=True) for name in draw.sample([c.name for c in group], count)]
+    return [
+        name
+        for group, count in zip(groups, counts, strict=True)
+        for name in draw.sample([c.name for c in group], count)
+    ]
 
 
 def _selector(gate: Gate) -> tuple[str, Any, Any]:

@@ -128,7 +128,8 @@ def _work(tensor: TensorPlan, family: Family) -> Copy | Sum | Apply:
     return work
 
 
-def _describe(weight: Weight, identity: Mapping[str, str]) -> str:
+def describe(weight: Weight, identity: Mapping[str, str]) -> str:
+    """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
     parts = []
     for coefficient, operand in weight:
         refs = ",".join(f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}" for r in operand.refs)
@@ -141,11 +142,11 @@ def _key(tensor: TensorPlan, work: Copy | Sum | Apply, identity: Mapping[str, st
     import xxhash
 
     if isinstance(work, Copy):
-        text = _describe(Weight.of(Stored(work.source)), identity)
+        text = describe(Weight.of(Stored(work.source)), identity)
     elif isinstance(work, Sum):
-        text = _describe(work.weight, identity)
+        text = describe(work.weight, identity)
     else:
-        sums = [_describe(weight, identity) for weight in (work.origin, work.x, work.y)]
+        sums = [describe(weight, identity) for weight in (work.origin, work.x, work.y)]
         text = f"{tensor.name}|{work.merge.method}{work.merge.parameters()!r}|{'|'.join(sums)}"
     return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
@@ -194,5 +195,7 @@ def task_memory(task: Task) -> int:
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
         return block * (3 * width + 8) + _factor_bytes(work.weight)
     slots = 14 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
-    collected = int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
+    collected = (
+        int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
+    )
     return block * slots * width + collected + sum(map(_factor_bytes, (work.origin, work.x, work.y)))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader, torch_dtype
+from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import TensorRef
 
 if TYPE_CHECKING:
@@ -52,56 +52,72 @@ def load(reader: Reader, ref: TensorRef, dtype: torch.dtype, device: str = "cpu"
 
 
 class Evaluator:
-    """Evaluates one weight block by block, reading what each block needs and no more.
+    """Evaluates several weights of one tensor together, block by block, reading each stored block once.
 
     Args:
-        weight: the sum to evaluate.
+        weights: the sums to evaluate, all of one shape.
         reader: open files.
         arena: the worker's buffers; `slot` keeps two evaluators of one worker apart.
         dtype: dtype of the arithmetic.
     """
 
-    def __init__(self, weight: Weight, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> None:
-        self.weight, self.reader, self.arena, self.slot, self.dtype = weight, reader, arena, slot, dtype
-        self.stored: list[tuple[float, TensorRef]] = []
-        self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        left, right = [], []
-        for coefficient, operand in weight:
-            if isinstance(operand, Stored):
-                self.stored.append((float(coefficient), operand.ref))
-            elif isinstance(operand, LowRank):
-                b, a = factors(operand, reader, dtype, arena.device)
-                left.append(b)
-                right.append(a * (float(coefficient) * operand.scale))
-        if left:
-            import torch
+    def __init__(
+        self, weights: tuple[Weight, ...], reader: Reader, arena: Arena, slot: str, dtype: torch.dtype
+    ) -> None:
+        self.reader, self.arena, self.slot, self.dtype = reader, arena, slot, dtype
+        self.stored = [
+            [(float(coefficient), operand.ref) for coefficient, operand in weight if isinstance(operand, Stored)]
+            for weight in weights
+        ]
+        self.factors = [joined_factors(weight, reader, dtype, arena.device) for weight in weights]
+        self.refs = tuple(dict.fromkeys(ref for terms in self.stored for _, ref in terms))
+        last = {ref: number for number, terms in enumerate(self.stored) for _, ref in terms}
+        # The sum that needs a block last may overwrite it; at most one of its terms is chosen for that.
+        self.reused = [
+            next((ref for _, ref in terms if last[ref] == number), None) for number, terms in enumerate(self.stored)
+        ]
 
-            self.factors = torch.cat(left, dim=1), torch.cat(right, dim=0)
-
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of the flattened weight, in `dtype`, valid until the next call."""
+    def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """Elements [start, stop) of each flattened weight, in `dtype`, valid until the next call."""
         count = stop - start
-        out = self.arena.take(self.slot, count, self.dtype)
-        first = True
-        for coefficient, ref in self.stored:
-            raw = self.reader.read(ref, start, count, self.arena, self.slot + ":raw")
-            if first:
-                out.copy_(raw)
-                if coefficient != 1:
-                    out.mul_(coefficient)
-            else:
-                if raw.dtype != self.dtype:
-                    raw = self.arena.take(self.slot + ":term", count, self.dtype).copy_(raw)
-                out.add_(raw, alpha=coefficient)
-            first = False
-        if first:
-            out.zero_()
-        if self.factors is not None:
-            b, a = self.factors
-            columns = a.shape[1]
-            rows = slice(start // columns, stop // columns)
-            out.view(-1, columns).addmm_(b[rows], a)
+        blocks = {}
+        for number, ref in enumerate(self.refs):
+            raw = self.reader.read(ref, start, count, self.arena, f"{self.slot}:raw")
+            blocks[ref] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
+        return tuple(self._sum(number, blocks, start, stop) for number in range(len(self.stored)))
+
+    def _sum(self, number: int, blocks: dict[TensorRef, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        terms, reused = self.stored[number], self.reused[number]
+        if reused is None:
+            out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).zero_()
+        else:
+            out = blocks[reused]
+            coefficient = next(c for c, ref in terms if ref is reused)
+            if coefficient != 1:
+                out.mul_(coefficient)
+        for coefficient, ref in terms:
+            if ref is not reused:
+                out.add_(blocks[ref], alpha=coefficient)
+        pair = self.factors[number]
+        if pair is not None:
+            columns = pair[1].shape[1]
+            out.view(-1, columns).addmm_(pair[0][start // columns : stop // columns], pair[1])
         return out
+
+
+def joined_factors(
+    weight: Weight, reader: Reader, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(B, A) whose product is the sum of all low-rank terms, scales and coefficients folded into A."""
+    import torch
+
+    left, right = [], []
+    for coefficient, operand in weight:
+        if isinstance(operand, LowRank):
+            b, a = factors(operand, reader, dtype, device)
+            left.append(b)
+            right.append(a * (float(coefficient) * operand.scale))
+    return (torch.cat(left, dim=1), torch.cat(right, dim=0)) if left else None
 
 
 def factors(operand: LowRank, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,8 +139,3 @@ def as_interpolation(weight: Weight, dtype: str) -> tuple[TensorRef, TensorRef, 
     if one.ref.dtype != dtype or two.ref.dtype != dtype or first + second != 1 or not 0 < first < 1:
         return None
     return two.ref, one.ref, float(first)
-
-
-def torch_out(dtype: str) -> torch.dtype:
-    """The torch dtype results are rounded to."""
-    return torch_dtype(dtype)

@@ -52,13 +52,9 @@ class LoadedRecipe:
         for role, source in self.recipe.sources.roles().items():
             folder = self.local(source)
             if folder is not None:
-                key = next(
-                    key for key in ("model", "adapter", "location") if getattr(source, key) is not None
-                )
+                key = next(key for key in ("model", "adapter", "location") if getattr(source, key) is not None)
                 given = values["sources"][role]
-                values["sources"][role] = (
-                    {**given, key: str(folder)} if isinstance(given, dict) else str(folder)
-                )
+                values["sources"][role] = {**given, key: str(folder)} if isinstance(given, dict) else str(folder)
         for owner, key in _path_keys(values):
             owner[key] = str(self.resolve(owner[key]))
         return Recipe.model_validate(values)
@@ -141,14 +137,10 @@ def parse_recipe(
         raise RecipeError(f"{path}: the file is empty; expected a recipe with sources and gate")
     if not isinstance(document.value, dict):
         found = describe(document.value)
-        raise RecipeError(
-            f"{path}:{document.lines[()]}: found {found}; expected a mapping with sources and gate"
-        )
+        raise RecipeError(f"{path}:{document.lines[()]}: found {found}; expected a mapping with sources and gate")
 
     reader = _Reader(path, document, {}, [])
-    reader.problems += [
-        (line, reader.place(keys, line), message) for line, keys, message in document.problems
-    ]
+    reader.problems += [(line, reader.place(keys, line), message) for line, keys, message in document.problems]
     for override in overrides:
         reader.override(override)
     context = {"directory": directory, "metrics": metrics, "methods": methods}
@@ -214,9 +206,7 @@ class _Reader:
 
     def line(self, keys: Keys) -> int:
         """The line of the key, or of the nearest that holds it."""
-        return next(
-            self.document.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.document.lines
-        )
+        return next(self.document.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self.document.lines)
 
     def fail(self, keys: Keys, message: str) -> None:
         overridden = any(keys[:n] in self.origins for n in range(len(keys) + 1))
@@ -373,9 +363,7 @@ class _Reader:
         if close:
             return f'did you mean "{words[close[0]]}"?'
         parts = {
-            name: part
-            for name in ("gate", "merge", "output", "evaluate", "sources")
-            if (part := _model_at((name,)))
+            name: part for name in ("gate", "merge", "output", "evaluate", "sources") if (part := _model_at((name,)))
         }
         homes = [name for name, part in parts.items() if part is not model and key in _names(part)]
         if homes:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.kernels import Evaluator, working_dtype
+from safemerge_recipes.kernels import Evaluator, joined_factors, working_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ PANEL = 1024
 """Columns of the exact d × d products held at once."""
 PROBES = 16
 """Random vectors of a sketch."""
+SMALL = 256
+"""Matrices with a side up to this are always measured exactly: sketching them would cost as much."""
 QUANTILE = 9.0
 """Half-width of a sketched interval in standard errors: t with 15 degrees of freedom, beyond 1 − 1e-6."""
 
@@ -87,7 +89,7 @@ class Streamed:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
         self.dtype = working_dtype(weight)
-        self._evaluate = Evaluator(weight, reader, arena, slot, self.dtype)
+        self._evaluate = Evaluator((weight,), reader, arena, slot, self.dtype)
         self._hold = self.rows * self.columns * self.dtype.itemsize <= room
         self._held: list[tuple[slice, torch.Tensor]] = []
 
@@ -100,7 +102,8 @@ class Streamed:
         held = []
         for first in range(0, self.rows, step):
             last = min(first + step, self.rows)
-            block = self._evaluate(first * self.columns, last * self.columns).view(-1, self.columns)
+            (block,) = self._evaluate(first * self.columns, last * self.columns)
+            block = block.view(-1, self.columns)
             if self._hold:
                 block = block.clone()
                 held.append((slice(first, last), block))
@@ -123,7 +126,7 @@ def _factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor
     """(B, A) of a purely low-rank weight, coefficients and scales folded into A."""
     import torch
 
-    pair = Evaluator(weight, reader, arena, "factors", torch.float64).factors
+    pair = joined_factors(weight, reader, torch.float64, arena.device)
     assert pair is not None  # callers have asked weight.low_rank
     return pair
 
@@ -246,7 +249,8 @@ def _sketch(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
     spread = float(((left_out - left_out.mean()) ** 2).sum() * (PROBES - 1) / PROBES) ** 0.5
     error = (total.rho or 0.0) * math.expm1(min(QUANTILE * spread, 50.0)) if math.isfinite(spread) else 1.0
     return _with_null_error(
-        Moments(total.overlap, total.image, delta_square, v_square, gram, rho_error=error, d_out=v.rows), gram_error
+        Moments(total.overlap, total.image, delta_square, v_square, gram, rho_error=error, d_out=v.rows),
+        gram_error,
     )
 
 
@@ -320,22 +324,23 @@ def measure(
         SourceError: V or Δ holds NaN or infinite values.
     """
     if v.is_zero or delta.is_zero:
-        norms = (square_norm(weight, reader, arena) for weight in (delta, v))
-        return Moments(0.0, 0.0, *norms, gram=0.0)
+        squares = [square_norm(weight, reader, arena) for weight in (delta, v)]
+        return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
+    small = min(v.shape[-1], math.prod(v.shape[:-1])) <= SMALL
     if v.low_rank and delta.low_rank:
         found = _both_low_rank(v, delta, reader, arena)
     elif v.low_rank:
         found = _low_rank_v(v, delta, reader, arena, room)
     elif delta.low_rank:
         found = _dense_v(name, v, delta, reader, arena, room)
-        if exact and found.gram:
+        if (exact or small) and found.gram:
             from dataclasses import replace
 
             found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
     else:
         left = Streamed(v, reader, arena, "v", room // 2)
         right = Streamed(delta, reader, arena, "delta", room // 2)
-        found = (_exact if exact else lambda *a: _sketch(name, *a))(left, right, arena.device)
+        found = (_exact if exact or small else lambda *a: _sketch(name, *a))(left, right, arena.device)
     if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
         raise SourceError(_not_finite(name, v, delta, reader, arena))
     return found

@@ -149,7 +149,7 @@ class Trim:
                 x[at[self.ties :]] = 0
                 self.ties -= min(self.ties, len(at))
         below = math.nextafter(self.threshold, 0) if x.dtype == torch.float64 else _below32(self.threshold)
-        torch._C._nn.hardshrink(x, below, out=x)
+        torch.ops.aten.hardshrink.out(x, below, out=x)
         return x
 
 

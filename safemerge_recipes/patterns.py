@@ -270,9 +270,7 @@ def _check_quantifiers(pattern: str, body: str) -> None:
                 at += 1
             fixed_once = found[0] == "?" or found[0] in ("{0}", "{1}")
             if closed and not fixed_once:
-                problem = (
-                    "a repeated group may hold no quantifier or alternation; matching could take for ever"
-                )
+                problem = "a repeated group may hold no quantifier or alternation; matching could take for ever"
                 raise _error(pattern, 1 + position, problem)
             count += 1
             branching[-1] = True

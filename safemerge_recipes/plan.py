@@ -167,7 +167,9 @@ def survey(recipe: Recipe, family: Family) -> tuple[Outlook, ...]:
             if why is None and delta.is_zero and policy.gate.scope is None:
                 why = "fine-tuning did not change it"
             if why is None and policy.gate.metric not in METRICS:
-                raise RecipeError(f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(METRICS)}")
+                raise RecipeError(
+                    f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(METRICS)}"
+                )
             outlook = Outlook(name, ref.shape, dtype, policy if why is None else None, why or "")
         outlooks.append(outlook)
     return tuple(outlooks)
@@ -194,7 +196,9 @@ def _sum(parts: Sequence[Moments | None]) -> Moments | None:
     return total
 
 
-def _decide_policy(policy: Policy, names: list[str], measure: Measure | None) -> tuple[dict[str, Decision], dict[str, Candidate], dict[str, Moments]]:
+def _decide_policy(
+    policy: Policy, names: list[str], measure: Measure | None
+) -> tuple[dict[str, Decision], dict[str, Candidate], dict[str, Moments]]:
     """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
     gate = policy.gate
     groups = _groups(gate, names)
@@ -246,7 +250,9 @@ def make_plan(recipe: Recipe, family: Family, outlooks: Sequence[Outlook], measu
         candidates.update(found[1])
         moments.update(found[2])
     if not by_policy and not any(policy.keep for policy in recipe.policies()):
-        raise PlanError("no tensor is gated: the fine-tuned model does not differ from the aligned one; check the sources")
+        raise PlanError(
+            "no tensor is gated: the fine-tuned model does not differ from the aligned one; check the sources"
+        )
     tensors = []
     for o in outlooks:
         if o.policy is None:
@@ -278,5 +284,3 @@ def by_module_type(plan: Plan) -> dict[str, tuple[int, int]]:
         merged, gated = counts.get(module_type(tensor.name), (0, 0))
         counts[module_type(tensor.name)] = merged + (tensor.action == "merge"), gated + 1
     return counts
-
-

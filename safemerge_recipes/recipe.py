@@ -124,9 +124,7 @@ def parse_size(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2].upper() not in SIZE_UNITS:
-        raise ValueError(
-            f'found "{value[:40]}"; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB'
-        )
+        raise ValueError(f'found "{value[:40]}"; expected bytes, or a number with KB, MB, GB, KiB, MiB or GiB')
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
 
 
@@ -138,9 +136,7 @@ Patterns = Annotated[
     Field(strict=False, min_length=1, max_length=10_000),
     BeforeValidator(_as_tuple),
     AfterValidator(_check_patterns),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-    ),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 Size = Annotated[
     int,
@@ -159,9 +155,7 @@ class _Model(BaseModel):
         """The keys that were written, by the name users write, with their values."""
         fields = type(self).model_fields
         return {
-            field.alias or name: getattr(self, name)
-            for name, field in fields.items()
-            if name in self.model_fields_set
+            field.alias or name: getattr(self, name) for name, field in fields.items() if name in self.model_fields_set
         }
 
 
@@ -277,17 +271,11 @@ class Sources(_Model):
             if source.adapter is None:
                 continue
             if source.on == role:
-                problems.add(
-                    (role, "on"), f"an adapter for `{role}` cannot apply to `{role}` itself", source.on
-                )
+                problems.add((role, "on"), f"an adapter for `{role}` cannot apply to `{role}` itself", source.on)
             if source.on == "base" and self.base is None:
-                problems.add(
-                    (role, "on"), "applies to `base`; expected `sources.base` to be given", source.on
-                )
+                problems.add((role, "on"), "applies to `base`; expected `sources.base` to be given", source.on)
         if self.base and self.base.adapter and self.aligned.adapter and not problems.found:
-            problems.add(
-                ("aligned",), "`base` and `aligned` are adapters on each other; expected one full model"
-            )
+            problems.add(("aligned",), "`base` and `aligned` are adapters on each other; expected one full model")
         problems.check("Sources")
         return self
 
@@ -344,9 +332,7 @@ class _Selectors(_Model):
         if len(found) > 1:
             raise ValueError(f"found {len(found)} selectors, {' and '.join(found)}; expected exactly one")
         if self.per is not None and found[0] not in ("lowest", "fraction"):
-            raise ValueError(
-                f"found `per` beside `{found[0]}`; expected it only beside `lowest` or `fraction`"
-            )
+            raise ValueError(f"found `per` beside `{found[0]}`; expected it only beside `lowest` or `fraction`")
 
     @property
     def selector(self) -> tuple[str, Any]:
@@ -472,9 +458,7 @@ class MergeChange(_Model):
     """The part of each delta's elements that stays (TIES, DARE)."""
     lambda_: Weight = Field(default=1.0, alias="lambda")
     """Factor of the merged delta (TIES)."""
-    normalize: bool | Annotated[str, Field(pattern=r"^(frobenius|spectral|rank:[1-9][0-9]{0,4})$")] | None = (
-        None
-    )
+    normalize: bool | Annotated[str, Field(pattern=r"^(frobenius|spectral|rank:[1-9][0-9]{0,4})$")] | None = None
     """`ties`: whether the sum is divided by the weights that agree (default true). `project`: the norm that
     VVᵀ is divided by, `frobenius` (default, the published form) or `spectral`, or `rank:k`, the exact
     projection on the k leading directions of V."""
@@ -614,9 +598,7 @@ class Rule(_Model):
         if self.keep is None and not changes:
             raise ValueError("found a rule that changes nothing; expected gate, merge or keep")
         if self.keep is not None and changes:
-            raise ValueError(
-                f"found keep and {' and '.join(changes)}; expected keep alone, or gate and merge"
-            )
+            raise ValueError(f"found keep and {' and '.join(changes)}; expected keep alone, or gate and merge")
         return self
 
 
@@ -689,9 +671,7 @@ class Output(_Model):
 class Evaluate(_Model):
     """How the result is scored, with lm-eval."""
 
-    tasks: Annotated[
-        tuple[Text, ...], Field(strict=False, min_length=1, max_length=1000), BeforeValidator(_as_tuple)
-    ]
+    tasks: Annotated[tuple[Text, ...], Field(strict=False, min_length=1, max_length=1000), BeforeValidator(_as_tuple)]
     """Names of lm-eval tasks, or of those shipped here: `safemerge_refusal`, `safemerge_overrefusal`."""
     compare: Annotated[tuple[Role, ...], Field(strict=False, max_length=4), BeforeValidator(_as_tuple)] = ()
     """Sources that are scored as well."""
@@ -724,10 +704,7 @@ class Recipe(_Model):
     SCHEMA_ID: ClassVar[str] = "urn:safemerge-recipes:recipe:1"
 
     name: (
-        Annotated[
-            str, Field(min_length=1, max_length=200, pattern=r"^[^\n\t]*$"), AfterValidator(_check_text)
-        ]
-        | None
+        Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\n\t]*$"), AfterValidator(_check_text)] | None
     ) = None
     """Name of the result, for the report and the model card."""
     description: Text | None = None
@@ -772,29 +749,18 @@ class Recipe(_Model):
             if policy.keep is not None:
                 needs = [(policy.keep, f"keep: {policy.keep}")]
             else:
-                needs = (
-                    []
-                    if never
-                    else [(r, f"method {policy.merge.method}") for r in merge_sources(policy.merge)]
-                )
+                needs = [] if never else [(r, f"method {policy.merge.method}") for r in merge_sources(policy.merge)]
                 if policy.gate.needs_metric:
                     needs.append(("base", f"metric {policy.gate.metric}"))
             for role, reason in needs:
                 if role not in given and (role, reason) not in asked:
                     asked.add((role, reason))
                     problems.add(("sources", role), f"missing; expected it because {reason} needs it{place}")
-            if (
-                self.output.format == "adapter"
-                and policy.keep is None
-                and not never
-                and self.output.rank is None
-            ):
+            if self.output.format == "adapter" and policy.keep is None and not never and self.output.rank is None:
                 method = policy.merge.method
                 if method not in LOW_RANK_METHODS and ("rank", method) not in asked:
                     asked.add(("rank", method))
-                    message = (
-                        f"missing; expected a rank because method {method} has no small exact rank{place}"
-                    )
+                    message = f"missing; expected a rank because method {method} has no small exact rank{place}"
                     problems.add(("output", "rank"), message)
         for index, compared in enumerate(self.evaluate.compare if self.evaluate else ()):
             if compared not in given:

@@ -66,9 +66,7 @@ def reference() -> str:
         schema = json_schema() if model is recipe.Recipe else definitions[model.__name__]
         schema = schema["anyOf"][-1] if model is recipe.Source else schema
         heading = title if title.startswith(("the ", "a ")) else f"`{title}`"
-        parts.append(
-            f"\n## {heading[0].upper()}{heading[1:]}\n\n{' '.join((model.__doc__ or '').split())}\n\n"
-        )
+        parts.append(f"\n## {heading[0].upper()}{heading[1:]}\n\n{' '.join((model.__doc__ or '').split())}\n\n")
         parts.append("| key | value | default | meaning |\n|---|---|---|---|\n")
         for name, field in schema["properties"].items():
             required = name in schema.get("required", ())
@@ -76,9 +74,7 @@ def reference() -> str:
             cells = (f"`{name}`", _kind(field), "needed" if required else _default(field), meaning)
             parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
         if model is recipe.Gate:
-            parts.append(
-                f"\nExactly one of {', '.join(f'`{name}`' for name in recipe.SELECTORS)} is given.\n"
-            )
+            parts.append(f"\nExactly one of {', '.join(f'`{name}`' for name in recipe.SELECTORS)} is given.\n")
         if model is recipe.Merge:
             parts.append("\n| method | keys it uses | sources it needs |\n|---|---|---|\n")
             for method, keys in METHOD_PARAMETERS.items():

@@ -89,7 +89,14 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
 
 
 def _check_config(role: Role, model: Model, aligned: Model) -> None:
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+    for key in (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    ):
         found, expected = model.checkpoint.config.get(key), aligned.checkpoint.config.get(key)
         if found != expected:
             raise SourceError(
@@ -120,7 +127,9 @@ def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRe
         for name in inventory:
             for ref in model.weights[name].refs:
                 if ref.dtype not in FLOAT_DTYPES and model.weights[name].stored is None:
-                    raise SourceError(f"sources.{role}: {name} is stored as {ref.dtype}; an adapter needs float weights")
+                    raise SourceError(
+                        f"sources.{role}: {name} is stored as {ref.dtype}; an adapter needs float weights"
+                    )
 
 
 def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: str) -> str | None:

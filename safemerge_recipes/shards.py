@@ -102,5 +102,3 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...], str]], limit: int)
         sizes.append(len(header) + at)
     ordered = {name: slots[name] for name in tensors}
     return Layout(tuple(files), tuple(headers), tuple(sizes), ordered)
-
-

@@ -14,8 +14,24 @@ from safemerge_recipes.adapter import is_adapter
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe import Source
 
-WEIGHTS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors")
-SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.md", "LICENSE*", "USE_POLICY*", "additional_chat_templates/*")
+WEIGHTS = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+SIDE_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.py",
+    "*.md",
+    "LICENSE*",
+    "USE_POLICY*",
+    "additional_chat_templates/*",
+)
 
 
 @dataclass(frozen=True, slots=True)

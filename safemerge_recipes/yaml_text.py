@@ -86,9 +86,7 @@ def read_yaml(text: str) -> Document:
         node = _Loader(text).get_single_node()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError(
-            line, f"found the character U+{_code(error.character):04X}; expected printable text"
-        ) from None
+        raise YamlError(line, f"found the character U+{_code(error.character):04X}; expected printable text") from None
     except yaml.MarkedYAMLError as error:
         raise _syntax_error(text, error) from None
     except (ValueError, OverflowError, RecursionError) as error:
@@ -234,6 +232,4 @@ _Dumper.add_representer(int, _represent_int)
 
 def write_yaml(value: object) -> str:
     """Block-style YAML of plain values, in their order."""
-    return yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False
-    )
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, default_flow_style=False)

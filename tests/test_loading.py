@@ -166,11 +166,7 @@ def test_each_problem_has_its_exact_message(old, new, expected):
 
 
 def test_all_problems_come_at_once_in_the_order_of_lines():
-    text = (
-        changed("metric: rho", "metrc: rho")
-        .replace("alpha: 0.8", "alpha: 7")
-        .replace("name: demo", "name: ''")
-    )
+    text = changed("metric: rho", "metrc: rho").replace("alpha: 0.8", "alpha: 7").replace("name: demo", "name: ''")
     assert message(text).splitlines() == [
         'r.yaml:1 name: found ""; expected text that is not empty',
         'r.yaml:8 gate.metrc: unknown key; did you mean "metric"?',
@@ -234,18 +230,14 @@ def test_files_that_are_no_recipes(tmp_path):
         (tmp_path / name).write_bytes(data)
     assert failure(tmp_path) == "TMP: found a folder; expected a recipe file"
     assert failure(tmp_path / "nowhere") == "TMP/nowhere: there is no such file; expected a recipe file"
-    assert (
-        failure(tmp_path / "lst.yaml") == 'TMP/lst.yaml: there is no such file; did you mean "TMP/list.yaml"?'
-    )
+    assert failure(tmp_path / "lst.yaml") == 'TMP/lst.yaml: there is no such file; did you mean "TMP/list.yaml"?'
     empty = "the file is empty; expected a recipe with sources and gate"
     assert failure(tmp_path / "empty.yaml") == f"TMP/empty.yaml: {empty}"
     assert failure(tmp_path / "comment.yaml") == f"TMP/comment.yaml: {empty}"
     wanted = "expected a mapping with sources and gate"
     assert failure(tmp_path / "list.yaml") == f"TMP/list.yaml:2: found a list; {wanted}"
     assert failure(tmp_path / "text.yaml") == f'TMP/text.yaml:1: found "hello"; {wanted}'
-    assert (
-        failure(tmp_path / "latin.yaml") == "TMP/latin.yaml: not UTF-8 at byte 3; expected a YAML text file"
-    )
+    assert failure(tmp_path / "latin.yaml") == "TMP/latin.yaml: not UTF-8 at byte 3; expected a YAML text file"
     assert failure(tmp_path / "broken.yaml").startswith("TMP/broken.yaml:1: not YAML:")
     assert failure(tmp_path / "two.yaml").startswith("TMP/two.yaml:2: not YAML:")
     assert failure(tmp_path / "big.yaml").startswith("TMP/big.yaml: found 1000001 bytes;")
@@ -267,8 +259,7 @@ def test_words_for_values_of_several_kinds():
     text = changed("base: o/base", "base: [o/base]")
     assert message(text) == "r.yaml:3 sources.base: found a list; expected a path or hub id, or a mapping"
     assert (
-        message(changed('"*.mlp.*"', "[1]"))
-        == "r.yaml:14 rules.0.tensors.0: found 1; expected text; put it in quotes"
+        message(changed('"*.mlp.*"', "[1]")) == "r.yaml:14 rules.0.tensors.0: found 1; expected text; put it in quotes"
     )
 
 
@@ -298,9 +289,7 @@ def test_overrides_change_any_key():
 
 
 def test_an_overriding_selector_or_method_takes_the_place_of_the_files():
-    made = parse_recipe(
-        GOOD, "r.yaml", ["gate.random.count=3", "gate.random.seed=1", "merge.method=drop"]
-    ).recipe
+    made = parse_recipe(GOOD, "r.yaml", ["gate.random.count=3", "gate.random.seed=1", "merge.method=drop"]).recipe
     assert (made.gate.selectors(), made.gate.random.count, made.gate.random.seed) == (["random"], 3, 1)
     assert made.merge.method == "drop"
     # But what was asked for by hand is not dropped in silence.
@@ -354,12 +343,7 @@ def test_names_files(tmp_path):
         read_names(tmp_path / "n.txt")
 
 
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**12), 10**12)
-    | st.floats(allow_nan=False, allow_infinity=False)
-)
+scalars = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats(allow_nan=False, allow_infinity=False)
 words = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12
 ) | st.sampled_from(
@@ -447,14 +431,10 @@ def merges(draw):
     method = draw(st.sampled_from([*METHOD_PARAMETERS, "mergekit:della", "soup"]))
     keys = METHOD_PARAMETERS.get(method, ("alpha", "seed", "space", "options"))
     values = {
-        key: draw(parameters[key])
-        for key in keys
-        if key in parameters and (key == "mask" or draw(st.booleans()))
+        key: draw(parameters[key]) for key in keys if key in parameters and (key == "mask" or draw(st.booleans()))
     }
     if "normalize" in keys and draw(st.booleans()):
-        values["normalize"] = draw(
-            st.sampled_from(["spectral", "rank:3"]) if method == "project" else st.booleans()
-        )
+        values["normalize"] = draw(st.sampled_from(["spectral", "rank:3"]) if method == "project" else st.booleans())
     return {"method": method, **values}
 
 
@@ -483,12 +463,8 @@ recipes = st.builds(
         }
     ),
     words,
-    st.fixed_dictionaries(
-        {"base": locations, "aligned": sources, "finetuned": sources, "safety": sources}
-    ).filter(
-        lambda s: (
-            not isinstance(s["aligned"], dict) or "adapter" not in s["aligned"] or isinstance(s["base"], str)
-        )
+    st.fixed_dictionaries({"base": locations, "aligned": sources, "finetuned": sources, "safety": sources}).filter(
+        lambda s: not isinstance(s["aligned"], dict) or "adapter" not in s["aligned"] or isinstance(s["base"], str)
     ),
     whole_gates,
     merges(),

@@ -33,9 +33,7 @@ def recipe(**parts):
 def problems(call, *args, **kwargs) -> dict[str, str]:
     with pytest.raises(ValidationError) as caught:
         call(*args, **kwargs)
-    return {
-        ".".join(map(str, e["loc"])): e["msg"].removeprefix("Value error, ") for e in caught.value.errors()
-    }
+    return {".".join(map(str, e["loc"])): e["msg"].removeprefix("Value error, ") for e in caught.value.errors()}
 
 
 def test_the_smallest_recipe_has_the_papers_defaults():
@@ -92,9 +90,7 @@ def test_a_source_names_one_thing(value, message):
 def test_adapters_may_not_apply_to_themselves():
     found = problems(recipe, sources=ALL | {"aligned": {"adapter": "x"}})
     assert found == {"sources.aligned.on": "an adapter for `aligned` cannot apply to `aligned` itself"}
-    found = problems(
-        recipe, sources=ALL | {"aligned": {"adapter": "x", "on": "base"}, "base": {"adapter": "y"}}
-    )
+    found = problems(recipe, sources=ALL | {"aligned": {"adapter": "x", "on": "base"}, "base": {"adapter": "y"}})
     assert "adapters on each other" in found["sources.aligned"]
     assert recipe(sources=ALL | {"aligned": {"adapter": "x", "on": "base"}})
 
@@ -321,8 +317,4 @@ def test_other_parts():
 
 
 def test_keys_of_unknown_methods_are_those_of_plugins():
-    assert (
-        method_parameters("mergekit:slerp")
-        == method_parameters("soup")
-        == ("alpha", "seed", "space", "options")
-    )
+    assert method_parameters("mergekit:slerp") == method_parameters("soup") == ("alpha", "seed", "space", "options")

@@ -1,0 +1,240 @@
+"""The command line: reads options, calls the phases, prints, and turns errors into exit codes.
+
+The only module that prints or exits. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safemerge_recipes import __version__
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
+
+if TYPE_CHECKING:
+    from safemerge_recipes.loading import LoadedRecipe
+    from safemerge_recipes.run import Prepared
+
+app = typer.Typer(
+    name="safemerge",
+    help="Restore the safety of fine-tuned language models with declarative, gated merge recipes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Instead of output.path.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where gate and merge are computed.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: one a core.")]
+MemoryOption = Annotated[str, typer.Option("--max-memory", metavar="SIZE", help="Own memory, such as 256MB or 2GB.")]
+ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which engine carries out the graph.")]
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> LoadedRecipe:
+    from safemerge_recipes.loading import load_recipe
+
+    return load_recipe(recipe, overrides or ())
+
+
+def _bytes(text: str) -> int:
+    from safemerge_recipes.recipe import parse_size
+
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"--max-memory {text}: {error}") from None
+    if not isinstance(size, int) or size < 64_000_000:
+        raise RecipeError(f"--max-memory {text}: too little; expected at least 64MB")
+    return size
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepare(
+    loaded: LoadedRecipe,
+    device: str,
+    workers: int | None,
+    max_memory: str,
+    executor: str,
+    use_cache: bool = True,
+) -> tuple[Prepared, Any]:
+    if executor != "local":
+        raise RecipeError(f"--executor {executor}: not available; expected local")
+    memory = _bytes(max_memory)
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.progress import progress_bar
+    from safemerge_recipes.run import choose_device, prepare
+
+    progress = progress_bar()
+    resources = Resources(workers or _cores(), memory, choose_device(device))
+    try:
+        return prepare(loaded, resources, progress, use_cache=use_cache), progress
+    finally:
+        progress.pause()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and decide, print the plan, write nothing.")
+    ] = False,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+    executor: ExecutorOption = "local",
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished output.")] = False,
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", help="Merge only, even if the recipe evaluates.")
+    ] = False,
+) -> None:
+    """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
+    from safemerge_recipes import report
+
+    loaded = _load(recipe, set_)
+    target: Path | None = None
+    if not dry_run:
+        if output is not None:
+            target = Path.cwd() / output
+        elif loaded.recipe.output.path is not None:
+            target = loaded.resolve(loaded.recipe.output.path)
+        else:
+            raise RecipeError(f"{recipe}: output.path: missing; expected it there, or --output DIR")
+        from safemerge_recipes.folder import check_output
+
+        check_output(target, force)
+    prepared, progress = _prepare(loaded, device, workers, max_memory, executor)
+    plan = prepared.plan_json()
+    console = _console()
+    if target is None:
+        if json_:
+            sys.stdout.write(json.dumps(plan, ensure_ascii=False, allow_nan=False) + "\n")
+        else:
+            report.print_plan(plan, console)
+        return
+    from safemerge_recipes.run import carry_out
+
+    try:
+        result = carry_out(prepared, target, progress, force=force)
+    finally:
+        progress.pause()
+    if loaded.recipe.evaluate is not None and not no_evaluate:
+        from safemerge_recipes.scoring import score_output
+
+        result["scores"] = score_output(prepared, target, loaded, console)
+    if json_:
+        sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
+    report.print_result(plan, result, console)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Measure and decide, print the plan, write nothing (the same as run --dry-run)."""
+    run(recipe, None, set_, True, json_, device, workers, max_memory, "local", False, True)
+
+
+@app.command()
+def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe's text: every problem at once, with its line. Opens no source."""
+    loaded = _load(recipe, set_)
+    rules = len(loaded.recipe.rules)
+    print(f"{recipe}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from safemerge_recipes.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _guarded(call: Callable[[], Any]) -> int:
+    """Runs a command; every error becomes one message on standard error and an exit code."""
+    import click
+
+    try:
+        code = call()
+        return code if isinstance(code, int) else 0
+    except SafemergeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return RecipeError.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _complain("stopped before anything was written")
+        return 5
+    except BrokenPipeError:
+        return 0
+    except MemoryError:
+        _complain("the machine has no memory left; lower --max-memory or --workers, or close other programs")
+        return PlanError.exit_code
+    except Exception as error:  # the last line of defence: a bug, but still one message and no traceback
+        _complain(f"a bug in safemerge: {type(error).__name__}: {error}; please report it with the recipe")
+        return 1
+
+
+def _complain(message: str) -> None:
+    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
+    sys.stderr.write(f"safemerge: {text}\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The program `safemerge`."""
+    sys.exit(_guarded(lambda: app(arguments, standalone_mode=False, prog_name="safemerge")))
+
+
+run_app = typer.Typer(name="safemerge-run", pretty_exceptions_enable=False, add_completion=False)
+run_app.command()(run)
+
+
+def run_main(arguments: list[str] | None = None) -> None:
+    """The program `safemerge-run`: `safemerge run` under the name of its promise."""
+    sys.exit(_guarded(lambda: run_app(arguments, standalone_mode=False, prog_name="safemerge-run")))
+
+
+if __name__ == "__main__":
+    main()

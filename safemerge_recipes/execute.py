@@ -1,0 +1,346 @@
+"""Carries out a graph: each task reads by offset, computes block by block, and writes at its final offset.
+
+Files are `.part` files of their full size from the start; a seal thread follows the finished bytes of each,
+takes the sha256, flushes it to the disk and gives it its name. Memory is a few blocks a worker, plus what a
+kernel may hold between passes within the budget. Knows no recipe and no gate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.algebra import Weight
+from safemerge_recipes.blocks import Arena, Reader, torch_dtype, write_bytes, write_tensor
+from safemerge_recipes.errors import PlanError, SourceError, WriteError
+from safemerge_recipes.graph import Apply, Copy, Graph, Sum, Task
+from safemerge_recipes.journal import Journal
+from safemerge_recipes.kernels import Evaluator, as_interpolation, blocks, has_factors, working_dtype
+from safemerge_recipes.methods import KERNELS
+from safemerge_recipes.pool import StoppedError, run_parallel
+from safemerge_recipes.shards import Layout, Slot
+
+if TYPE_CHECKING:
+    import torch
+
+HASH_CHUNK = 1 << 22
+"""Bytes hashed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use: worker threads, bytes of its own memory in all, and a torch device."""
+
+    workers: int
+    memory: int
+    device: str = "cpu"
+
+    @property
+    def share(self) -> int:
+        """Bytes for each worker."""
+        return self.memory // self.workers
+
+
+class Files:
+    """The `.part` files of an output: opened at full size, renamed when sealed."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        """Creates what is missing. Raises PlanError when the disk has no room for all of it."""
+        self.folder, self.layout = folder, layout
+        self.descriptors: list[int] = []
+        try:
+            for name, header, size in zip(layout.files, layout.headers, layout.sizes, strict=True):
+                self.descriptors.append(self._open(folder / f"{name}.part", header, size))
+        except OSError as error:
+            self.close()
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            raise PlanError(
+                f"{folder}: {error.strerror}: {sum(layout.sizes)} bytes are needed, {free} are free; "
+                "free some space or choose another --output"
+            ) from None
+
+    @staticmethod
+    def _open(path: Path, header: bytes, size: int) -> int:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            if os.fstat(file).st_size > size:
+                os.ftruncate(file, size)
+            os.posix_fallocate(file, 0, size)  # a full disk shows now, before anything is computed
+            write_bytes(file, memoryview(header), 0)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def seal(self, shard: int) -> None:
+        """Flushes a file to the disk and gives it its final name."""
+        os.fsync(self.descriptors[shard])
+        name = self.layout.files[shard]
+        os.rename(self.folder / f"{name}.part", self.folder / name)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self.descriptors:
+            os.close(file)
+        self.descriptors = []
+
+
+class Sealer(threading.Thread):
+    """Hashes each file behind the workers, seals it when its last tensor is there."""
+
+    def __init__(self, files: Files, tasks: tuple[Task, ...], stop: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.files, self.tasks, self.stop = files, tasks, stop
+        self.digests: dict[str, str] = {}
+        self.error: BaseException | None = None
+        self._done: set[str] = set()
+        self._changed = threading.Condition()
+
+    def finished(self, name: str) -> None:
+        """Tells that a tensor's bytes are written."""
+        with self._changed:
+            self._done.add(name)
+            self._changed.notify()
+
+    def _wait(self, name: str) -> None:
+        with self._changed:
+            while name not in self._done:
+                if self.stop.is_set():
+                    raise StoppedError
+                self._changed.wait(0.2)
+
+    def run(self) -> None:
+        """Follows the tasks in the order of the files' bytes."""
+        try:
+            by_shard: dict[int, list[Slot]] = {}
+            for task in self.tasks:
+                by_shard.setdefault(task.slot.shard, []).append(task.slot)
+            for shard, slots in sorted(by_shard.items()):
+                digest = hashlib.sha256(self.files.layout.headers[shard])
+                for slot in sorted(slots, key=lambda slot: slot.offset):
+                    self._wait(slot.name)
+                    for piece in _pieces(self.files.descriptors[shard], slot.offset, slot.nbytes):
+                        digest.update(piece)
+                self.files.seal(shard)
+                self.digests[self.files.layout.files[shard]] = digest.hexdigest()
+        except StoppedError:
+            pass
+        except BaseException as error:  # raised again by `execute`
+            self.error = error
+            self.stop.set()
+
+
+def _pieces(file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(min(HASH_CHUNK, nbytes)))
+    end = offset + nbytes
+    while offset < end:
+        got = os.preadv(file, [buffer[: min(len(buffer), end - offset)]], offset)
+        if not got:
+            raise WriteError("a weight file became shorter while it was written; is another program changing it?")
+        yield buffer[:got]
+        offset += got
+
+
+def region_digest(file: int, offset: int, nbytes: int) -> str:
+    """xxh3 of a region of an open file."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for piece in _pieces(file, offset, nbytes):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+class TaskRun:
+    """One task on one worker: where it reads, writes and reports. `room`: bytes it may hold between passes."""
+
+    def __init__(
+        self,
+        task: Task,
+        file: int,
+        reader: Reader,
+        arena: Arena,
+        room: int,
+        allow_overflow: bool,
+        stop: threading.Event,
+        tick: Callable[[int], None],
+    ) -> None:
+        import xxhash
+
+        self.task, self.file, self.reader, self.arena = task, file, reader, arena
+        self.room, self.allow_overflow, self.stop, self.tick = room, allow_overflow, stop, tick
+        self.dtype = torch_dtype(task.slot.dtype) if not isinstance(task.work, Copy) else None
+        self.at = task.slot.offset
+        self.digest = xxhash.xxh3_128()
+
+    def run(self) -> str | None:
+        """Writes the tensor; returns the digest of its bytes, None for a copy."""
+        work = self.task.work
+        if isinstance(work, Copy):
+            ref = work.source
+            for done in self.reader.copy_bytes(ref.path, ref.offset, ref.nbytes, self.file, self.at):
+                self._step(done)
+            return None
+        if isinstance(work, Sum):
+            pair = as_interpolation(work.weight, self.task.slot.dtype)
+            if pair is not None:
+                self._interpolate(*pair)
+            else:
+                self._sum(work.weight)
+        else:
+            self._apply(work)
+        return self.digest.hexdigest()
+
+    def _step(self, nbytes: int) -> None:
+        self.tick(nbytes)
+        if self.stop.is_set():
+            raise StoppedError
+
+    def _emit(self, values: torch.Tensor) -> None:
+        """Rounds a block to the output dtype, checks it, writes it after the last one."""
+        assert self.dtype is not None
+        out = values
+        if values.dtype != self.dtype:
+            out = self.arena.take("out", values.numel(), self.dtype).copy_(values)
+        if not bool(out.sum(dtype=values.dtype).isfinite()):
+            self._refuse(values, out)
+        view = write_tensor(self.file, out, self.at)
+        self.digest.update(view)
+        self.at += len(view)
+        self._step(len(view))
+
+    def _refuse(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        bad = int((~out.isfinite()).sum())
+        if not bad:
+            return
+        name = self.task.slot.name
+        if bool(values.isfinite().all()):
+            if self.allow_overflow:
+                return
+            raise SourceError(
+                f"{name}: {bad} merged values do not fit {self.task.slot.dtype}; choose another output.dtype, "
+                "or say output.allow_overflow: true"
+            )
+        paths = ", ".join(dict.fromkeys(ref.path for ref in self.task.work.refs))
+        raise SourceError(f"{name}: {bad} merged values are NaN or infinite; expected finite weights in {paths}")
+
+    def _interpolate(self, start: object, end: object, t: float) -> None:
+        import torch
+
+        shape = self.task.slot.shape
+        out_dtype = self.dtype
+        assert out_dtype is not None
+        for first, last in blocks(shape, False):
+            a = self.reader.read(start, first, last - first, self.arena, "a")  # type: ignore[arg-type]  # refs
+            b = self.reader.read(end, first, last - first, self.arena, "b")  # type: ignore[arg-type]
+            out = self.arena.take("out", last - first, out_dtype)
+            self._emit(torch.lerp(a, b, t, out=out))
+
+    def _sum(self, weight: Weight) -> None:
+        evaluate = Evaluator((weight,), self.reader, self.arena, "sum", working_dtype(weight))
+        for first, last in blocks(self.task.slot.shape, has_factors(weight)):
+            (values,) = evaluate(first, last)
+            self._emit(values)
+
+    def _apply(self, work: Apply) -> None:
+        kernel = KERNELS[work.merge.method](work.merge)
+        slot = self.task.slot
+        weights = (work.x, work.y, work.origin)
+        dtype = working_dtype(*weights)
+        ranges = list(blocks(slot.shape, any(map(has_factors, weights))))
+        numel = ranges[-1][1]
+        pair = Evaluator(weights[:2], self.reader, self.arena, "pair", dtype)
+        hold = 2 * numel * dtype.itemsize <= self.room
+        held: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+        def passes() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+            if held:
+                yield from held
+                return
+            for first, last in ranges:
+                if self.stop.is_set():
+                    raise StoppedError
+                x, y = pair(first, last)
+                if hold:
+                    held.append((first, x.clone(), y.clone()))
+                yield first, x, y
+
+        state = kernel.scan(slot.name, numel, passes, self.arena)
+        if work.origin.is_zero:
+            for first, x, y in passes():
+                self._emit(kernel.apply(state, first, x, y, self.arena))
+        elif held:
+            origin = Evaluator(weights[2:], self.reader, self.arena, "origin", dtype)
+            for (first, x, y), (_, last) in zip(held, ranges, strict=True):
+                merged = kernel.apply(state, first, x, y, self.arena)
+                self._emit(merged.add_(origin(first, last)[0]))
+        else:
+            every = Evaluator(weights, self.reader, self.arena, "all", dtype)
+            for first, last in ranges:
+                x, y, origin_block = every(first, last)
+                self._emit(kernel.apply(state, first, x, y, self.arena).add_(origin_block))
+
+
+def execute(
+    graph: Graph,
+    folder: Path,
+    resources: Resources,
+    done: Mapping[str, str | None],
+    journal: Journal,
+    *,
+    allow_overflow: bool = False,
+    tick: Callable[[int], None] = lambda nbytes: None,
+) -> dict[str, str]:
+    """Writes every tensor that is not `done` and seals every file; returns file name -> sha256.
+
+    Args:
+        graph: the work.
+        folder: where the files are written; exists.
+        resources: what may be used.
+        done: tensors already there, from an earlier run.
+        journal: notes what is finished.
+        allow_overflow: write infinities where the output dtype cannot hold a value.
+        tick: told the number of bytes of each finished piece.
+
+    Raises:
+        PlanError: there is no room on the disk.
+        SourceError: a source failed while being read, or holds values that are not finite.
+        WriteError: writing failed; the same call goes on where it stopped.
+    """
+    from safemerge_recipes.memory import room_of
+
+    files = Files(folder, graph.layout)
+    stop = threading.Event()
+    sealer = Sealer(files, graph.tasks, stop)
+    for name in done:
+        sealer.finished(name)
+        tick(graph.layout.slots[name].nbytes)
+    sealer.start()
+    with Reader() as reader:
+
+        def work(task: Task, arena: Arena) -> None:
+            run = TaskRun(
+                task, files.descriptors[task.slot.shard], reader, arena,
+                room_of(task, resources.share), allow_overflow, stop, tick,
+            )  # fmt: skip
+            journal.done(task.slot.name, task.key, run.run())
+            sealer.finished(task.slot.name)
+
+        open_ = [task for task in graph.tasks if task.slot.name not in done]
+        try:
+            run_parallel(open_, work, resources.workers, resources.device, stop)
+            sealer.join()
+            if sealer.error is not None:
+                raise sealer.error
+        except OSError as error:
+            raise WriteError(f"{folder}: {error.strerror} while writing; mend it and run the same command") from None
+        finally:
+            stop.set()
+            sealer.join()
+            files.close()
+    return sealer.digests

@@ -1,0 +1,108 @@
+"""Measures many tensors at once within a memory budget, and remembers what was measured.
+
+The only place where planning reads tensor data. A remembered measurement is found again by the identities
+of the files behind it and the exact operands, so another τ or α costs no reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+from safemerge_recipes.algebra import Weight
+from safemerge_recipes.blocks import Arena, Reader
+from safemerge_recipes.execute import Resources
+from safemerge_recipes.graph import describe
+from safemerge_recipes.measure import Moments, measure
+from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
+from safemerge_recipes.pool import StoppedError, run_parallel
+from safemerge_recipes.provenance import recall, remember
+from safemerge_recipes.roles import Family
+
+ARITHMETIC = 1
+"""Version of the measuring: changes whenever the same operands would give other numbers."""
+
+
+class Measurer:
+    """Measures tensors of a family by name; the `Measure` that `plan.make_plan` wants."""
+
+    def __init__(
+        self,
+        family: Family,
+        resources: Resources,
+        *,
+        use_cache: bool = True,
+        tick: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self.family, self.resources, self.tick = family, resources, tick
+        self.peak = 0
+        self._identity = {one.path: one.key for one in family.identities()}
+        self._cache_key = self._make_key() if use_cache else None
+        self._known: dict[str, dict[str, float]] = recall("measures", self._cache_key) or {} if self._cache_key else {}
+
+    def _make_key(self) -> str:
+        import torch
+
+        roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
+        files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})  # type: ignore[index]
+        return f"{ARITHMETIC}|{torch.__version__}|{self.resources.device}|{files}"
+
+    def _operands(self, name: str) -> tuple[Weight, Weight]:
+        v = self.family.v(name)
+        assert v is not None  # a measurer is only made for families with a base
+        return v, self.family.delta("finetuned", name)
+
+    def _key(self, name: str, exact: bool) -> str:
+        v, delta = self._operands(name)
+        text = f"{name}|{exact}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __call__(self, names: Sequence[str], exact: bool) -> Mapping[str, Moments]:
+        """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
+        found: dict[str, Moments] = {}
+        keys = {name: self._key(name, exact) for name in names}
+        todo = []
+        for name in names:
+            known = self._known.get(keys[name])
+            if known is not None:
+                found[name] = Moments(**known)  # type: ignore[arg-type]  # d_out is an int in JSON too
+            else:
+                todo.append(name)
+        if todo:
+            found.update(self._measure(todo, exact))
+            self._known |= {keys[name]: asdict(found[name]) for name in todo}
+            if self._cache_key:
+                remember("measures", self._cache_key, self._known)
+        return {name: found[name] for name in names}
+
+    def _measure(self, names: Sequence[str], exact: bool) -> dict[str, Moments]:
+        operands = {name: self._operands(name) for name in names}
+        needs = {name: measure_memory(*pair) for name, pair in operands.items()}
+        budget = self.resources
+        workers = fit_workers(needs.items(), budget.workers, budget.memory)
+        share = (budget.memory - SLACK) // workers
+        found: dict[str, Moments] = {}
+        with Reader() as reader:
+
+            def work(name: str, arena: Arena) -> None:
+                v, delta = operands[name]
+                room = (share - needs[name]) // 2
+                found[name] = measure(name, v, delta, reader, arena, room, exact)
+                self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
+                if stop.is_set():
+                    raise StoppedError
+
+            stop = threading.Event()
+            run_parallel(names, work, workers, budget.device, stop)
+        held = max((min(share, needs[n] + 8 * _numel(operands[n][0])) for n in names), default=0)
+        self.peak = max(self.peak, workers * held)
+        return found
+
+
+def _numel(weight: Weight) -> int:
+    total = 1
+    for size in weight.shape if weight.terms else ():
+        total *= size
+    return total

@@ -1,0 +1,81 @@
+"""How much memory a run will need of its own, before it starts. Pure arithmetic, in bytes.
+
+"Own" is what comes on top of the idle footprint of Python and torch, and is not page cache. Measuring needs
+its blocks, its probes and panels; a task needs its blocks and factors; both may hold more between passes
+where the budget allows, never beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from safemerge_recipes.algebra import Weight
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.graph import Apply, Graph, Task, task_memory
+from safemerge_recipes.measure import PANEL, PROBES, ROW_BLOCK
+
+SLACK = 24_000_000
+"""Bytes for the plan, headers, threads and allocator that no formula below counts."""
+
+
+def human(nbytes: float) -> str:
+    """Bytes for reading: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def room_of(task: Task, share: int) -> int:
+    """Bytes that a task may hold between passes within a worker's share."""
+    return max(0, share - task_memory(task))
+
+
+def measure_memory(v: Weight, delta: Weight) -> int:
+    """Bytes that measuring one tensor needs, without what may be held between passes."""
+    rank = sum(op.rank for _, op in (*v, *delta) if hasattr(op, "rank"))
+    shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
+    columns = shape[-1]
+    rows = math.prod(shape) // max(1, columns)
+    block = max(ROW_BLOCK, columns)
+    factors = 3 * 8 * rank * (rows + columns)
+    if v.low_rank and delta.low_rank:
+        return factors
+    products = 4 * columns * (rank + 3 * PROBES) * 2
+    panels = 3 * 4 * max(rows, columns) * PANEL if not (v.low_rank or delta.low_rank) else 0
+    return 2 * block * (4 * 3 + 8) + factors + products + panels
+
+
+def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """The name and size of the largest."""
+    return max(items, key=lambda item: item[1], default=("", 0))
+
+
+def fit_workers(needs: Iterable[tuple[str, int]], workers: int, memory: int) -> int:
+    """The number of workers, at most `workers`, that fit the budget.
+
+    Raises:
+        PlanError: not even one fits; names the worst tensor.
+    """
+    name, need = worst(needs)
+    free = memory - SLACK
+    if need > free:
+        raise PlanError(
+            f"--max-memory {human(memory)}: {name} alone needs {human(need + SLACK)}; raise it to at least that"
+        )
+    return max(1, min(workers, free // need)) if need else workers
+
+
+def projected_peak(graph: Graph, workers: int, memory: int, measured: int = 0) -> int:
+    """Bytes of its own that the run will need at most: the larger of measuring and writing."""
+    share = memory // workers
+    sizes = []
+    for task in graph.tasks:
+        own = task_memory(task)
+        if isinstance(task.work, Apply):
+            held = 2 * 4 * math.prod(task.slot.shape)
+            own += held if held <= room_of(task, share) else 0
+        sizes.append(own)
+    return SLACK + max(workers * max(sizes, default=0), measured)
