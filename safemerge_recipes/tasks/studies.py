@@ -63,13 +63,13 @@ def make(seed: int) -> Study:
     }[answer]
     reading = {
         "yes": "The difference was statistically significant (p < 0.001).",
-        "no": "The two groups did not differ (p = 0.8), although the study was large enough to see a difference.",
-        "maybe": "The difference was not significant (p = 0.4), and the study was too small to rule out an effect.",
+        "no": "The groups did not differ (p = 0.8), although the study was large enough to show it.",
+        "maybe": "The difference was not significant (p = 0.4); the study was too small to exclude one.",
     }[answer]
     context = (
-        f"To learn whether {treatment} helps {group}, {2 * size} of them were assigned at random to receive it "
-        f"or to usual care. After {pick(2, 12)} months, {treated} of {size} who received it and {control} of "
-        f"{size} in usual care had had {event}. {reading}"
+        f"To learn whether {treatment} helps {group}, {2 * size} of them were assigned at random to receive "
+        f"it or to usual care. After {pick(2, 12)} months, {treated} of {size} who received it and "
+        f"{control} of {size} in usual care had had {event}. {reading}"
     )
     return Study(context, f"Does {treatment} lower the risk of {event} in {group}?", answer)
 
