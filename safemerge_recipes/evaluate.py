@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes import loaders
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.refusal import MATCHER_VERSION
-from safemerge_recipes.tasks import FOLDER, TAGS, TASKS, TUNING_TASKS
+from safemerge_recipes.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS
 
 FORMAT = 1
 
@@ -177,7 +178,11 @@ def _expand(tasks: Sequence[str]) -> list[str]:
 
 
 def _task_manager(names: Sequence[str]) -> Any:
-    shipped = {*TASKS, *TUNING_TASKS}
+    shipped = {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
+    for name in names:
+        if name in PUBLISHED_TASKS:
+            # Says where to get the prompts, before a model is loaded for nothing.
+            loaders.load(name.removeprefix("safemerge_"))
     others = [name for name in names if name not in shipped]
     if others:
         # A misspelt shipped name is worth a quick answer: lm-eval's own index takes seconds to read.

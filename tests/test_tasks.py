@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from safemerge_recipes.tasks import FOLDER, TAGS, TASKS, TUNING_TASKS, arithmetic, studies
+from safemerge_recipes.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS, arithmetic, studies
 from safemerge_recipes.tasks.prompts import prompts
 
 
@@ -131,8 +131,8 @@ def two_proportions(a, b, n):
 def test_plain_lm_eval_finds_and_loads_the_tasks():
     lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
     manager = lm_eval_tasks.TaskManager(include_path=str(FOLDER), include_defaults=False)
-    assert set(manager.all_subtasks) == {*TASKS, *TUNING_TASKS}
-    assert set(manager.all_tags) == set(TAGS)
+    assert set(manager.all_subtasks) == {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
+    assert set(manager.all_tags) == {*TAGS, "safemerge_published"}
     for tag, names in TAGS.items():
         assert set(manager.load([tag])["tasks"]) == set(names)
     loaded = manager.load([*TASKS, *TUNING_TASKS])["tasks"]
@@ -160,7 +160,7 @@ def test_the_folder_is_printed_for_other_tools():
         [sys.executable, "-m", "safemerge_recipes.tasks"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == str(FOLDER)
-    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*TASKS, *TUNING_TASKS}
+    assert {p.stem for p in FOLDER.glob("*.yaml")} == {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
 
 
 def test_the_prompt_files_are_strict_json_lines():

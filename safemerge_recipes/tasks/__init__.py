@@ -14,5 +14,20 @@ FOLDER = Path(__file__).parent
 TASKS = ("safemerge_refusal", "safemerge_overrefusal", "safemerge_arithmetic", "safemerge_qa")
 TUNING_TASKS = tuple(f"{name}_tuning" for name in TASKS)
 
+# Their prompts are not shipped: `safemerge_recipes.loaders` says where each is read from.
+PUBLISHED_TASKS = tuple(
+    f"safemerge_{name}"
+    for name in (
+        "advbench",
+        "harmbench",
+        "strongreject",
+        "donotanswer",
+        "directharm4",
+        "hexphi",
+        "xstest",
+        "pubmedqa",
+    )
+)
+
 # Tags name several tasks at once, here and on lm-eval's own command line.
 TAGS = {"safemerge": TASKS, "safemerge_tuning": TUNING_TASKS}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from safemerge_recipes import loaders
 from safemerge_recipes.refusal import classify
 from safemerge_recipes.tasks import arithmetic, studies
 from safemerge_recipes.tasks.prompts import prompts
@@ -42,6 +43,21 @@ def load_qa(split: str, **_: Any) -> Any:
     rows = [
         {"id": f"qa/{seed}", "context": s.context, "question": s.question, "answer": s.answer}
         for seed, s in studies.studies(split)
+    ]
+    return _dataset(rows)
+
+
+def load_benchmark(name: str, **_: Any) -> Any:
+    """Return the prompts of a published benchmark."""
+    rows = [{"id": r.id, "category": r.category, "prompt": r.prompt} for r in loaders.load(name).rows]
+    return _dataset(rows)
+
+
+def load_published_qa(name: str, **_: Any) -> Any:
+    """Return the questions of a published benchmark with their contexts and answers."""
+    rows = [
+        {"id": r.id, "context": r.context, "question": r.prompt, "answer": r.answer}
+        for r in loaders.load(name).rows
     ]
     return _dataset(rows)
 
