@@ -1,0 +1,156 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safemerge_recipes.errors import CheckError
+from safemerge_recipes.evaluate import Metric, Scores, TaskScores
+from safemerge_recipes.statistics import compare, holm, mcnemar, paired_bootstrap, wilson
+
+scipy_stats = pytest.importorskip("scipy.stats")
+
+
+def scores(outcomes, better=True, **settings):
+    n = len(outcomes)
+    metric = Metric(sum(outcomes.values()) / n, None, n, better, outcomes)
+    return Scores("m", {"task": TaskScores("1.0", {"refusal": metric})}, settings, 1.0)
+
+
+def rows(*ones, n):
+    """Outcomes of n prompts, 1 on those numbered in `ones`."""
+    return {f"p{i}": float(i in ones) for i in range(n)}
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (5, 5), (1, 64), (59, 64), (130, 264)])
+def test_wilson_agrees_with_scipy(k, n):
+    expected = scipy_stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_rejects_counts_that_cannot_be(k, n):
+    with pytest.raises(ValueError, match="expected 0 <="):
+        wilson(k, n)
+
+
+@pytest.mark.parametrize(("b", "c"), list(itertools.product((0, 1, 3, 17, 200), repeat=2)))
+def test_mcnemar_agrees_with_the_exact_binomial_test(b, c):
+    expected = scipy_stats.binomtest(b, b + c).pvalue if b + c else 1.0
+    assert mcnemar(b, c) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_stepping_down_rejects(ps):
+    adjusted = holm(ps)
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    for level in (0.01, 0.05, 0.2):
+        rejected = set()
+        for rank, index in enumerate(order):
+            if ps[index] * (len(ps) - rank) > level:
+                break
+            rejected.add(index)
+        assert rejected == {i for i, p in enumerate(adjusted) if p <= level}
+
+
+def test_bootstrap_agrees_with_scipy_and_with_itself():
+    rng = np.random.default_rng(0)
+    differences = rng.choice([-1.0, 0.0, 1.0], size=150, p=[0.1, 0.6, 0.3]).tolist()
+    low, high = paired_bootstrap(differences, seed=3)
+    expected = scipy_stats.bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=4000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    # Two resamplings of a mean that moves in steps of 1/150.
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.015)
+    assert paired_bootstrap(differences, seed=3) == (low, high)
+    assert paired_bootstrap([0.0] * 9) == (0.0, 0.0)
+
+
+def test_bootstrap_covers_about_as_often_as_it_says():
+    rng = np.random.default_rng(5)
+    inside = 0
+    for seed in range(200):
+        differences = rng.choice([-1.0, 0.0, 1.0], size=100, p=[0.2, 0.5, 0.3]).tolist()
+        low, high = paired_bootstrap(differences, draws=400, seed=seed)
+        inside += low <= 0.1 <= high
+    assert 0.89 <= inside / 200 <= 0.99
+
+
+def test_compare_pairs_by_prompt_whatever_the_order():
+    first = rows(*range(10), n=100)
+    second = dict(reversed(list(rows(*range(60), n=100).items())))
+    result = compare({"merged": scores(second), "finetuned": scores(first)}, "finetuned")
+    d = result.of("merged", "task", "refusal")
+    assert (d.n, d.value, d.reference_value, d.difference) == (100, 0.6, 0.1, pytest.approx(0.5))
+    assert d.p == pytest.approx(scipy_stats.binomtest(0, 50).pvalue)
+    assert d.low < 0.5 < d.high
+    assert d.verdict.startswith(
+        "higher, which is better (60.0% against 10.0%, n=100, difference +50.0 points"
+    )
+    assert result.cautions == ()
+
+
+def test_the_verdict_follows_the_direction_that_is_better():
+    none, every = rows(n=50), rows(*range(50), n=50)
+    worse = compare({"b": scores(every, better=False), "a": scores(none, better=False)}, "a")
+    assert worse.differences[0].verdict.startswith("higher, which is worse")
+    unknown = compare({"b": scores(every, better=None), "a": scores(none, better=None)}, "a")
+    assert unknown.differences[0].verdict.startswith("higher (")
+    lower = compare({"b": scores(none), "a": scores(every)}, "a")
+    assert lower.differences[0].verdict.startswith("lower, which is worse")
+
+
+def test_a_small_difference_is_not_called_equality():
+    first, second = rows(*range(30), n=64), rows(*range(33), n=64)
+    d = compare({"a": scores(first), "b": scores(second)}, "a").differences[0]
+    assert not d.detected
+    assert d.verdict.startswith("no difference detected (51.6% against 46.9%, n=64")
+    assert "95 % CI" in d.verdict
+
+
+def test_the_correction_counts_every_model():
+    # p = 0.03125 alone; among five such models none is detected.
+    first, better = rows(n=40), rows(*range(6), n=40)
+    one = compare({"a": scores(first), "b": scores(better)}, "a").differences[0]
+    assert one.p == one.p_holm == 0.03125
+    assert one.detected
+    five = compare({"a": scores(first), **{f"b{i}": scores(better) for i in range(5)}}, "a")
+    assert [d.p_holm for d in five.differences] == [5 * 0.03125] * 5
+    assert not any(d.detected for d in five.differences)
+
+
+def test_scores_between_0_and_1_use_a_permutation_test():
+    rng = np.random.default_rng(0)
+    first = {f"p{i}": float(x) for i, x in enumerate(rng.uniform(0, 1, 40))}
+    second = {key: value + 0.1 * float(rng.normal(0.15)) for key, value in first.items()}
+    d = compare({"a": scores(first), "b": scores(second)}, "a").differences[0]
+    expected = scipy_stats.permutation_test(
+        ([second[k] for k in first], list(first.values())),
+        lambda x, y: np.mean(x - y),
+        permutation_type="samples",
+        vectorized=False,
+        rng=np.random.default_rng(0),
+    ).pvalue
+    assert 0.001 < expected < 0.9
+    assert d.p == pytest.approx(expected, abs=0.015)
+
+
+def test_what_cannot_be_compared_is_said():
+    first = scores(rows(n=10), dtype="float32", chat_template_sha256="x")
+    second = scores({f"p{i}": 0.0 for i in range(5, 15)}, dtype="bfloat16", chat_template_sha256=None)
+    result = compare({"a": first, "b": second}, "a")
+    assert result.differences[0].n == 5
+    assert result.cautions == (
+        "b and a were scored with a different chat template",
+        "b and a were scored with a different dtype",
+        "b: task is compared on the 5 prompts both answered",
+    )
+    with pytest.raises(CheckError, match="no scores named 'z'; there are a, b"):
+        compare({"a": first, "b": second}, "z")
+
+
+def test_identical_models_differ_in_nothing():
+    same = scores(rows(*range(0, 20, 2), n=20))
+    d = compare({"a": same, "b": same}, "a").differences[0]
+    assert (d.difference, d.low, d.high, d.p, d.value) == (0, 0, 0, 1, 0.5)
