@@ -103,9 +103,7 @@ class Scores:
             }
             return cls(tasks=tasks, **data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckError(
-                f"scores: not a safemerge scores file ({type(error).__name__}: {error})"
-            ) from error
+            raise CheckError(f"scores: not a safemerge scores file ({type(error).__name__}: {error})") from error
 
 
 def evaluate(
@@ -263,8 +261,7 @@ def _load(
         "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
         "refusal_matcher": MATCHER_VERSION,
         "versions": {
-            package: metadata.version(package)
-            for package in ("lm_eval", "transformers", "tokenizers", "torch", "peft")
+            package: metadata.version(package) for package in ("lm_eval", "transformers", "tokenizers", "torch", "peft")
         },
     }
     return wrapped, settings

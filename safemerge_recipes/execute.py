@@ -256,18 +256,20 @@ class TaskRun:
         numel = ranges[-1][1]
         pair = Evaluator(weights[:2], self.reader, self.arena, "pair", dtype)
         hold = 2 * numel * dtype.itemsize <= self.room
+        kept = [self.arena.take(f"held {side}", numel, dtype) for side in ("x", "y")] if hold else []
         held: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
-        def passes() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        def passes(every: int = 1) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
             if held:
                 yield from held
                 return
-            for first, last in ranges:
+            for first, last in ranges if hold else ranges[::every]:
                 if self.stop.is_set():
                     raise StoppedError
                 x, y = pair(first, last)
                 if hold:
-                    held.append((first, x.clone(), y.clone()))
+                    x, y = (whole[first:last].copy_(block) for whole, block in zip(kept, (x, y), strict=True))
+                    held.append((first, x, y))
                 yield first, x, y
 
         state = kernel.scan(slot.name, numel, passes, self.arena)

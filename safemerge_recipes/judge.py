@@ -129,8 +129,7 @@ def _content(address: str, data: bytes) -> str:
         content = json.loads(data)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckError(
-            f"judge {address}: found {data[:200]!r}; "
-            "expected a chat completion with choices[0].message.content"
+            f"judge {address}: found {data[:200]!r}; expected a chat completion with choices[0].message.content"
         ) from error
     # Some servers send null for an empty answer.
     return content or ""

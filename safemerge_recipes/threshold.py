@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from safemerge_recipes.blocks import Arena
     from safemerge_recipes.methods import Blocks, Trim
 
-LOOKS = 1 << 15
+LOOKS = 1 << 16
 """Elements of a tensor that are looked at first, about."""
+GLANCE = 8
+"""Where looking takes reading, only every so-many-th block is read for it."""
 SLACK = 6.0
 """Half-width of the bracket in standard deviations of the looked-at quantile."""
 
@@ -32,6 +35,7 @@ class Selection:
         self.trim: Trim | None = None
         self._looked: list[torch.Tensor] = []
         self._slack = SLACK
+        self._around = (0.0, math.inf)  # the bracket, while `low` = `high` is one value tried inside it
         self._above = 0
         self._equal = 0
         self._inside: list[np.ndarray] = []
@@ -53,20 +57,28 @@ class Selection:
         self.low = float(ordered[low]) if low >= 0 else 0.0
         self.high = float(ordered[high]) if high < n else math.inf
         self._slack *= 8
+        self._around = self.low, self.high
+        values, counts = ordered[max(low, 0) : high + 1].unique(return_counts=True)
+        if 4 * int(counts.max()) >= int(counts.sum()):
+            # Differences of rounded weights take few values; a common one is tried by counting alone.
+            self.low = self.high = float(values[counts.argmax()])
 
-    def count(self, x: torch.Tensor) -> None:
+    def count(self, x: torch.Tensor, arena: Arena) -> None:
         """Counts what lies above the bracket and collects what lies inside, ends included."""
         import numpy as np
+        import torch
 
-        size = np.abs(x.cpu().numpy())  # numpy compares and compresses several times faster than torch
+        # numpy compares and compresses several times faster than torch
+        size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype)).cpu().numpy()
+        above, inside = (arena.take(s, x.numel(), torch.bool, device="cpu").numpy() for s in ("above", "inside"))
         if self.high < math.inf:
-            self._above += int(np.count_nonzero(size > self.high))
+            self._above += int(np.count_nonzero(np.greater(size, size.dtype.type(self.high), out=above)))
         if self.low == self.high:  # one value fills the bracket: counting it is enough
-            self._equal += int(np.count_nonzero(size == self.low))
+            self._equal += int(np.count_nonzero(np.equal(size, size.dtype.type(self.low), out=inside)))
             return
-        inside = size >= self.low
+        np.greater_equal(size, size.dtype.type(self.low), out=inside)
         if self.high < math.inf:
-            inside &= size <= self.high
+            np.not_equal(inside, above, out=inside)  # what is above is also at least `low`
         self._inside.append(size[inside])
 
     def settle(self) -> None:
@@ -80,32 +92,41 @@ class Selection:
         self._inside.clear()
         self._above = self._equal = 0
         if not 1 <= wanted <= len(inside) + equal:
-            self.bracket()
+            low, high = self._around
+            if self.low == self.high and low < high:
+                value = self._looked[0].cpu().numpy().dtype.type(self.low)
+                up, down = float(np.nextafter(value, np.inf)), float(np.nextafter(value, -np.inf))
+                self.low, self.high = (up, high) if wanted < 1 else (low, down)
+                self._around = self.low, self.high
+            else:
+                self.bracket()
             return
         threshold, ties = self.low, wanted
         if not equal:
-            threshold = float(np.partition(inside, len(inside) - wanted)[len(inside) - wanted])
+            place = len(inside) - wanted
+            threshold = float(np.partition(inside, place)[place])
             ties = wanted - int(np.count_nonzero(inside > threshold))
             equal = int(np.count_nonzero(inside == threshold))
-        self.trim = Trim(threshold, None if ties == equal else ties)
+        self.trim = Trim(threshold, math.inf if ties == equal else ties)
 
 
-def trims(keep: int, numel: int, blocks: Blocks) -> tuple[Trim, Trim]:
+def trims(keep: int, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trim, Trim]:
     """What keeps the `keep` largest magnitudes of x and of y, each exactly.
 
     Args:
         keep: elements to keep of each, 0 to `numel`.
         numel: elements of the tensor.
         blocks: passes over the pair.
+        arena: the worker's buffers.
     """
     from safemerge_recipes.methods import Trim
 
     if keep <= 0:
-        return Trim(math.inf, None), Trim(math.inf, None)
+        return Trim(math.inf, 0), Trim(math.inf, 0)
     if keep >= numel:
-        return Trim(0.0, None), Trim(0.0, None)
+        return Trim(0.0, 0), Trim(0.0, 0)
     sides = Selection(keep, numel), Selection(keep, numel)
-    for _, *pair in blocks():
+    for _, *pair in blocks(every=GLANCE):
         for side, block in zip(sides, pair, strict=True):
             side.look(block)
     for side in sides:
@@ -114,7 +135,7 @@ def trims(keep: int, numel: int, blocks: Blocks) -> tuple[Trim, Trim]:
         for _, *pair in blocks():
             for side, block in zip(sides, pair, strict=True):
                 if side.trim is None:
-                    side.count(block)
+                    side.count(block, arena)
         for side in sides:
             if side.trim is None:
                 side.settle()

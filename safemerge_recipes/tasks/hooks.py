@@ -56,8 +56,7 @@ def load_benchmark(name: str, **_: Any) -> Any:
 def load_published_qa(name: str, **_: Any) -> Any:
     """Return the questions of a published benchmark with their contexts and answers."""
     rows = [
-        {"id": r.id, "context": r.context, "question": r.prompt, "answer": r.answer}
-        for r in loaders.load(name).rows
+        {"id": r.id, "context": r.context, "question": r.prompt, "answer": r.answer} for r in loaders.load(name).rows
     ]
     return _dataset(rows)
 
