@@ -1,7 +1,44 @@
-PYTHON ?= python
+# Everything sets itself up: the first call makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin
+# The version of PyTorch that is tested; set TORCH= to keep one that is already in the environment.
+TORCH ?= torch==2.13.0
+LIMIT ?=
 
-.PHONY: bench bench-quick
-bench:
-	$(PYTHON) -m benchmarks.run --size llama-1.1b --rounds 5 --peer-rounds 1
-bench-quick:
-	$(PYTHON) -m benchmarks.run --quick
+.PHONY: install test test-all lint demo bench bench-quick docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	touch $@
+
+test: install           ## the everyday suite, minutes
+	$(RUN)/python -m pytest
+
+test-all: install       ## everything, with what takes gigabytes or long
+	$(RUN)/python -m pytest -m ""
+
+lint: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
+	$(RUN)/python recipes/demo/family.py
+	$(RUN)/safemerge-run recipes/demo/smollm2_arithmetic.yaml --force $(if $(LIMIT),--set evaluate.limit=$(LIMIT))
+
+bench: install          ## against every peer and against copying the bytes, 1.1 B parameters
+	$(RUN)/python -m benchmarks.run --size llama-1.1b --rounds 5 --peer-rounds 1
+
+bench-quick: install
+	$(RUN)/python -m benchmarks.run --quick
+
+docs: install           ## the generated pages
+	$(RUN)/python -m safemerge_recipes.recipe_docs
+
+clean:
+	rm -rf $(VENV)

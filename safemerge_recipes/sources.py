@@ -6,6 +6,7 @@ huggingface_hub; no code and no pickle is ever downloaded on purpose.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,7 +87,7 @@ def locate(source: Source, role: str, directory: Path) -> Folder:
     """
     name = source.adapter or source.model or source.location or ""
     label = f"sources.{role}: {name}"
-    local = (directory / Path(name).expanduser()).resolve() if name else directory
+    local = Path(os.path.normpath(directory / Path(name).expanduser())) if name else directory
     revision = None
     if local.is_dir():
         path = local
