@@ -285,6 +285,13 @@ def recipe_method(recipe: Mapping[str, Any]) -> str:
     return f"{method}, α = {figure(alpha, 2)}" if alpha is not None else method
 
 
+def method_link(method: str) -> str | None:
+    """The address of a method's source, if known; never made from outside text."""
+    from safemerge_recipes.methods import LINKS
+
+    return LINKS.get(method)
+
+
 def sentence(view: Overview, done: bool) -> str:
     """What is merged, or was, in one sentence."""
     gated = view.gated
