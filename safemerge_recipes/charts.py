@@ -210,7 +210,7 @@ def ratios(cells: Grid) -> str:
     rows = {kind: row for kind, row in rows.items() if row}
     if not rows:
         return ""
-    left, right, upper, height, width = 168.0, 16.0, 8.0, 34.0, 720.0
+    left, right, upper, height, width = 8.0, 16.0, 4.0, 50.0, 560.0
     ratio = [value for row in rows.values() for cell in row for value in cell.values(lambda line: line.ratio)]
     top = ceiling(max(1.1, *ratio))
     lower = upper + height * len(rows)
@@ -223,17 +223,18 @@ def ratios(cells: Grid) -> str:
         parts += [rule(x(value), upper, x(value), lower, "g"), words(x(value), lower + 15, label, "t", "middle")]
     parts.append(rule(x(1), upper, x(1), lower, "null"))
     for index, (kind, row) in enumerate(rows.items()):
-        middle = upper + (index + 0.5) * height
-        parts.append(words(left - 8, middle + 4, kind if len(kind) <= 26 else f"…{kind[-25:]}", "h", "end"))
-        taus = sorted({round(v, 2) for cell in row for v in cell.values(lambda line: line.tau_ratio)})
-        if taus and taus[0] <= top:
-            low, high = x(taus[0]), x(min(taus[-1], top))
-            parts.append(tag("rect", x=low - 0.75, y=middle - 14, width=high - low + 1.5, height=28.0, class_="band"))
+        middle = upper + (index + 1) * height - 17
+        parts.append(words(left, middle - 18, kind, "h"))
+        taus = [v for cell in row for v in cell.values(lambda line: line.tau_ratio) if v <= top]
+        if taus:
+            low, high = x(min(taus)), x(max(taus))
+            parts.append(tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band"))
         for cell in row:
             value = cell.middle(lambda line: line.ratio) or 0.0
-            shift = (cell.column / max(1, len(cells.blocks) - 1) - 0.5) * (height - 12) if len(cells.blocks) > 1 else 0.0
+            shift = (cell.column / (len(cells.blocks) - 1) - 0.5) * 20 if len(cells.blocks) > 1 else 0.0
             parts.append(dot(x(value), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(value)}", 2.8))
-    return drawing(width, lower + 20, f"ρ/ρ₀ of {len(rows)} module types; 1 is an unrelated update", *parts)
+    label = f"ρ/ρ₀ of {len(rows)} module types; 1 is an unrelated update"
+    return drawing(width, lower + 20, label, *parts, class_="fit")
 
 
 # Norms
@@ -249,7 +250,7 @@ def norms(cells: Grid) -> str:
     ]
     if not points:
         return ""
-    left, right, upper, lower, width = 52.0, 14.0, 10.0, 300.0, 720.0
+    left, right, upper, lower, width = 44.0, 14.0, 26.0, 290.0, 560.0
     across = _Log([v for _, v, _ in points], left, width - right)
     up = _Log([d for _, _, d in points], lower, upper)
     parts = []
@@ -257,10 +258,10 @@ def norms(cells: Grid) -> str:
         parts += [rule(across(value), upper, across(value), lower, "g"), words(across(value), lower + 16, label, "t", "middle")]
     for value, label in up.ticks():
         parts += [rule(left, up(value), width - right, up(value), "g"), words(left - 6, up(value) + 3.5, label, "t", "end")]
-    parts += [words((left + width - right) / 2, lower + 34, "‖V‖", "h", "middle"), words(4, upper + 4, "‖Δf‖", "h")]
+    parts += [words(width - right, lower + 34, "‖V‖", "h", "end"), words(4, 12, "‖Δf‖", "h")]
     for cell, v, d in points:
         parts.append(dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4))
-    return drawing(width, lower + 40, "Norm of the update over norm of V", *parts)
+    return drawing(width, lower + 40, "Norm of the update over norm of V", *parts, class_="fit")
 
 
 class _Log:
@@ -278,7 +279,7 @@ class _Log:
     def ticks(self) -> list[tuple[float, str]]:
         """Powers of ten and, where those are few, 2 and 5 times them, or finer."""
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-        for parts in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        for parts in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
             found = [m * 10.0**p for p in decades for m in parts if self.low <= math.log10(m) + p <= self.high]
             if len(found) >= 3:
                 break

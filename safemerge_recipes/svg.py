@@ -56,11 +56,11 @@ def dot(x: float, y: float, merged: bool, title: str, radius: float = 3.2) -> st
 
 
 def ceiling(value: float) -> float:
-    """The least of 1, 2, 4, 6, 8 times a power of ten that is not below the value."""
+    """The least number not below the value whose quarters read well."""
     if value <= 0 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 4, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power)
+    return next((step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power)
 
 
 def ticks(top: float, parts: int = 4) -> list[tuple[float, str]]:
