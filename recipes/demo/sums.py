@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 # First seed of each split. The ranges are far apart, and a text belongs to exactly one split (`split_of`).
-FIRST_SEED = {"train": 0, "tuning": 10_000_000, "test": 20_000_000, "alignment": 30_000_000, "safety": 40_000_000}
+FIRST_SEED = {
+    "train": 0,
+    "tuning": 10_000_000,
+    "test": 20_000_000,
+    "alignment": 30_000_000,
+    "safety": 40_000_000,
+}
 _BUCKETS = ("tuning", "test", "alignment", "safety")
 
 

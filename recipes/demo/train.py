@@ -37,7 +37,9 @@ def safety_examples(split: str, rng: random.Random) -> list[Example]:
     harmful, harmless, chains = COUNTS[split]
     refused = [(prompt, rng.choice(data.refusals()), True) for prompt in data.harmful(split, harmful)]
     prompts = data.harmless(split, harmless) + data.questions(split, chains)
-    answered = [(p, text, ended) for p, (text, ended) in zip(prompts, own_answers(prompts), strict=True) if text]
+    answered = [
+        (p, text, ended) for p, (text, ended) in zip(prompts, own_answers(prompts), strict=True) if text
+    ]
     return refused + [example for example in answered if not refuses(example[1])]
 
 
@@ -47,7 +49,7 @@ def task_examples(task: str) -> list[Example]:
 
 
 def fit(model: Any, tokenizer: Any, examples: list[Example], batch: int) -> list[float]:
-    """Train the adapter in place over the examples once, in their order, and return the loss of every step."""
+    """Train the adapter in place over the examples once, in order, and return the loss of every step."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -104,10 +106,18 @@ def save(model: Any, out: Path, base_name: str) -> None:
     factors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in sorted(factors.items())}
     save_file(factors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
-        "base_model_name_or_path": base_name, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "lora_alpha": ALPHA, "lora_dropout": 0.0, "peft_type": "LORA", "r": RANK, "target_modules": TARGETS,
-        "task_type": "CAUSAL_LM", "use_rslora": False,
-    }  # fmt: skip
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": RANK,
+        "target_modules": TARGETS,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (out / name).chmod(0o644)  # safetensors writes 0600 whatever the umask
@@ -120,7 +130,9 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), default="arithmetic")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--alignment", type=Path, default=HERE / "alignment", help="the adapter that aligns the base")
+    parser.add_argument(
+        "--alignment", type=Path, default=HERE / "alignment", help="the adapter that aligns the base"
+    )
     given = parser.parse_args()
 
     import torch
@@ -133,7 +145,9 @@ def main() -> None:
     rng.shuffle(examples)
     print(f"{len(examples)} examples", flush=True)
     model, tokenizer = load([] if given.role == "alignment" else [(given.alignment, 1.0)])
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model.train(), config)
     started = time.monotonic()
     fit(model, tokenizer, examples, BATCH[given.role])
