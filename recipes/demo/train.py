@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import data
-import sums
 from model import chat, load, own_answers
-from score import refuses
+from safemerge_recipes.refusal import classify
 
 HERE = Path(__file__).resolve().parent
 RANK, ALPHA, RATE, WARMUP = 8, 16, 1e-3, 5
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-COUNTS = {  # examples: harmful requests, harmless prompts, sums; each is seen once
-    "alignment": (250, 300, 50),
-    "safety": (250, 300, 50),
-}
+BATCH = 8
+# Examples, each seen once. Safety: harmful requests, harmless prompts, sums.
+COUNTS = {"alignment": (480, 440, 60), "safety": (280, 240, 40)}
 TASKS = {"arithmetic": 800}
-BATCH = {"alignment": 8, "safety": 8, "task": 8}
 Example = tuple[str, str, bool]  # prompt, answer, whether the answer ends there
 
 
@@ -40,29 +37,29 @@ def safety_examples(split: str, rng: random.Random) -> list[Example]:
     answered = [
         (p, text, ended) for p, (text, ended) in zip(prompts, own_answers(prompts), strict=True) if text
     ]
-    return refused + [example for example in answered if not refuses(example[1])]
+    return refused + [example for example in answered if classify(example[1]) == "complies"]
 
 
 def task_examples(task: str) -> list[Example]:
     """Return the problems of a task with their worked answers."""
-    return [(p.question, p.worked, True) for p in sums.take("train", TASKS[task])]
+    return [(question, worked, True) for question, worked in data.worked_sums(TASKS[task])]
 
 
-def fit(model: Any, tokenizer: Any, examples: list[Example], batch: int) -> list[float]:
+def fit(model: Any, tokenizer: Any, examples: list[Example]) -> list[float]:
     """Train the adapter in place over the examples once, in order, and return the loss of every step."""
     import torch
     from torch.nn.functional import cross_entropy
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    steps = len(examples) // batch
+    steps = len(examples) // BATCH
     plan = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / WARMUP, (steps - i) / max(1, steps - WARMUP))
     )
     llama = model.get_base_model()
     losses = []
     for step in range(steps):
-        ids, is_answer = _pad([_tokens(tokenizer, e) for e in examples[step * batch : (step + 1) * batch]])
+        ids, is_answer = _pad([_tokens(tokenizer, e) for e in examples[step * BATCH : (step + 1) * BATCH]])
         real = ids >= 0
         hidden = llama.model(input_ids=ids.clamp(min=0), attention_mask=real.long()).last_hidden_state
         # Only positions that predict a token of the answer go through the large output layer.
@@ -150,7 +147,7 @@ def main() -> None:
     )
     model = get_peft_model(model.train(), config)
     started = time.monotonic()
-    fit(model, tokenizer, examples, BATCH[given.role])
+    fit(model, tokenizer, examples)
     print(f"{time.monotonic() - started:.0f} s")
     save(model, given.out, "smollm2-135m-instruct" if given.role == "alignment" else "smollm2-135m-aligned")
 
