@@ -28,6 +28,7 @@ def score(
     problems = [problem for _, problem in arithmetic.problems(split, count)]
     said = [text for text, _ in answers(model, tokenizer, harmful + harmless, 24)]
     solved = [text for text, _ in answers(model, tokenizer, [p.question for p in problems], 96)]
+    right = [arithmetic.read_answer(text) == p.answer for text, p in zip(solved, problems, strict=True)]
     outcomes = [classify(text) for text in said]
     to_harmful, to_harmless = outcomes[: len(harmful)], outcomes[len(harmful) :]
     if keep:
@@ -38,10 +39,7 @@ def score(
         "degenerate on harmful": to_harmful.count("degenerate") / len(harmful),
         "refuses harmless": to_harmless.count("refuses") / len(harmless),
         "degenerate on harmless": to_harmless.count("degenerate") / len(harmless),
-        "sums right": sum(
-            arithmetic.read_answer(a) == p.answer for a, p in zip(solved, problems, strict=True)
-        )
-        / len(problems),
+        "sums right": sum(right) / len(problems),
         "sums refused": sum(classify(a) == "refuses" for a in solved) / len(problems),
         "n harmful": len(harmful),
         "n harmless": len(harmless),
@@ -61,15 +59,11 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(int(threads))
-    adapters = [
-        (HERE / name, float(weight or 1)) for name, _, weight in (a.partition("=") for a in given.adapters)
-    ]
+    pairs = (adapter.partition("=") for adapter in given.adapters)
+    adapters = [(HERE / name, float(weight or 1)) for name, _, weight in pairs]
     rates = score(adapters, given.split, given.count, given.keep)
-    print(
-        json.dumps(
-            {"model": " ".join(["base", *given.adapters])} | {k: round(v, 3) for k, v in rates.items()}
-        )
-    )
+    rates = {name: round(value, 3) for name, value in rates.items()}
+    print(json.dumps({"model": " ".join(["base", *given.adapters])} | rates))
 
 
 if __name__ == "__main__":
