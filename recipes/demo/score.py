@@ -26,8 +26,8 @@ def score(
     model, tokenizer = load(adapters)
     harmful, harmless = data.harmful(split, count), data.harmless(split, count)
     problems = [problem for _, problem in arithmetic.problems(split, count)]
-    said = [text for text, _ in answers(model, tokenizer, harmful + harmless, 24)]
-    solved = [text for text, _ in answers(model, tokenizer, [p.question for p in problems], 96)]
+    said = [text for text, _ in answers(model, tokenizer, harmful + harmless, 24, batch=64)]
+    solved = [text for text, _ in answers(model, tokenizer, [p.question for p in problems], 96, batch=64)]
     right = [arithmetic.read_answer(text) == p.answer for text, p in zip(solved, problems, strict=True)]
     outcomes = [classify(text) for text in said]
     to_harmful, to_harmless = outcomes[: len(harmful)], outcomes[len(harmful) :]
