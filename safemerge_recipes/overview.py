@@ -66,6 +66,7 @@ class Line:
     norm_v: float | None
     norm_delta: float | None
     method: str
+    alpha: float | None
     source: str
     threshold: Threshold | None
 
@@ -196,6 +197,7 @@ def _line(
         norm_v=number(raw.get("norm_v")),
         norm_delta=number(raw.get("norm_delta")),
         method=clean(raw.get("method"), 100),
+        alpha=number(raw.get("alpha")),
         source=clean(raw.get("source"), 20),
         threshold=limit if gated else None,
     )
@@ -277,12 +279,14 @@ def criteria(recipe: Mapping[str, Any]) -> list[str]:
     return [text for text in found if text]
 
 
-def recipe_method(recipe: Mapping[str, Any]) -> str:
-    """The recipe's merge in a few words, such as `linear, α = 0.8`."""
-    merge = _mapping(recipe.get("merge"))
-    method = clean(merge.get("method") or "linear", 100)
-    alpha = number(merge.get("alpha"))
-    return f"{method}, α = {figure(alpha, 2)}" if alpha is not None else method
+def method_words(view: Overview, method: str) -> str:
+    """A method and its α, such as `linear, α = 0.8`, or `linear, α from 0.7 to 0.8` where rules differ."""
+    alphas = sorted({line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None})
+    if not alphas:
+        return method
+    if len(alphas) == 1:
+        return f"{method}, α = {figure(alphas[0])}"
+    return f"{method}, α from {figure(alphas[0])} to {figure(alphas[-1])}"
 
 
 def method_link(method: str) -> str | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.overview import Line, Overview, read_plan, recipe_method, sentence
+from safemerge_recipes.overview import Line, Overview, read_plan, method_words, sentence
 from safemerge_recipes.scores import interval, is_rate, read_scores, shown
-from safemerge_recipes.wording import clean, clean_lines, count, duration, figure, fixed, median, number, size
+from safemerge_recipes.wording import clean, clean_lines, count, duration, figure, fixed, median, number, size, things
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,27 +82,28 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 
     Args:
         plan: the content of safemerge_plan.json.
-        result: `output` (folder), `bytes_written` (bytes), `seconds`, `peak_memory` (bytes), `scores`; each may
-            be absent.
+        result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`, `peak_memory`
+            (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
         console: where to print.
     """
     page, view = _Page(console), read_plan(plan)
     _head(page, view, done=True)
     _body(page, view)
-    facts = []
-    if number(result.get("bytes_written")) is not None:
-        facts.append(size(result["bytes_written"]))
-    if number(result.get("seconds")) is not None:
-        facts.append(duration(result["seconds"]))
+    _scores(page, result.get("scores"))
+    timings = result.get("timings")
+    seconds = number(result.get("seconds", timings.get("total") if isinstance(timings, Mapping) else None))
+    written = number(result.get("bytes_written", view.summary.get("bytes_written")))
+    facts = [size(written)] if written is not None else []
+    if seconds is not None:
+        facts.append(duration(seconds))
     if number(result.get("peak_memory")):
         facts.append(f"peak memory {size(result['peak_memory'])}")
-    _scores(page, result.get("scores"))
+    if count(result.get("resumed")):
+        facts.append(f"{things(count(result['resumed']), 'tensor')} from an earlier run")
     if result.get("output"):
         page.line(f"Wrote {clean(result['output'], 1000)}", "bold")
-        if facts:
-            page.line("  " + ", ".join(facts))
-    elif facts:
-        page.line("Wrote " + ", ".join(facts))
+    if facts:
+        page.line(("  " if result.get("output") else "Wrote ") + ", ".join(facts))
 
 
 def _head(page: _Page, view: Overview, done: bool) -> None:
@@ -113,7 +114,7 @@ def _head(page: _Page, view: Overview, done: bool) -> None:
     page.line(sentence(view, done))
     methods = view.methods()
     if methods:
-        page.line("Method: " + (recipe_method(view.recipe) if len(methods) == 1 else ", ".join(methods)) + ".")
+        page.line("Method: " + "; ".join(method_words(view, method) for method in methods[:8]) + ".")
     page.line()
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import math
 import random
+import re
+import time
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from rich.console import Console
 
+from safemerge_recipes.card import render_card
+from safemerge_recipes.html import render_report
+from safemerge_recipes.overview import read_plan
 from safemerge_recipes.report import print_plan, print_result
 
 KINDS = {
@@ -120,6 +130,53 @@ PROVENANCE = {
 }  # fmt: skip
 
 
+HOSTILE = [
+    "<script>alert(1)</script>", "</title><img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "' autofocus onfocus=x '",
+    "[bold red]x[/]", "[x](javascript:alert(1))", "![i](http://x/y.png)", "https://example.org www.example.org a@b.cc",
+    "a | b | c", "`code` **bold** _em_ ~~s~~", "# head", "- item", "1. item", "---", "+++", "===", "    indented", "> quote",
+    "a\n---\nlicense: mit\n---\n", "\x1b[31mred\x07", "\u202eevil\u2066", "\ud800", "&lt;b&gt; &amp;", "</code><b>", "\\", "$x^2$",
+    "x" * 5000, "", "]]>", "<!--", "{{ x }}", "%s{0}", "0.²", "1.2.3.weight", "a.999999999999999999999999.b.weight",
+]  # fmt: skip
+
+
+def hostile(text: str) -> dict[str, Any]:
+    """A plan with the text wherever text comes from outside."""
+    plan = make_plan(2)
+    for tensor in plan["tensors"]:
+        if tensor["name"].startswith("model.layers.1."):
+            tensor |= {"name": f"model.layers.1.{text}.weight", "reason": text, "dtype": text}
+        if tensor["name"].startswith("model.norm"):
+            tensor |= {"name": text, "source": text}
+        if tensor["method"]:
+            tensor["method"] = text
+    plan["recipe"] = {**RECIPE, "name": text, "description": text, "gate": {"metric": text, "tau": 0.35}}
+    plan["warnings"] = [text]
+    return plan
+
+
+def hostile_scores(text: str) -> dict[str, Any]:
+    return {"models": {text: {text: {text: entry(0.5)}}, "merged": {text: {text: entry(0.5)}}}}
+
+
+def hostile_origin(text: str) -> dict[str, Any]:
+    return {
+        "sources": {text: {"label": text, "kind": text, "revision": text, "license": text}},
+        "versions": {text: text},
+        "recipe": text,
+        "created": text,
+        "timings": {text: 1.0},
+    }
+
+
+BARE: list[dict[str, Any]] = [
+    {},
+    {"recipe": None, "summary": None, "tensors": None, "warnings": None},
+    {"tensors": [{}, {"name": None}, {"name": "a", "shape": None, "action": "merge", "rho": float("nan"), "rho_null": 0.0}, "x"]},
+    {"recipe": {"gate": {"tau": "x"}, "rules": [None, {"tensors": ["{"], "gate": {"tau": 1}}]}, "tensors": [{"name": "a.1.b.weight"}]},
+    {"recipe": {"gate": {"complement": {"lowest": 3}}}, "tensors": [{"name": "a.1.b.weight", "metric": "rho", "rho": 0.0, "norm_v": 0.0}]},
+]
+
+
 def printed(call: Any, *args: Any, width: int = 80, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
@@ -151,3 +208,241 @@ class TestTerminal:
         text = printed(print_result, plan, {"scores": SCORES, "output": "o" * 300}, width=width)
         assert max(map(len, text.splitlines())) <= min(width, 100)
         assert "\x1b" not in text  # not a terminal: no colour
+
+    def test_ascii_output_holds_no_other_character_and_needs_none(self):
+        plan = make_plan(8, warnings=["naïve ‮ name"])
+        text = printed(print_result, plan, {"scores": SCORES, "output": "out/ü"}, encoding="ascii")
+        assert text.isascii()
+        assert "rho < 0.35" in text
+        assert "out/\\xfc" in text
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_outside_text_is_printed_literally(self, text):
+        plan = hostile(text)
+        output = printed(print_result, plan, {"output": text, "scores": {"models": {text: {text: {text: {"value": 1}}}}}})
+        assert "\x1b" not in output
+        assert "‮" not in output
+        if text == "[bold red]x[/]":
+            assert output.count("[bold red]x[/]") >= 4
+
+    def test_no_measurement_gives_counts_alone(self):
+        text = printed(print_plan, make_plan(4, measured=False))
+        assert "28 of 28 gated tensors merge" in text
+        assert "●" not in text
+        assert "ρ by block" not in text
+
+    def test_the_axis_puts_each_mark_where_its_value_is(self):
+        plan = make_plan(2)
+        for tensor in plan["tensors"]:
+            if tensor["metric"]:
+                tensor |= {"rho": 0.5, "rho_null": 1.0, "value": 0.5}
+        plan["recipe"] = {**RECIPE, "gate": {"metric": "rho", "tau": 0.25}}
+        row = next(row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj"))
+        axis = row[-24:]
+        assert [axis.index(mark) for mark in "┊●×"] == [round(x * 23) for x in (0.25, 0.5, 1.0)]
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags nest."""
+
+    VOID = frozenset({"meta", "input", "circle", "line", "rect", "path", "br"})
+
+    def __init__(self, content: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: dict[str, int] = {}
+        self.attributes: set[str] = set()
+        self.links: set[str] = set()
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.attributes |= {name for name, _ in attrs}
+        self.links |= {value for name, value in attrs if name in ("href", "src")}
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+
+class TestPage:
+    def test_it_shows_every_decision_score_and_source(self):
+        plan = make_plan(warnings=["mind the gap"])
+        page = Page(render_report(plan, scores=SCORES, provenance=PROVENANCE))
+        words = " ".join(page.words)
+        for tensor in plan["tensors"]:
+            assert tensor["name"] in page.words
+        for expected in (
+            f"{plan['summary']['merged']} of 224 gated tensors were merged, where ρ < 0.35", "mind the gap", "93.0 %",
+            PROVENANCE["sources"]["base"]["revision"], "safemerge-run safemerge_recipe.yaml", PROVENANCE["recipe"],
+        ):  # fmt: skip
+            assert expected in words
+
+    def test_every_cell_is_drawn_in_each_chart_with_its_decision(self):
+        plan = make_plan()
+        content = render_report(plan, scores=None, provenance=None)
+        merged = plan["summary"]["merged"]
+        panels, strips, norms = (
+            content[content.index(f'id="{name}-title"') :].split("</section>")[0] for name in ("rho", "ratio", "norms")
+        )
+        for chart in (panels, strips, norms):
+            assert len(re.findall(r"<circle[^>]*><title>", chart)) == 224
+            assert len(re.findall(r'<circle[^>]*class="m"[^>]*><title>', chart)) == merged
+        heat = content[content.index('id="heat-title"') :].split("</section>")[0]
+        assert heat.count("<g><title>") == 224
+        assert heat.count('class="hm"') == merged
+
+    def test_dots_lie_on_the_scale_of_the_panel(self):
+        plan = make_plan(4)
+        content = render_report(plan, scores=None, provenance=None)
+        panel = content[content.index("self_attn.q_proj: ρ by block") :].split("</svg>")[0]
+        scale = [(float(y), float(v)) for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)]
+        (y0, v0), (y1, v1) = scale[0], scale[-1]
+        drawn = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel)]
+        rhos = [t["rho"] for t in plan["tensors"] if t["name"].endswith("q_proj.weight")]
+        expected = [(y0 - 3.5) + (rho - v0) / (v1 - v0) * (y1 - y0) for rho in rhos]
+        assert drawn == pytest.approx(expected, abs=0.6)
+
+    def test_thresholds_follow_the_rules(self):
+        recipe = {**RECIPE, "rules": [{"tensors": ["*.mlp.*"], "gate": {"tau": 0.5}}, {"tensors": "*q_proj*", "merge": {"alpha": 0.5}}]}
+        limits = {line.kind: line.threshold.value for line in read_plan(make_plan(2, recipe=recipe)).lines if line.threshold}
+        assert limits == {kind: 0.5 if kind.startswith("mlp") else 0.35 for kind in KINDS}
+
+    def test_a_ratio_threshold_lies_at_tau_times_null(self):
+        plan = make_plan(2, recipe={**RECIPE, "gate": {"metric": "rho_ratio", "at_most": 0.5}})
+        for tensor in plan["tensors"]:
+            tensor["metric"] = tensor["metric"] and "rho_ratio"
+        for line in read_plan(plan).gated:
+            assert line.tau_rho == pytest.approx(0.5 * line.rho_null)
+            assert line.tau_ratio == 0.5
+
+    def test_it_loads_nothing_and_allows_only_its_own_script_and_style(self):
+        content = render_report(make_plan(), scores=SCORES, provenance=PROVENANCE)
+        page = Page(content)
+        assert page.links <= {"https://arxiv.org/abs/2503.17239"}
+        assert not page.attributes & {"src", "style", "onclick", "onload", "srcset"}
+        assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|innerHTML|eval\(", content)
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', content)[1].replace("&#x27;", "'")
+        assert "default-src 'none'" in policy
+        for name in ("style", "script"):
+            inside = re.search(f"<{name}>(.*?)</{name}>", content, re.DOTALL)[1]
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            assert f"{name}-src 'sha256-{digest}'" in policy
+
+    def test_the_same_input_gives_the_same_bytes(self):
+        pages = [render_report(make_plan(), scores=SCORES, provenance=PROVENANCE) for _ in range(2)]
+        assert pages[0] == pages[1]
+
+    @pytest.mark.parametrize("text", HOSTILE)
+    def test_hostile_text_adds_no_tag_and_no_attribute(self, text):
+        tame = Page(render_report(hostile("plain"), scores=hostile_scores("plain"), provenance=hostile_origin("plain")))
+        content = render_report(hostile(text), scores=hostile_scores(text), provenance=hostile_origin(text))
+        page = Page(content)
+        assert page.attributes <= tame.attributes
+        assert set(page.tags) <= set(tame.tags)
+        assert page.tags["script"] == page.tags["style"] == 1
+        assert page.links <= tame.links | {"https://arxiv.org/abs/2503.17239"}
+        content.encode("utf-8")
+
+    def test_script_in_a_name_is_shown_as_text(self):
+        name = "</script><script>alert(1)</script>"
+        assert any(name in words for words in Page(render_report(hostile(name), scores=None, provenance=None)).words)
+
+
+@pytest.mark.parametrize("plan", BARE, ids=str)
+def test_missing_and_odd_parts_are_left_out_not_fatal(plan):
+    for scores in (None, {}, {"models": None}, {"models": {"merged": {"t": {"m": {"value": float("nan")}, "k": 0.5}}}}):
+        for origin in (None, {}, {"sources": {"base": None}, "versions": None, "timings": {"x": "y"}}):
+            Page(render_report(plan, scores=scores, provenance=origin))
+            ModelCard(render_card(plan, scores=scores, provenance=origin))
+        printed(print_plan, plan)
+        printed(print_result, plan, {"scores": scores})
+
+
+def test_45_000_tensors_take_seconds_and_megabytes():
+    plan = make_plan(60, experts=248)
+    assert len(plan["tensors"]) > 45_000
+    started = time.perf_counter()
+    content = render_report(plan, scores=SCORES, provenance=PROVENANCE)
+    card = render_card(plan, scores=SCORES, provenance=PROVENANCE)
+    text = printed(print_plan, plan)
+    assert time.perf_counter() - started < 20
+    assert len(content.encode()) < 5_000_000
+    assert len(card.encode()) < 50_000
+    assert len(text.splitlines()) < 60
+    page = Page(content)
+    assert page.tags["tr"] < 1700
+    assert "safemerge_plan.json holds them all" in " ".join(page.words)
+
+
+def test_many_long_hostile_names_stay_within_the_size():
+    plan = make_plan(1)
+    line = next(t for t in plan["tensors"] if t["metric"])
+    plan["tensors"] = [{**line, "name": f"layers.{i % 400}.k{i}." + '"<&‮' * 2000, "reason": "<" * 9000} for i in range(4000)]
+    content = render_report(plan, scores=None, provenance=None)
+    assert len(content.encode()) < 6_000_000
+    Page(content)
+
+
+class TestCard:
+    def test_metadata_is_read_back_by_the_hub_library(self):
+        data = ModelCard(render_card(make_plan(), scores=SCORES, provenance=PROVENANCE)).data
+        assert data.base_model == ["meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", "my-org/llama2-gsm8k-lora"]
+        assert (data.base_model_relation, data.library_name, data.license) == ("merge", "transformers", "llama2")
+        assert data.tags == ["merge", "safemerge"]
+        assert {(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
+            ("safemerge_refusal", "refusal_rate", 0.93),
+            ("safemerge_overrefusal", "refusal_rate", 0.07),
+            ("gsm8k", "exact_match", 0.268),
+        }
+
+    def test_folders_are_not_claimed_as_hub_models(self):
+        sources = {"base": {"label": "models/base", "kind": "model", "revision": None}}
+        data = ModelCard(render_card(make_plan(2), scores=None, provenance={"sources": sources})).data
+        assert data.base_model is None
+        assert data.to_dict().get("base_model_relation") is None
+
+    @pytest.mark.parametrize(
+        ("licenses", "expected"),
+        [
+            (("mit", "mit"), ("mit", None)),
+            (("mit", "apache-2.0"), (None, None)),
+            (("mit", None), (None, None)),
+            (("acme-1", "acme-1"), ("other", "acme-1")),
+            (("x: y\nz", "x: y\nz"), (None, None)),
+        ],
+    )
+    def test_license_is_stated_only_where_all_agree(self, licenses, expected):
+        sources = {role: {"label": "o/m", "revision": "a", "license": each} for role, each in zip(("a", "b"), licenses, strict=True)}
+        data = ModelCard(render_card(make_plan(2), scores=None, provenance={"sources": sources})).data
+        assert (data.license, data.license_name) == expected
+
+    @pytest.mark.parametrize("text", [text for text in HOSTILE if text])  # without text, parts are left out
+    def test_hostile_text_adds_no_markup(self, text):
+        def shape(word: str) -> tuple[list[str], set[str]]:
+            card = render_card(hostile(word), scores=hostile_scores(word), provenance=hostile_origin(word))
+            body = card.split("\n---\n", 1)[1]
+            reader = MarkdownIt("gfm-like", {"linkify": False, "html": True})
+            tokens = [token for block in reader.parse(body) for token in (block, *(block.children or ()))]
+            links = {str(token.attrGet("href")) for token in tokens if token.type == "link_open"}
+            kinds = [t.type if t.type != "html_inline" else t.content for t in tokens if t.type not in ("text", "text_special")]
+            return kinds, links
+
+        kinds, links = shape(text)
+        assert links == shape("plain")[1]
+        assert kinds == shape("plain")[0]
