@@ -77,7 +77,7 @@ class Reader:
         dtype = torch_dtype(ref.dtype)
         width = DTYPE_BITS[ref.dtype] // 8
         raw = arena.take(slot, count, dtype, device="cpu")
-        self.read_bytes(ref.path, ref.offset + start * width, memoryview(raw.view(_bytes()).numpy()))
+        self.read_bytes(ref.path, ref.offset + start * width, raw.view(_bytes()).numpy().data)
         if arena.device == "cpu":
             return raw
         return arena.take(slot + ":device", count, dtype).copy_(raw)  # waits, so the staging buffer is free again
@@ -148,6 +148,6 @@ def write_bytes(file: int, view: memoryview, at: int) -> None:
 
 def write_tensor(file: int, tensor: torch.Tensor, at: int) -> memoryview:
     """Writes a contiguous tensor's bytes at byte `at` of the file; returns the view that was written."""
-    view = memoryview(tensor.reshape(-1).view(_bytes()).cpu().numpy())
+    view = tensor.reshape(-1).view(_bytes()).cpu().numpy().data
     write_bytes(file, view, at)
     return view

@@ -18,7 +18,7 @@ from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
 
 if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
-    from safemerge_recipes.run import Prepared
+    from safemerge_recipes.run import Prepared, Resolved
 
 app = typer.Typer(
     name="safemerge",
@@ -65,33 +65,31 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _prepare(
-    loaded: LoadedRecipe,
-    device: str,
-    workers: int | None,
-    max_memory: str,
-    executor: str,
-    use_cache: bool = True,
-) -> tuple[Prepared, Any]:
-    if executor != "local":
-        raise RecipeError(f"--executor {executor}: not available; expected local")
-    memory = _bytes(max_memory)
+def _prepare(resolved: Resolved, device: str, workers: int | None, memory: int) -> tuple[Prepared, Any]:
     from safemerge_recipes.execute import Resources
     from safemerge_recipes.progress import progress_bar
     from safemerge_recipes.run import choose_device, prepare
 
     progress = progress_bar()
-    resources = Resources(workers or _cores(), memory, choose_device(device))
     try:
-        return prepare(loaded, resources, progress, use_cache=use_cache), progress
+        return prepare(resolved, Resources(workers or _cores(), memory, choose_device(device)), progress), progress
     finally:
         progress.pause()
 
 
-def _console() -> Any:
+def _console(json_: bool) -> Any:
+    """Where people read: standard output, or standard error where that one is for a program."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=json_, highlight=False)
+
+
+def _target(loaded: LoadedRecipe, output: Path | None) -> Path:
+    if output is not None:
+        return Path.cwd() / output
+    if loaded.recipe.output.path is not None:
+        return loaded.resolve(loaded.recipe.output.path)
+    raise RecipeError(f"{loaded.path}: output.path: missing; expected it there, or --output DIR")
 
 
 @app.command()
@@ -115,33 +113,36 @@ def run(
     """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
     from safemerge_recipes import report
 
+    if executor != "local":
+        raise RecipeError(f"--executor {executor}: not available; expected local")
+    memory = _bytes(max_memory)
     loaded = _load(recipe, set_)
-    target: Path | None = None
-    if not dry_run:
-        if output is not None:
-            target = Path.cwd() / output
-        elif loaded.recipe.output.path is not None:
-            target = loaded.resolve(loaded.recipe.output.path)
-        else:
-            raise RecipeError(f"{recipe}: output.path: missing; expected it there, or --output DIR")
-        from safemerge_recipes.folder import check_output
+    console = _console(json_)
+    from safemerge_recipes.run import carry_out, resolve
 
-        check_output(target, force)
-    prepared, progress = _prepare(loaded, device, workers, max_memory, executor)
-    plan = prepared.plan_json()
-    console = _console()
-    if target is None:
+    if dry_run:
+        prepared, _ = _prepare(resolve(loaded), device, workers, memory)
         if json_:
-            sys.stdout.write(json.dumps(plan, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(prepared.plan_json(), ensure_ascii=False, allow_nan=False) + "\n")
         else:
-            report.print_plan(plan, console)
+            report.print_plan(prepared.plan_json(), console)
         return
-    from safemerge_recipes.run import carry_out
+    target = _target(loaded, output)
+    from safemerge_recipes.folder import check_output
+    from safemerge_recipes.provenance import Digests
 
+    check_output(target, force)
+    resolved = resolve(loaded)
+    digests = Digests(resolved.identities)
     try:
-        result = carry_out(prepared, target, progress, force=force)
+        prepared, progress = _prepare(resolved, device, workers, memory)
+        try:
+            result = carry_out(prepared, target, digests, progress, force=force)
+        finally:
+            progress.pause()
     finally:
-        progress.pause()
+        digests.cancelled.set()
+    plan = prepared.plan_json()
     if loaded.recipe.evaluate is not None and not no_evaluate:
         from safemerge_recipes.scoring import score_output
 

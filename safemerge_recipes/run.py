@@ -64,6 +64,16 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe whose sources are found and fit together; only headers were read. Needs no torch."""
+
+    recipe: Recipe
+    directory: Path
+    family: Family
+    identities: tuple[FileIdentity, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """Everything that is decided before the first byte is written."""
 
@@ -132,18 +142,26 @@ def choose_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def prepare(loaded: LoadedRecipe, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
-    """Resolves the sources, measures what is gated, decides every tensor and builds the work.
+def resolve(loaded: LoadedRecipe) -> Resolved:
+    """Finds, fetches and opens the sources. Reads headers only.
 
     Raises:
-        SafemergeError: whatever does not fit; nothing has been written.
+        SafemergeError: a source is missing, unsound, or does not fit the others.
     """
-    started = time.perf_counter()
     recipe = _settled(loaded)
     family = open_family(recipe, loaded.directory)
-    identities = family.identities()
-    outlooks = survey(recipe, family)
+    return Resolved(recipe, loaded.directory, family, family.identities())
+
+
+def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
+    """Measures what is gated, decides every tensor and builds the work.
+
+    Raises:
+        SafemergeError: the plan cannot be made or carried out; nothing has been written.
+    """
+    recipe, family = resolved.recipe, resolved.family
     opened = time.perf_counter()
+    outlooks = survey(recipe, family)
     measurer = None
     if "base" in family.models and any(outlook.policy for outlook in outlooks):
         from safemerge_recipes.measuring import Measurer
@@ -160,13 +178,13 @@ def prepare(loaded: LoadedRecipe, resources: Resources, progress: Progress, *, u
         measurer = Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
     plan = make_plan(recipe, family, outlooks, measurer)
     measured = time.perf_counter()
-    graph = build_graph(plan, family, identities)
+    graph = build_graph(plan, family, resolved.identities)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
     workers = fit_workers(needs, resources.workers, resources.memory)
     peak = projected_peak(graph, workers, resources.memory, measurer.peak if measurer else 0)
-    timings = {"open": opened - started, "measure": measured - opened, "plan": time.perf_counter() - measured}
+    timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
     return Prepared(
-        recipe, loaded.directory, family, identities, plan, graph,
+        recipe, resolved.directory, family, resolved.identities, plan, graph,
         replace(resources, workers=workers), peak, timings,
     )  # fmt: skip
 
@@ -292,12 +310,15 @@ def _reuse(output: Path, part: Path, prepared: Prepared) -> dict[str, str | None
     return {task.slot.name: None for task in prepared.graph.tasks if keys.get(task.slot.name) == task.key}
 
 
-def carry_out(prepared: Prepared, output: Path, progress: Progress, *, force: bool = False) -> dict[str, Any]:
+def carry_out(
+    prepared: Prepared, output: Path, digests: Digests, progress: Progress, *, force: bool = False
+) -> dict[str, Any]:
     """Writes the output folder and returns the run's result.
 
     Args:
         prepared: what `prepare` made.
         output: the folder to write.
+        digests: hashes the inputs; begun as early as may be, since it takes long.
         progress: is told what goes on.
         force: replace a finished output; start an interrupted run over if its inputs changed.
 
@@ -318,7 +339,6 @@ def carry_out(prepared: Prepared, output: Path, progress: Progress, *, force: bo
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
-    digests = Digests(prepared.identities)
     try:
         with locked(part):
             result = _write(prepared, part, output, done, digests, progress, force)
