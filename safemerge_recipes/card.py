@@ -19,7 +19,7 @@ from safemerge_recipes.overview import (
     sentence,
 )
 from safemerge_recipes.scores import Score, interval, is_rate, read_scores, shown
-from safemerge_recipes.wording import clean, clean_lines, fixed, grouped, median, things
+from safemerge_recipes.wording import clean, fixed, grouped, median, things
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSES = frozenset(
@@ -108,7 +108,7 @@ def render_card(
         part
         for part in (
             f"# {markdown(view.name)}",
-            markdown(clean_lines(view.description).replace("\n", " "), 2000),
+            markdown(view.description, 2000),
             _what(view),
             _source_table(sources),
             _plan_table(view),
@@ -313,7 +313,7 @@ def _repeat(origin: Mapping[str, Any]) -> str:
             + "."
         )
     return (
-        "## Repeat it\n\n`safemerge_recipe.yaml` in this folder is the recipe as it was resolved; the same recipe "
-        "and sources give the same bytes.\n\n```sh\npip install safemerge-recipes\n"
+        "## Repeat it\n\n`safemerge_recipe.yaml` in this folder is the recipe as it was resolved; the same "
+        "recipe and sources give the same bytes.\n\n```sh\npip install safemerge-recipes\n"
         f"safemerge-run safemerge_recipe.yaml --output again\n```{told}"
     )

@@ -1,8 +1,8 @@
 """safemerge_report.html: one file that shows a plan, its scores and where everything came from.
 
 Plain data in, text out. The page loads nothing: style and script are inside, pictures are inline SVG, and its
-content policy allows no more. Without script everything is readable; script adds search, sorting and tips. All
-text from outside is escaped by `svg.text` and `svg.tag`; none of it enters the script or the style.
+content policy allows no more. Without script everything is readable; script adds search, sorting and tips.
+All text from outside is escaped by `svg.text` and `svg.tag`; none of it enters the script or the style.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _head(view: Overview, origin: Mapping[str, Any]) -> str:
     )
     parts = [tag("p", "SafeMERGE report", class_="eyebrow"), tag("h1", text(view.name))]
     if view.description:
-        parts.append(tag("p", text(clean_lines(view.description), 2000)))
+        parts.append(tag("p", text(view.description, 2000)))
     parts.append(tag("p", text(sentence(view, True)), class_="lead"))
     parts.append(_method(view))
     parts.append(tag("dl", shown_facts, class_="facts"))
@@ -224,8 +224,9 @@ def _ratios(cells: charts.Grid) -> str:
     if not drawn:
         return ""
     note = (
-        "ρ divided by its null ρ₀: at 1 an update lies where alignment changed the weights just as much as an "
-        "unrelated one would, below 1 less, above 1 more. Within a row the first block is at the top. The grey band is where the threshold lies."
+        "ρ divided by its null ρ₀: at 1 an update lies where alignment changed the weights just as much as "
+        "an unrelated one would, below 1 less, above 1 more. Within a row the first block is at the top. The "
+        "grey band is where the threshold lies."
     )
     keys = [_key(_MERGED, "merged"), _key(_KEPT, "kept"), _key(_NULL, "ρ = ρ₀")]
     return _section("ratio", "Against chance: ρ/ρ₀", note, _legend(*keys), drawn)
@@ -236,8 +237,8 @@ def _norms(cells: charts.Grid) -> str:
     if not drawn:
         return ""
     note = (
-        "How much fine-tuning moved each tensor (‖Δf‖) beside how much alignment had moved it (‖V‖). Both axes "
-        "are logarithmic."
+        "How much fine-tuning moved each tensor (‖Δf‖) beside how much alignment had moved it (‖V‖). Both "
+        "axes are logarithmic."
     )
     return _section("norms", "Norms", note, _legend(_key(_MERGED, "merged"), _key(_KEPT, "kept")), drawn)
 
@@ -327,8 +328,8 @@ def _decisions(view: Overview) -> str:
         chosen = sorted(range(len(lines)), key=lambda i: (not lines[i].gated, i))[:MAX_ROWS]
         lines = tuple(lines[i] for i in sorted(chosen))
         note = (
-            f"{text(things(len(lines), 'tensor'))} of {text(grouped(len(view.lines)))}, gated ones first to be "
-            "listed; safemerge_plan.json holds them all."
+            f"{text(things(len(lines), 'tensor'))} of {text(grouped(len(view.lines)))}, gated ones first "
+            "to be listed; safemerge_plan.json holds them all."
         )
     figures = [("ρ", "n"), ("ρ₀", "n"), ("ρ/ρ₀", "n"), ("‖V‖", "n wide-only"), ("‖Δf‖", "n wide-only")]
     heads = [

@@ -159,7 +159,7 @@ def read_plan(plan: Mapping[str, Any]) -> Overview:
     )
     return Overview(
         name=clean(recipe.get("name"), 200) or "Unnamed merge",
-        description=clean(recipe.get("description"), 2000),
+        description=clean(" ".join(str(recipe.get("description") or "").split()), 2000),
         recipe=recipe,
         lines=lines,
         blocks=labels,

@@ -13,7 +13,6 @@ from safemerge_recipes.overview import Line, Overview, method_words, read_plan, 
 from safemerge_recipes.scores import interval, is_rate, read_scores, shown
 from safemerge_recipes.wording import (
     clean,
-    clean_lines,
     count,
     duration,
     figure,
@@ -37,8 +36,8 @@ AXIS = 24
 _ASCII = str.maketrans(
     {
         "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|",
-        "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "●": "o", "│": "|", "─": "-", "┊": "!", "×": "x",
-        "┄": "-", "\N{NO-BREAK SPACE}": " ",
+        "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "●": "o", "│": "|", "─": "-", "┊": "!",
+        "×": "x", "┄": "-", "\N{NO-BREAK SPACE}": " ",
     }
 )  # fmt: skip
 
@@ -122,7 +121,7 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 def _head(page: _Page, view: Overview, done: bool) -> None:
     page.line(view.name, "bold")
     if view.description:
-        page.line(clean_lines(view.description, 600))
+        page.line(clean(view.description, 600))
     page.line()
     page.line(sentence(view, done))
     methods = view.methods()

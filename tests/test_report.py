@@ -329,6 +329,15 @@ class TestTerminal:
         if text == "[bold red]x[/]":
             assert output.count("[bold red]x[/]") >= 4
 
+    def test_a_description_of_several_lines_is_one_paragraph_everywhere(self):
+        plan = make_plan(2, recipe={**RECIPE, "description": "One\nand  two."})
+        for content in (
+            printed(print_plan, plan),
+            render_report(plan, scores=None, provenance=None),
+            render_card(plan, scores=None, provenance=None),
+        ):
+            assert "One and two." in content
+
     def test_no_measurement_gives_counts_alone(self):
         text = printed(print_plan, make_plan(4, measured=False))
         assert "28 of 28 gated tensors merge" in text
