@@ -84,7 +84,7 @@ _MARKUP = re.compile(
     r"[\\`*{}\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE
 )
 """What Markdown, HTML, tables, mathematics, mentions or automatic links could read as markup in a line."""
-_LINE_START = re.compile(r"[-+=#:]|[0-9]+(?=[.)])")
+_LINE_START = re.compile(r"[-+=#:]|[0-9]+(?=[.)](\s|$))")
 
 _PAPER = "https://arxiv.org/abs/2503.17239"
 MAX_KINDS = 60

@@ -329,7 +329,7 @@ def sentence(view: Overview, done: bool) -> str:
         return f"None of the {things(len(view.lines), 'tensor')} is gated; nothing {verb} merged."
     known = criteria(view.recipe)
     why = f", {known[0]}" if known else ""
-    more = " (rules differ for some tensors)" if len(known) > 1 else ""
+    more = f", or by rule {known[1]}" if len(known) == 2 else ", or by rules" if known[1:] else ""
     rest = len(view.lines) - merged
     return (
         f"{grouped(merged)} of {things(len(gated), 'gated tensor')} {verb}{why}{more}; "

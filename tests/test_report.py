@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from typing import Any
@@ -19,7 +22,7 @@ from rich.console import Console
 
 from safemerge_recipes.card import render_card
 from safemerge_recipes.html import render_report
-from safemerge_recipes.overview import read_plan
+from safemerge_recipes.overview import read_plan, sentence
 from safemerge_recipes.report import print_plan, print_result
 
 KINDS = {
@@ -456,6 +459,11 @@ class TestPage:
         }
         assert limits == {kind: 0.5 if kind.startswith("mlp") else 0.35 for kind in KINDS}
 
+    def test_the_sentence_tells_what_a_rule_selects(self):
+        recipe = {**RECIPE, "rules": [{"tensors": "*up*", "gate": {"metric": "rho_ratio", "at_most": 1}}]}
+        words = sentence(read_plan(make_plan(2, recipe=recipe)), False)
+        assert "merge, where ρ < 0.35, or by rule where ρ/ρ₀ ≤ 1; the other" in words
+
     def test_a_ratio_threshold_lies_at_tau_times_null(self):
         plan = make_plan(2, recipe={**RECIPE, "gate": {"metric": "rho_ratio", "at_most": 0.5}})
         for tensor in plan["tensors"]:
@@ -516,6 +524,23 @@ def test_missing_and_odd_parts_are_left_out_not_fatal(plan):
             ModelCard(render_card(plan, scores=scores, provenance=origin))
         printed(print_plan, plan)
         printed(print_result, plan, {"scores": scores})
+
+
+def test_reports_need_no_torch():
+    code = (
+        "import sys, json; from safemerge_recipes.html import render_report; "
+        "from safemerge_recipes.card import render_card; import safemerge_recipes.report; "
+        "plan = json.loads(sys.stdin.read()); render_report(plan, scores=None, provenance=None); "
+        "render_card(plan, scores=None, provenance=None); print('torch' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(make_plan(2)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "False"
 
 
 def test_45_000_tensors_take_seconds_and_megabytes():
