@@ -1,7 +1,7 @@
 """The charts of the report, drawn from an overview: ρ by block, heat map, ρ/ρ₀, norms, scores.
 
-What is drawn is a cell: the gated tensors of one module type in one block, usually one, with mixture-of-experts
-many. So the size of a chart is bounded by blocks × module types, whatever the number of tensors.
+What is drawn is a cell: the gated tensors of one module type in one block, usually one, with experts many. So
+the size of a chart is bounded by blocks × module types, whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from safemerge_recipes.svg import ceiling, dot, drawing, rule, steps, tag, text,
 from safemerge_recipes.wording import figure, fixed, median, things
 
 MAX_BLOCKS = 160
+"""Blocks that are drawn."""
 MAX_KINDS = 24
+"""Module types that are drawn."""
 HEAT_STEPS = 10
+"""Colours of the heat map; the style sheet has as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,9 @@ def grid(view: Overview) -> Grid:
 
 def _every(count: int, most: int) -> int:
     """The step between labels so that at most about `most` are shown."""
-    return next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 40) if count <= step * most), max(1, count // most))
+    return next(
+        (step for step in (1, 2, 4, 5, 8, 10, 16, 20, 40) if count <= step * most), max(1, count // most)
+    )
 
 
 # ρ by block
@@ -114,7 +119,11 @@ def panels(cells: Grid) -> list[str]:
         for value in cell.values(of)
     ]
     top = ceiling(max(drawn, default=1.0))
-    return [_panel(kind, row, cells.blocks, top) for kind, row in cells.rows.items() if any(c.values(_rho) for c in row)]
+    return [
+        _panel(kind, row, cells.blocks, top)
+        for kind, row in cells.rows.items()
+        if any(c.values(_rho) for c in row)
+    ]
 
 
 def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> str:
@@ -127,16 +136,22 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
     def y(value: float) -> float:
         return lower - min(value, top) / top * (lower - upper)
 
-    parts = [words(0, 12, kind, "h"), words(width - right, 12, f"{_merged(row)} of {_tensors(row)} merged", "t", "end")]
+    parts = [
+        words(0, 12, kind, "h"),
+        words(width - right, 12, f"{_merged(row)} of {_tensors(row)} merged", "t", "end"),
+    ]
     for value, label in ticks(top):
-        parts += [rule(left, y(value), width - right, y(value), "g"), words(left - 6, y(value) + 3.5, label, "t", "end")]
+        parts += [
+            rule(left, y(value), width - right, y(value), "g"),
+            words(left - 6, y(value) + 3.5, label, "t", "end"),
+        ]
     for column in range(0, len(blocks), _every(len(blocks), 8)):
         parts.append(words(x(column), lower + 15, blocks[column], "t", "middle"))
     for class_, of in (("null", lambda line: line.rho_null), ("tau", lambda line: line.tau_rho)):
         runs = [
-            (x(cell.column) - step / 2, x(cell.column) + step / 2, y(value))
+            (x(cell.column) - step / 2, x(cell.column) + step / 2, y(at))
             for cell in row
-            if (value := cell.middle(of)) is not None
+            if (at := cell.middle(of)) is not None
         ]
         parts.append(steps(runs, class_))
     for cell in row:
@@ -145,7 +160,15 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
             continue
         if len(rhos) > 1:
             parts.append(rule(x(cell.column), y(min(rhos)), x(cell.column), y(max(rhos)), "span"))
-        parts.append(dot(x(cell.column), y(median(rhos) or 0.0), cell.merged, cell.title, min(3.2, max(1.6, step / 2.4))))
+        parts.append(
+            dot(
+                x(cell.column),
+                y(median(rhos) or 0.0),
+                cell.merged,
+                cell.title,
+                min(3.2, max(1.6, step / 2.4)),
+            )
+        )
     count = _merged(row)
     label = f"{kind}: ρ by block, {count} of {_tensors(row)} merged"
     return drawing(width, 152, label, *parts)
@@ -173,18 +196,31 @@ def heat_map(cells: Grid) -> str:
         parts.append(words(left + (column + 0.5) * step, upper - 7, cells.blocks[column], "t", "middle"))
     for index, (kind, row) in enumerate(cells.rows.items()):
         y = upper + index * height
-        parts.append(words(left - 8, y + height / 2 + 4, kind if len(kind) <= 26 else f"…{kind[-25:]}", "h", "end"))
+        parts.append(
+            words(left - 8, y + height / 2 + 4, kind if len(kind) <= 26 else f"…{kind[-25:]}", "h", "end")
+        )
         for cell in row:
             x = left + cell.column * step
             rho = cell.middle(_rho)
             heat = "none" if rho is None else min(HEAT_STEPS - 1, int(rho / top * HEAT_STEPS))
             marks = tag("title", text(cell.title))
-            marks += tag("rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}")
+            marks += tag(
+                "rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}"
+            )
             if cell.merged:
-                marks += tag("circle", cx=x + step / 2 - 0.5, cy=y + height / 2 - 0.5, r=min(4.2, step / 2.6), class_="hm")
+                marks += tag(
+                    "circle",
+                    cx=x + step / 2 - 0.5,
+                    cy=y + height / 2 - 0.5,
+                    r=min(4.2, step / 2.6),
+                    class_="hm",
+                )
             parts.append(tag("g", marks))
-    label = f"Heat map of {len(cells.rows)} module types by {len(cells.blocks)} blocks; dots mark merged tensors"
-    return drawing(width, upper + height * len(cells.rows), label, *parts, class_="wide" if len(cells.blocks) > 16 else "")
+    label = f"Heat map of {len(cells.rows)} module types by {len(cells.blocks)} blocks; dots mark merged"
+    # Few blocks keep their size; many fill the page, and scroll where it is narrow.
+    few = len(cells.blocks) <= 16
+    height = upper + height * len(cells.rows)
+    return drawing(width, height, label, *parts, class_="few" if few else "wide", fixed=few)
 
 
 def heat_top(cells: Grid) -> float:
@@ -196,7 +232,9 @@ def heat_top(cells: Grid) -> float:
 def heat_scale(cells: Grid) -> str:
     """The legend of the heat map's colours."""
     top, step = heat_top(cells), 16.0
-    parts = [tag("rect", x=i * step, y=0.0, width=step, height=10.0, class_=f"q{i}") for i in range(HEAT_STEPS)]
+    parts = [
+        tag("rect", x=i * step, y=0.0, width=step, height=10.0, class_=f"q{i}") for i in range(HEAT_STEPS)
+    ]
     parts += [words(0, 22, "ρ 0"), words(step * HEAT_STEPS, 22, figure(top), "t", "end")]
     return drawing(step * HEAT_STEPS, 26, f"Colours from ρ 0 to {figure(top)}", *parts, class_="scale")
 
@@ -211,8 +249,8 @@ def ratios(cells: Grid) -> str:
     if not rows:
         return ""
     left, right, upper, height, width = 8.0, 16.0, 4.0, 50.0, 560.0
-    ratio = [value for row in rows.values() for cell in row for value in cell.values(lambda line: line.ratio)]
-    top = ceiling(max(1.1, *ratio))
+    drawn = [value for row in rows.values() for cell in row for value in cell.values(lambda line: line.ratio)]
+    top = ceiling(max(1.1, *drawn))
     lower = upper + height * len(rows)
 
     def x(value: float) -> float:
@@ -220,7 +258,10 @@ def ratios(cells: Grid) -> str:
 
     parts = []
     for value, label in ticks(top):
-        parts += [rule(x(value), upper, x(value), lower, "g"), words(x(value), lower + 15, label, "t", "middle")]
+        parts += [
+            rule(x(value), upper, x(value), lower, "g"),
+            words(x(value), lower + 15, label, "t", "middle"),
+        ]
     parts.append(rule(x(1), upper, x(1), lower, "null"))
     for index, (kind, row) in enumerate(rows.items()):
         middle = upper + (index + 1) * height - 17
@@ -228,11 +269,15 @@ def ratios(cells: Grid) -> str:
         taus = [v for cell in row for v in cell.values(lambda line: line.tau_ratio) if v <= top]
         if taus:
             low, high = x(min(taus)), x(max(taus))
-            parts.append(tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band"))
+            parts.append(
+                tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band")
+            )
         for cell in row:
-            value = cell.middle(lambda line: line.ratio) or 0.0
+            ratio = cell.middle(lambda line: line.ratio) or 0.0
             shift = (cell.column / (len(cells.blocks) - 1) - 0.5) * 20 if len(cells.blocks) > 1 else 0.0
-            parts.append(dot(x(value), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(value)}", 2.8))
+            parts.append(
+                dot(x(ratio), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(ratio)}", 2.8)
+            )
     label = f"ρ/ρ₀ of {len(rows)} module types; 1 is an unrelated update"
     return drawing(width, lower + 20, label, *parts, class_="fit")
 
@@ -255,12 +300,20 @@ def norms(cells: Grid) -> str:
     up = _Log([d for _, _, d in points], lower, upper)
     parts = []
     for value, label in across.ticks():
-        parts += [rule(across(value), upper, across(value), lower, "g"), words(across(value), lower + 16, label, "t", "middle")]
+        parts += [
+            rule(across(value), upper, across(value), lower, "g"),
+            words(across(value), lower + 16, label, "t", "middle"),
+        ]
     for value, label in up.ticks():
-        parts += [rule(left, up(value), width - right, up(value), "g"), words(left - 6, up(value) + 3.5, label, "t", "end")]
+        parts += [
+            rule(left, up(value), width - right, up(value), "g"),
+            words(left - 6, up(value) + 3.5, label, "t", "end"),
+        ]
     parts += [words(width - right, lower + 34, "‖V‖", "h", "end"), words(4, 12, "‖Δf‖", "h")]
     for cell, v, d in points:
-        parts.append(dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4))
+        parts.append(
+            dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4)
+        )
     return drawing(width, lower + 40, "Norm of the update over norm of V", *parts, class_="fit")
 
 
@@ -280,7 +333,9 @@ class _Log:
         """Powers of ten and, where those are few, 2 and 5 times them, or finer."""
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         for parts in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
-            found = [m * 10.0**p for p in decades for m in parts if self.low <= math.log10(m) + p <= self.high]
+            found = [
+                m * 10.0**p for p in decades for m in parts if self.low <= math.log10(m) + p <= self.high
+            ]
             if len(found) >= 3:
                 break
         kept = found[:: max(1, -(-len(found) // 9))]
@@ -300,6 +355,10 @@ def score_bar(row: Score, rate: bool, low: float, high: float) -> str:
     parts = [rule(4, middle, width - 4, middle, "g")]
     if row.low is not None and row.high is not None:
         parts.append(rule(x(row.low), middle, x(row.high), middle, "interval"))
-    parts.append(dot(x(row.value), middle, row.model == "merged", f"{row.model}: {shown(row.value, rate)}", 4.5))
+    parts.append(
+        dot(x(row.value), middle, row.model == "merged", f"{row.model}: {shown(row.value, rate)}", 4.5)
+    )
     between = interval(row, rate)
-    return drawing(width, 20, f"{shown(row.value, rate)}" + (f", 95 % interval {between}" if between else ""), *parts)
+    return drawing(
+        width, 20, f"{shown(row.value, rate)}" + (f", 95 % interval {between}" if between else ""), *parts
+    )

@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.overview import Line, Overview, read_plan, method_words, sentence
+from safemerge_recipes.overview import Line, Overview, method_words, read_plan, sentence
 from safemerge_recipes.scores import interval, is_rate, read_scores, shown
-from safemerge_recipes.wording import clean, clean_lines, count, duration, figure, fixed, median, number, size, things
+from safemerge_recipes.wording import (
+    clean,
+    count,
+    duration,
+    figure,
+    fixed,
+    median,
+    number,
+    size,
+    things,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +35,8 @@ AXIS = 24
 
 _ASCII = str.maketrans(
     {
-        "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|", "−": "-",
-        "–": "-", "…": "...", "≤": "<=", "≥": ">=", "·": "*", "●": "o", "○": ".", "│": "|", "─": "-", "┊": "!",
+        "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|",
+        "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "●": "o", "│": "|", "─": "-", "┊": "!",
         "×": "x", "┄": "-", "\N{NO-BREAK SPACE}": " ",
     }
 )  # fmt: skip
@@ -44,7 +54,9 @@ class _Page:
         """One paragraph, wrapped to the page."""
         from rich.text import Text
 
-        self.console.print(Text(self.fit(text), style=style, overflow="fold"), width=self.width, highlight=False)
+        self.console.print(
+            Text(self.fit(text), style=style, overflow="fold"), width=self.width, highlight=False
+        )
 
     def marks(self, text: str, styles: Mapping[str, str]) -> None:
         """One line of a chart, each mark in its style."""
@@ -82,8 +94,8 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 
     Args:
         plan: the content of safemerge_plan.json.
-        result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`, `peak_memory`
-            (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
+        result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`,
+            `peak_memory` (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
         console: where to print.
     """
     page, view = _Page(console), read_plan(plan)
@@ -109,7 +121,7 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 def _head(page: _Page, view: Overview, done: bool) -> None:
     page.line(view.name, "bold")
     if view.description:
-        page.line(clean_lines(view.description, 600))
+        page.line(clean(view.description, 600))
     page.line()
     page.line(sentence(view, done))
     methods = view.methods()
@@ -178,7 +190,9 @@ def _kinds(page: _Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None
         head += f"  median  0{figure(top, 2):>{AXIS - 1}}"
     page.line(head, "dim")
     for kind, lines in shown_rows:
-        page.marks(_row(_cut(kind, label), lines, label, measured, top), {"●": "bold", "┊": "yellow", "×": "dim"})
+        page.marks(
+            _row(_cut(kind, label), lines, label, measured, top), {"●": "bold", "┊": "yellow", "×": "dim"}
+        )
     if rest:
         lines = [line for _, members in rest for line in members]
         page.marks(_row(f"{len(rest)} others", lines, label, measured, top), {"●": "bold"})
@@ -207,7 +221,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _chart(page: _Page, view: Overview) -> None:
-    """Per block: ρ from min to max with its median; τ as a dotted line. Blocks share columns where they must."""
+    """Per block: ρ from min to max with its median; τ dotted. Blocks share columns where they must."""
     gated = [line for line in view.gated if line.block is not None and line.rho is not None]
     total = len(view.blocks)
     room = page.width - 8
