@@ -80,9 +80,7 @@ _LICENSES = frozenset(
 )
 """Identifiers that the hub accepts as `license`; any other is `other` with a `license_name`."""
 _LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
-_MARKUP = re.compile(
-    r"[\\`*{}\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE
-)
+_MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 """What Markdown, HTML, tables, mathematics, mentions or automatic links could read as markup in a line."""
 _LINE_START = re.compile(r"[-+=#:]|[0-9]+(?=[.)](\s|$))")
 
@@ -184,9 +182,7 @@ def _license(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"license": "other", "license_name": only} if named else {}
 
 
-def _metadata(
-    view: Overview, sources: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[Score]]
-) -> str:
+def _metadata(view: Overview, sources: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[Score]]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     bases = list(dict.fromkeys(name for source in sources.values() if (name := hub_id(source))))
@@ -232,11 +228,7 @@ def _what(view: Overview) -> str:
         "ρ = cos(VVᵀΔf, Δf) tells how much of the fine-tuning update Δf = finetuned − aligned lies where "
         "alignment changed the weights, V = aligned − base. Δs = safety − aligned."
     )
-    parts = (
-        [told]
-        + ([f"Method: {'; '.join(methods)}."] if methods else [])
-        + ([symbols] if view.measured else [])
-    )
+    parts = [told] + ([f"Method: {'; '.join(methods)}."] if methods else []) + ([symbols] if view.measured else [])
     return "\n\n".join(parts)
 
 
@@ -252,9 +244,7 @@ def _source_table(sources: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for role, source in sources.items():
         name = hub_id(source)
-        label = (
-            f"[{markdown(source['label'])}](https://huggingface.co/{name})" if name else code(source["label"])
-        )
+        label = f"[{markdown(source['label'])}](https://huggingface.co/{name})" if name else code(source["label"])
         revision = code(source["revision"]) if source.get("revision") else "–"
         rows.append([markdown(role), label, markdown(source.get("kind") or "–"), revision])
     return "## Sources\n\n" + _rows(["role", "source", "kind", "revision"], rows)
@@ -276,10 +266,7 @@ def _plan_table(view: Overview) -> str:
         heads, rows = heads[:3], [row[:3] for row in rows]
     more = len(kinds) - MAX_KINDS
     rest = f"\n\n{things(more, 'further module type')} in `safemerge_plan.json`." if more > 0 else ""
-    told = (
-        "`safemerge_plan.json` holds the decision on every tensor with its reason; `safemerge_report.html` "
-        "shows it."
-    )
+    told = "`safemerge_plan.json` holds the decision on every tensor with its reason; `safemerge_report.html` shows it."
     return f"## Plan\n\n{_rows(heads, rows, 1)}{rest}\n\n{told}"
 
 
@@ -294,9 +281,7 @@ def _score_table(groups: Mapping[str, list[Score]]) -> str:
         for model in models:
             row = by_model.get(model)
             between = interval(row, rate) if row else ""
-            cells.append(
-                "–" if row is None else shown(row.value, rate) + (f" ({between})" if between else "")
-            )
+            cells.append("–" if row is None else shown(row.value, rate) + (f" ({between})" if between else ""))
         sizes = {row.n for row in rows if row.n is not None}
         table.append([markdown(label), *cells, grouped(sizes.pop()) if len(sizes) == 1 else "–"])
     heads = ["task", *(markdown(model) for model in models), "examples"]

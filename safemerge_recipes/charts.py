@@ -101,9 +101,7 @@ def grid(view: Overview) -> Grid:
 
 def _every(count: int, most: int) -> int:
     """The step between labels so that at most about `most` are shown."""
-    return next(
-        (step for step in (1, 2, 4, 5, 8, 10, 16, 20, 40) if count <= step * most), max(1, count // most)
-    )
+    return next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 40) if count <= step * most), max(1, count // most))
 
 
 # ρ by block
@@ -120,9 +118,7 @@ def panels(cells: Grid) -> list[str]:
     ]
     top = ceiling(max(drawn, default=1.0))
     return [
-        _panel(kind, row, cells.blocks, top)
-        for kind, row in cells.rows.items()
-        if any(c.values(_rho) for c in row)
+        _panel(kind, row, cells.blocks, top) for kind, row in cells.rows.items() if any(c.values(_rho) for c in row)
     ]
 
 
@@ -196,17 +192,13 @@ def heat_map(cells: Grid) -> str:
         parts.append(words(left + (column + 0.5) * step, upper - 7, cells.blocks[column], "t", "middle"))
     for index, (kind, row) in enumerate(cells.rows.items()):
         y = upper + index * height
-        parts.append(
-            words(left - 8, y + height / 2 + 4, kind if len(kind) <= 26 else f"…{kind[-25:]}", "h", "end")
-        )
+        parts.append(words(left - 8, y + height / 2 + 4, kind if len(kind) <= 26 else f"…{kind[-25:]}", "h", "end"))
         for cell in row:
             x = left + cell.column * step
             rho = cell.middle(_rho)
             heat = "none" if rho is None else min(HEAT_STEPS - 1, int(rho / top * HEAT_STEPS))
             marks = tag("title", text(cell.title))
-            marks += tag(
-                "rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}"
-            )
+            marks += tag("rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}")
             if cell.merged:
                 marks += tag(
                     "circle",
@@ -232,9 +224,7 @@ def heat_top(cells: Grid) -> float:
 def heat_scale(cells: Grid) -> str:
     """The legend of the heat map's colours."""
     top, step = heat_top(cells), 16.0
-    parts = [
-        tag("rect", x=i * step, y=0.0, width=step, height=10.0, class_=f"q{i}") for i in range(HEAT_STEPS)
-    ]
+    parts = [tag("rect", x=i * step, y=0.0, width=step, height=10.0, class_=f"q{i}") for i in range(HEAT_STEPS)]
     parts += [words(0, 22, "ρ 0"), words(step * HEAT_STEPS, 22, figure(top), "t", "end")]
     return drawing(step * HEAT_STEPS, 26, f"Colours from ρ 0 to {figure(top)}", *parts, class_="scale")
 
@@ -269,15 +259,11 @@ def ratios(cells: Grid) -> str:
         taus = [v for cell in row for v in cell.values(lambda line: line.tau_ratio) if v <= top]
         if taus:
             low, high = x(min(taus)), x(max(taus))
-            parts.append(
-                tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band")
-            )
+            parts.append(tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band"))
         for cell in row:
             ratio = cell.middle(lambda line: line.ratio) or 0.0
             shift = (cell.column / (len(cells.blocks) - 1) - 0.5) * 20 if len(cells.blocks) > 1 else 0.0
-            parts.append(
-                dot(x(ratio), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(ratio)}", 2.8)
-            )
+            parts.append(dot(x(ratio), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(ratio)}", 2.8))
     label = f"ρ/ρ₀ of {len(rows)} module types; 1 is an unrelated update"
     return drawing(width, lower + 20, label, *parts, class_="fit")
 
@@ -311,9 +297,7 @@ def norms(cells: Grid) -> str:
         ]
     parts += [words(width - right, lower + 34, "‖V‖", "h", "end"), words(4, 12, "‖Δf‖", "h")]
     for cell, v, d in points:
-        parts.append(
-            dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4)
-        )
+        parts.append(dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4))
     return drawing(width, lower + 40, "Norm of the update over norm of V", *parts, class_="fit")
 
 
@@ -333,9 +317,7 @@ class _Log:
         """Powers of ten and, where those are few, 2 and 5 times them, or finer."""
         decades = range(math.floor(self.low), math.ceil(self.high) + 1)
         for parts in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 6, 8)):
-            found = [
-                m * 10.0**p for p in decades for m in parts if self.low <= math.log10(m) + p <= self.high
-            ]
+            found = [m * 10.0**p for p in decades for m in parts if self.low <= math.log10(m) + p <= self.high]
             if len(found) >= 3:
                 break
         kept = found[:: max(1, -(-len(found) // 9))]
@@ -355,10 +337,6 @@ def score_bar(row: Score, rate: bool, low: float, high: float) -> str:
     parts = [rule(4, middle, width - 4, middle, "g")]
     if row.low is not None and row.high is not None:
         parts.append(rule(x(row.low), middle, x(row.high), middle, "interval"))
-    parts.append(
-        dot(x(row.value), middle, row.model == "merged", f"{row.model}: {shown(row.value, rate)}", 4.5)
-    )
+    parts.append(dot(x(row.value), middle, row.model == "merged", f"{row.model}: {shown(row.value, rate)}", 4.5))
     between = interval(row, rate)
-    return drawing(
-        width, 20, f"{shown(row.value, rate)}" + (f", 95 % interval {between}" if between else ""), *parts
-    )
+    return drawing(width, 20, f"{shown(row.value, rate)}" + (f", 95 % interval {between}" if between else ""), *parts)

@@ -121,8 +121,7 @@ def _head(view: Overview, origin: Mapping[str, Any]) -> str:
     shown_facts = "".join(
         tag(
             "div",
-            tag("dt", text(label))
-            + tag("dd", text(value) + (" " + tag("small", text(more)) if more else "")),
+            tag("dt", text(label)) + tag("dd", text(value) + (" " + tag("small", text(more)) if more else "")),
         )
         for label, value, more in facts
     )
@@ -313,9 +312,7 @@ def _kinds(view: Overview) -> str:
         heads += [("ρ min", "n"), ("median", "n"), ("max", "n"), ("median ρ₀", "n")]
     more = len(kinds) - 4 * charts.MAX_KINDS
     note = f"{things(more, 'further module type')} in the plan file." if more > 0 else ""
-    return _section(
-        "kinds", "By module type", note, tag("div", _table(heads, "".join(rows)), class_="scroll")
-    )
+    return _section("kinds", "By module type", note, tag("div", _table(heads, "".join(rows)), class_="scroll"))
 
 
 def _decisions(view: Overview) -> str:
@@ -393,15 +390,11 @@ def _provenance(origin: Mapping[str, Any]) -> str:
     versions, timings = origin.get("versions"), origin.get("timings")
     if isinstance(versions, Mapping) and versions:
         facts.append(
-            "Versions: "
-            + ", ".join(f"{text(k, 60)} {text(v, 60)}" for k, v in list(versions.items())[:40])
-            + "."
+            "Versions: " + ", ".join(f"{text(k, 60)} {text(v, 60)}" for k, v in list(versions.items())[:40]) + "."
         )
     if isinstance(timings, Mapping):
         known_times = [
-            f"{text(k, 60)} {text(duration(v))}"
-            for k, v in list(timings.items())[:40]
-            if number(v) is not None
+            f"{text(k, 60)} {text(duration(v))}" for k, v in list(timings.items())[:40] if number(v) is not None
         ]
         if known_times:
             facts.append("Time: " + ", ".join(known_times) + ".")
@@ -411,9 +404,7 @@ def _provenance(origin: Mapping[str, Any]) -> str:
     if origin.get("recipe"):
         recipe = tag("pre", tag("code", escape(clean_lines(origin["recipe"]))), tabindex=0)
         parts.append(tag("h3", "Recipe") + recipe)
-        parts.append(
-            tag("p", "To repeat it: <code>safemerge-run safemerge_recipe.yaml</code>", class_="note")
-        )
+        parts.append(tag("p", "To repeat it: <code>safemerge-run safemerge_recipe.yaml</code>", class_="note"))
     footer = tag(
         "footer",
         "Made with safemerge-recipes. Method: "

@@ -15,7 +15,7 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.graph import describe
-from safemerge_recipes.measure import Moments, measure
+from safemerge_recipes.measure import Effort, Moments, measure
 from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
 from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.provenance import recall, remember
@@ -54,15 +54,15 @@ class Measurer:
         assert v is not None  # a measurer is only made for families with a base
         return v, self.family.delta("finetuned", name)
 
-    def _key(self, name: str, exact: bool) -> str:
+    def _key(self, name: str, effort: Effort) -> str:
         v, delta = self._operands(name)
-        text = f"{name}|{exact}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        text = f"{name}|{effort}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __call__(self, names: Sequence[str], exact: bool) -> Mapping[str, Moments]:
+    def __call__(self, names: Sequence[str], effort: Effort) -> Mapping[str, Moments]:
         """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
         found: dict[str, Moments] = {}
-        keys = {name: self._key(name, exact) for name in names}
+        keys = {name: self._key(name, effort) for name in names}
         todo = []
         for name in names:
             known = self._known.get(keys[name])
@@ -71,13 +71,13 @@ class Measurer:
             else:
                 todo.append(name)
         if todo:
-            found.update(self._measure(todo, exact))
+            found.update(self._measure(todo, effort))
             self._known |= {keys[name]: asdict(found[name]) for name in todo}
             if self._cache_key:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], exact: bool) -> dict[str, Moments]:
+    def _measure(self, names: Sequence[str], effort: Effort) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
         needs = {name: measure_memory(*pair) for name, pair in operands.items()}
         budget = self.resources
@@ -88,8 +88,7 @@ class Measurer:
 
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
-                room = (share - needs[name]) // 2
-                found[name] = measure(name, v, delta, reader, arena, room, exact)
+                found[name] = measure(name, v, delta, reader, arena, share - needs[name], effort)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():
                     raise StoppedError

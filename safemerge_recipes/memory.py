@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Apply, Graph, Task, task_memory
-from safemerge_recipes.measure import PANEL, PROBES, ROW_BLOCK
+from safemerge_recipes.deflated import RANK
+from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK
 
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""
@@ -43,9 +44,12 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
-    products = 4 * columns * (rank + 3 * PROBES) * 2
-    panels = 3 * 4 * max(rows, columns) * PANEL if not (v.low_rank or delta.low_rank) else 0
-    return 2 * block * (4 * 3 + 8) + factors + products + panels
+    blocks = 2 * block * (4 * 3 + 8)
+    if v.low_rank or delta.low_rank:
+        return blocks + factors + 8 * columns * (2 * rank + 6 * NULL_PROBES)
+    sketch = 4 * RANK * (14 * columns + 12 * rows)
+    panels = 3 * 4 * max(rows, columns) * PANEL
+    return blocks + max(sketch, panels)
 
 
 def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:

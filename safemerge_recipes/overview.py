@@ -271,9 +271,7 @@ def criterion(gate: Mapping[str, Any]) -> str:
     if key == "random":
         return f"drawn at random (seed {count(_mapping(value).get('seed'))})"
     if key == "complement":
-        inner = criterion(
-            {"metric": gate.get("metric"), "direction": gate.get("direction"), **_mapping(value)}
-        )
+        inner = criterion({"metric": gate.get("metric"), "direction": gate.get("direction"), **_mapping(value)})
         return f"all but those {inner}"
     return {
         "names": "as named in the recipe",
@@ -297,11 +295,7 @@ def criteria(recipe: Mapping[str, Any]) -> list[str]:
 def method_words(view: Overview, method: str) -> str:
     """A method and its α, such as `linear, α = 0.8`, or `linear, α from 0.7 to 0.8` where rules differ."""
     alphas = sorted(
-        {
-            line.alpha
-            for line in view.lines
-            if line.merged and line.method == method and line.alpha is not None
-        }
+        {line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None}
     )
     if not alphas:
         return method
@@ -321,9 +315,7 @@ def sentence(view: Overview, done: bool) -> str:
     """What is merged, or was, in one sentence."""
     gated = view.gated
     merged = sum(line.merged for line in gated)
-    verb = (
-        ("was merged" if merged == 1 else "were merged") if done else ("merges" if merged == 1 else "merge")
-    )
+    verb = ("was merged" if merged == 1 else "were merged") if done else ("merges" if merged == 1 else "merge")
     if not gated:
         verb = "was" if done else "is"
         return f"None of the {things(len(view.lines), 'tensor')} is gated; nothing {verb} merged."

@@ -54,9 +54,7 @@ class _Page:
         """One paragraph, wrapped to the page."""
         from rich.text import Text
 
-        self.console.print(
-            Text(self.fit(text), style=style, overflow="fold"), width=self.width, highlight=False
-        )
+        self.console.print(Text(self.fit(text), style=style, overflow="fold"), width=self.width, highlight=False)
 
     def marks(self, text: str, styles: Mapping[str, str]) -> None:
         """One line of a chart, each mark in its style."""
@@ -190,9 +188,7 @@ def _kinds(page: _Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None
         head += f"  median  0{figure(top, 2):>{AXIS - 1}}"
     page.line(head, "dim")
     for kind, lines in shown_rows:
-        page.marks(
-            _row(_cut(kind, label), lines, label, measured, top), {"●": "bold", "┊": "yellow", "×": "dim"}
-        )
+        page.marks(_row(_cut(kind, label), lines, label, measured, top), {"●": "bold", "┊": "yellow", "×": "dim"})
     if rest:
         lines = [line for _, members in rest for line in members]
         page.marks(_row(f"{len(rest)} others", lines, label, measured, top), {"●": "bold"})

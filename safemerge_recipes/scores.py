@@ -66,9 +66,7 @@ def _score(model: object, task: object, metric: object, entry: object) -> Score 
 
 def is_rate(rows: list[Score]) -> bool:
     """Whether all values and intervals lie in [0, 1], and so read as percentages."""
-    return all(
-        0 <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None
-    )
+    return all(0 <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)
 
 
 def shown(value: float, rate: bool) -> str:

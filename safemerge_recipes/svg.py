@@ -24,9 +24,7 @@ def tag(name: str, content: str = "", /, **attributes: object) -> str:
             continue
         shown = _short(value) if isinstance(value, float) else text(value, 2000)
         parts.append(f'{key.rstrip("_").replace("_", "-")}="{shown}"')
-    return (
-        f"<{' '.join(parts)}>{content}</{name}>" if content or name not in _VOID else f"<{' '.join(parts)}/>"
-    )
+    return f"<{' '.join(parts)}>{content}</{name}>" if content or name not in _VOID else f"<{' '.join(parts)}/>"
 
 
 _VOID = frozenset({"circle", "line", "rect", "path"})
@@ -36,9 +34,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def drawing(
-    width: float, height: float, label: str, *content: str, class_: str = "", fixed: bool = False
-) -> str:
+def drawing(width: float, height: float, label: str, *content: str, class_: str = "", fixed: bool = False) -> str:
     """A drawing that is announced by its label; it scales unless its size is `fixed`. No label hides it."""
     return tag(
         "svg",
