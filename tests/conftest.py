@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pico
 import pytest
 import yaml
-
-import pico
 
 
 @pytest.fixture(autouse=True)

@@ -172,7 +172,7 @@ def make_family(path: Path, architecture: str, dtype: torch.dtype, shards: int =
 
 
 def add_adapters(family: Family) -> None:
-    """`finetuned-lora` (plain), `safety-lora` (rsLoRA), `patterned-lora` (rank and alpha by module), `chat-lora` (on base)."""
+    """`finetuned-lora`; `safety-lora` (rsLoRA); `patterned-lora` (rank and alpha by module); `chat-lora` on base."""
     from peft import LoraConfig
 
     q_v = ["q_proj", "v_proj", "down_proj"]

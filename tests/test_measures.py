@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import pico
-import reference
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import read_header
