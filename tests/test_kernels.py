@@ -167,7 +167,7 @@ def test_algebra_cancels_exactly() -> None:
     w = _weight("afsb")
     a, f, s = w["a"], w["f"], w["s"]
     merged = a + 0.8 * (f - a) + (1 - exact(0.8)) * (s - a)
-    assert dict((operand, c) for c, operand in merged) == {
+    assert {operand: c for c, operand in merged} == {
         f.terms[0][1]: Fraction(4, 5),
         s.terms[0][1]: Fraction(1, 5),
     }
