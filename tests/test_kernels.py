@@ -20,7 +20,7 @@ from safemerge_recipes import threshold
 from safemerge_recipes.algebra import Stored, Weight, exact
 from safemerge_recipes.blocks import Arena
 from safemerge_recipes.header import TensorRef
-from safemerge_recipes.methods import Consensus, Drop, Slerp
+from safemerge_recipes.methods import Consensus, Draw, Slerp
 from safemerge_recipes.threshold import trims
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -28,16 +28,16 @@ NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-40, -1e-45, 
 
 
 def _blocks(x: Tensor, y: Tensor, size: int) -> Any:
-    def passes() -> Iterator[tuple[int, Tensor, Tensor]]:
-        for start in range(0, len(x), size):
+    def passes(every: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for start in range(0, len(x), size * every):
             yield start, x[start : start + size].clone(), y[start : start + size].clone()
 
     return passes
 
 
 def _trimmed(x: Tensor, keep: int, size: int) -> Tensor:
-    trim, _ = trims(keep, len(x), _blocks(x, x.flip(0), size))
-    return torch.cat([trim(x[start : start + size].clone()) for start in range(0, len(x), size)])
+    trim, _ = trims(keep, len(x), _blocks(x, x.flip(0), size), Arena())
+    return torch.cat([trim(x[start : start + size].clone(), Arena()) for start in range(0, len(x), size)])
 
 
 def _by_sorting(x: Tensor, keep: int) -> Tensor:
@@ -112,34 +112,38 @@ def test_elections_follow_the_definition(x: list[float], y: list[float], alpha: 
 @QUICK
 @given(start=st.integers(0, 200), count=st.integers(1, 200), density=st.sampled_from([0.001, 0.1, 0.5, 0.9, 1.0]))
 def test_dare_masks_do_not_depend_on_block_boundaries(start: int, count: int, density: float) -> None:
-    drop = Drop(density, 7, "finetuned")
-    whole = drop.keep("a.weight", 0, 400, "cpu")
-    assert torch.equal(drop.keep("a.weight", start, count, "cpu"), whole[start : start + count])
+    draw = Draw(density, 7)
+    for whole, part in zip(draw.keep("a", 0, 400, Arena()), draw.keep("a", start, count, Arena()), strict=True):
+        assert torch.equal(part, whole[start : start + count])
 
 
 def test_dare_masks_are_independent_fair_draws() -> None:
     n = 200_000
     for density in (0.1, 0.5, 0.73):
         masks = [
-            Drop(density, seed, side).keep(name, 0, n, "cpu").double()
-            for seed, side, name in [
-                (0, "finetuned", "a"),
-                (1, "finetuned", "a"),
-                (0, "safety", "a"),
-                (0, "safety", "b"),
-            ]
+            mask.double()
+            for seed, name in [(0, "a"), (1, "a"), (0, "b"), (2**40, "a")]
+            for mask in Draw(density, seed).keep(name, 0, n, Arena())  # of x and of y
         ]
         sigma = math.sqrt(density * (1 - density) / n)
         for mask in masks:
             assert abs(float(mask.mean()) - density) < 5 * sigma
-            for lag in (1, 2, 4, 16, 64):  # neighbours share draws of the generator: they must not be alike
+            for lag in (1, 2, 4, 16, 64, 4096):
                 joint = float((mask[:-lag] * mask[lag:]).mean())
                 assert abs(joint - density**2) < 6 * sigma
         for one, other in itertools.combinations(masks, 2):
             assert abs(float((one * other).mean()) - density**2) < 6 * sigma
-    assert Drop(0.5, 0, "safety").rescale == 2
-    assert bool(Drop(1.0, 0, "safety").keep("a", 5, 100, "cpu").all())
-    assert Drop(0.3, 0, "safety").rescale == pytest.approx(1 / 0.3, rel=2e-5)
+    assert Draw(0.5, 0).rescale == 2
+    assert all(bool(mask.all()) for mask in Draw(1.0, 0).keep("a", 5, 100, Arena()))
+    assert Draw(0.3, 0).rescale == pytest.approx(1 / 0.3, rel=2e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("count", [1, 600, 999])
+def test_trimming_ends_and_keeps_what_is_not_finite(value: float, count: int) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    x[:count] = value
+    assert int((~_trimmed(x, 500, 64).isfinite()).sum()) >= min(count, 500)
 
 
 def test_slerp_is_shoemakes_and_straight_where_it_must_be() -> None:

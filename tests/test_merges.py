@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemerge_recipes.methods import LEVELS, Drop
+from safemerge_recipes.blocks import Arena
+from safemerge_recipes.methods import LEVELS, Draw
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear", "alpha": 0.8},
@@ -36,8 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def _dropped(x: Tensor, name: str, side: str, m: dict[str, Any]) -> Tensor:
-    drop = Drop(m["density"], m.get("seed", 0), side)
-    masked = x * drop.keep(name, 0, x.numel(), "cpu").view_as(x)
+    masks = Draw(m["density"], m.get("seed", 0)).keep(name, 0, x.numel(), Arena())
+    masked = x * masks[side == "safety"].view_as(x)
     if m.get("rescale") == "l1":
         return masked * (x.abs().sum() / masked.abs().sum())
     return masked * (LEVELS / round(m["density"] * LEVELS))
