@@ -85,7 +85,9 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
     def write(name: str = "recipe.yaml", **content: Any) -> Path:
         content.setdefault("output", {"path": "out"})
         content["sources"] = {
-            role: str(source) if isinstance(source, Path) else source for role, source in content["sources"].items()
+            role: str(source) if isinstance(source, Path) else source
+            for role, source in content["sources"].items()
+            if source is not None
         }
         path = tmp_path / name
         path.write_text(yaml.safe_dump(content, sort_keys=False))
