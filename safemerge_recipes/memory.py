@@ -18,6 +18,9 @@ from safemerge_recipes.measure import PANEL, PROBES, ROW_BLOCK
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""
 
+PRODUCTS = 16_000_000
+"""Bytes a worker's matrix products keep: packed operands of the BLAS, and what the allocator does not give back."""
+
 
 def human(nbytes: float) -> str:
     """Bytes for reading: 1.2 GB."""
@@ -39,13 +42,13 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
     columns = shape[-1]
     rows = math.prod(shape) // max(1, columns)
-    block = max(ROW_BLOCK, columns)
+    block = min(rows * columns, max(ROW_BLOCK, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
     products = 4 * columns * (rank + 3 * PROBES) * 2
-    panels = 3 * 4 * max(rows, columns) * PANEL if not (v.low_rank or delta.low_rank) else 0
-    return 2 * block * (4 * 3 + 8) + factors + products + panels
+    panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns) if not (v.low_rank or delta.low_rank) else 0
+    return 2 * block * (4 * 3 + 8) + factors + products + panels + PRODUCTS
 
 
 def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:
