@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
     from safemerge_recipes.run import Prepared, Resolved
 
+# Some versions of typer bring their own click, whose errors are no errors of the installed one.
+USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 app = typer.Typer(
     name="safemerge",
     help="Restore the safety of fine-tuned language models with declarative, gated merge recipes.",
@@ -44,7 +47,7 @@ ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which en
 def _load(recipe: Path, overrides: list[str] | None) -> LoadedRecipe:
     from safemerge_recipes.loading import load_recipe
 
-    return load_recipe(recipe, overrides or ())
+    return load_recipe(recipe, overrides or (), metrics=(), methods=())
 
 
 def _bytes(text: str) -> int:
@@ -192,20 +195,18 @@ def _options(
 
 def _guarded(call: Callable[[], Any]) -> int:
     """Runs a command; every error becomes one message on standard error and an exit code."""
-    import click
-
     try:
         code = call()
         return code if isinstance(code, int) else 0
     except SafemergeError as error:
         _complain(str(error))
         return error.exit_code
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        _complain(error.format_message())
+    except USAGE_ERROR as error:
+        _complain(f"{error.format_message()}; see --help")
         return RecipeError.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _complain("stopped before anything was written")
         return 5
     except BrokenPipeError:

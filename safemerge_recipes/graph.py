@@ -194,8 +194,8 @@ def task_memory(task: Task) -> int:
         if as_interpolation(work.weight, task.slot.dtype):
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
         return block * (3 * width + 8) + _factor_bytes(work.weight)
-    slots = 14 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
-    collected = (
-        int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
+    slots = 18 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
+    collected = (  # as pieces, joined, and partitioned
+        3 * int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
     )
     return block * slots * width + collected + sum(map(_factor_bytes, (work.origin, work.x, work.y)))

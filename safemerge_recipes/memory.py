@@ -19,6 +19,9 @@ from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""
 
+PRODUCTS = 16_000_000
+"""Bytes a worker's matrix products keep: packed operands of the BLAS, and what the allocator does not give back."""
+
 
 def human(nbytes: float) -> str:
     """Bytes for reading: 1.2 GB."""
@@ -40,15 +43,15 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
     columns = shape[-1]
     rows = math.prod(shape) // max(1, columns)
-    block = max(ROW_BLOCK, columns)
+    block = min(rows * columns, max(ROW_BLOCK, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
-    blocks = 2 * block * (4 * 3 + 8)
+    blocks = 2 * block * (4 * 3 + 8) + PRODUCTS
     if v.low_rank or delta.low_rank:
         return blocks + factors + 8 * columns * (2 * rank + 6 * NULL_PROBES)
     sketch = 4 * RANK * (14 * columns + 12 * rows)
-    panels = 3 * 4 * max(rows, columns) * PANEL
+    panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns)
     return blocks + max(sketch, panels)
 
 

@@ -281,10 +281,12 @@ def _sealed_or_part(part: Path, name: str, layout: Any, shard: int, descriptors:
 def _reuse(output: Path, part: Path, prepared: Prepared) -> dict[str, str | None]:
     """Turns a finished output that is being replaced into the working folder, keeping what stays the same.
 
-    Only where the files are laid out alike; tensors whose result key is unchanged are not written again.
+    Only where the files are laid out alike; tensors whose result key is unchanged are not written again. A
+    weight file that was touched after the manifest was written is not trusted.
     """
     try:
         manifest = json.loads((output / MANIFEST_FILE).read_bytes())
+        finished = (output / MANIFEST_FILE).stat().st_ctime_ns
         keys = manifest["tensors"]
         files = {entry["file"]: entry["size"] for entry in manifest["outputs"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -294,7 +296,9 @@ def _reuse(output: Path, part: Path, prepared: Prepared) -> dict[str, str | None
         return {}
     for name, header, size in zip(layout.files, layout.headers, layout.sizes, strict=True):
         path = output / name
-        if files.get(name) != size or not path.exists() or path.stat().st_size != size:
+        if files.get(name) != size or not path.exists():
+            return {}
+        if path.stat().st_size != size or path.stat().st_ctime_ns > finished:
             return {}
         with open(path, "rb") as file:
             if file.read(len(header)) != header:
