@@ -26,7 +26,7 @@ from safemerge_recipes.measuring import Measurer
 from safemerge_recipes.plan import Plan, make_plan, survey
 from safemerge_recipes.recipe import Evaluate, Role
 from safemerge_recipes.refusal import MATCHER_VERSION
-from safemerge_recipes.run import Prepared, Progress, prepare
+from safemerge_recipes.run import Prepared, Progress, prepare, resolve, settled
 from safemerge_recipes.scoring import evaluate_live
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Bench:
             raise RecipeError(f"{recipe}: evaluate: missing; expected it there with tasks, or --tasks")
         self.settings: Evaluate = given or Evaluate(tasks=tuple(tasks))
         self.tasks = expand(tuple(tasks) or self.settings.tasks)
-        self.prepared: Prepared = prepare(self.loaded, resources, progress)
+        self.prepared: Prepared = prepare(resolve(self.loaded), resources, progress)
         family = self.prepared.family
         self.measurer = Measurer(family, resources) if "base" in family.models else None
         self._live: LiveModel | None = None
@@ -82,8 +82,8 @@ class Bench:
             RecipeError: an override is wrong, or changes the sources.
             PlanError: the selector cannot be satisfied.
         """
-        recipe = load_recipe(self.path, (*self.overrides, *overrides)).recipe
-        if recipe.sources != self.loaded.recipe.sources:
+        recipe = settled(load_recipe(self.path, (*self.overrides, *overrides)))
+        if recipe.sources != self.prepared.recipe.sources:
             raise RecipeError(f"{', '.join(overrides)}: changes the sources; expected one family in one sweep")
         return make_plan(recipe, self.prepared.family, survey(recipe, self.prepared.family), self.measurer)
 
