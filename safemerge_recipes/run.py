@@ -107,7 +107,7 @@ def _recipe_json(recipe: Recipe) -> str:
     return recipe.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True)
 
 
-def _settled(loaded: LoadedRecipe) -> Recipe:
+def settled(loaded: LoadedRecipe) -> Recipe:
     """The recipe with every file of names read in, so that it says everything itself."""
 
     def settle(gate: Any) -> Any:
@@ -148,7 +148,7 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     Raises:
         SafemergeError: a source is missing, unsound, or does not fit the others.
     """
-    recipe = _settled(loaded)
+    recipe = settled(loaded)
     family = open_family(recipe, loaded.directory)
     return Resolved(recipe, loaded.directory, family, family.identities())
 
