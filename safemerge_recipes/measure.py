@@ -301,7 +301,8 @@ def measure(
         arena: the worker's buffers.
         room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
             no result.
-        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to rounding); elsewhere ρ is exact anyway, and `exact` makes ρ₀ so too.
+        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to
+            rounding); elsewhere ρ is exact anyway, and `exact` makes ρ₀ so too.
 
     Raises:
         SourceError: V or Δ holds NaN or infinite values.

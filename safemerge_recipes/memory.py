@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable
 
 from safemerge_recipes.algebra import Weight
+from safemerge_recipes.deflated import RANK
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Apply, Graph, Task, task_memory
-from safemerge_recipes.deflated import RANK
 from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK
 
 SLACK = 24_000_000
