@@ -95,7 +95,7 @@ def inside(directory: Path, name: str) -> Path:
     Raises:
         SourceError: the name is not a plain file name, or a link leads elsewhere.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise SourceError(f"{directory}: names the file {name[:200]!r}; expected a plain file name of this folder")
     path = directory / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(directory))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safemerge_recipes import __version__
-from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
 
 if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
@@ -192,9 +192,15 @@ def _options(
 
 def _guarded(call: Callable[[], Any]) -> int:
     """Runs a command; every error becomes one message on standard error and an exit code."""
+    import signal
+
     import click
 
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
     try:
+        signal.signal(signal.SIGTERM, stop)  # a scheduler's notice ends a run as Ctrl-C does
         code = call()
         return code if isinstance(code, int) else 0
     except SafemergeError as error:
@@ -206,8 +212,8 @@ def _guarded(call: Callable[[], Any]) -> int:
         _complain(error.format_message())
         return RecipeError.exit_code
     except (KeyboardInterrupt, click.exceptions.Abort):
-        _complain("stopped before anything was written")
-        return 5
+        _complain("stopped; nothing is half written, the same command starts again")
+        return WriteError.exit_code
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -218,9 +224,25 @@ def _guarded(call: Callable[[], Any]) -> int:
         return 1
 
 
+_LONGEST = 2000
+"""Characters of one line of a message; what stands in a stranger's file may be of any length."""
+
+
 def _complain(message: str) -> None:
-    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
-    sys.stderr.write(f"safemerge: {text}\n")
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in message.split("\n"))
+    text = "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
+    sys.stderr.write(f"safemerge: {_without_secrets(text)}\n")
+
+
+def _without_secrets(text: str) -> str:
+    """The text without access tokens and without passwords in addresses."""
+    import os
+    import re
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "<token>")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1<secret>@", text)
 
 
 def main(arguments: list[str] | None = None) -> None:
