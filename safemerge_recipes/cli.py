@@ -181,6 +181,38 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output to check.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Compute every tensor again from the sources.")] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="Compute only N tensors again; implies --deep.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Which N.")] = 0,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.progress import progress_bar
+    from safemerge_recipes.run import choose_device
+    from safemerge_recipes.verify import verify as check
+
+    deep = deep or sample is not None
+    resources = Resources(workers or _cores(), _bytes(max_memory), choose_device(device) if deep else "cpu")
+    progress = progress_bar()
+    try:
+        result = check(folder, resources, progress, deep=deep, sample=sample, seed=seed)
+    finally:
+        progress.pause()
+    if json_:
+        sys.stdout.write(json.dumps(result) + "\n")
+    again = f", {result['recomputed']} tensors computed again" if deep else ""
+    sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from safemerge_recipes.checkpoint import FileIdentity
-from safemerge_recipes.errors import CheckError
-from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE
+from safemerge_recipes.checkpoint import FileIdentity, inside
+from safemerge_recipes.errors import CheckError, SourceError
+from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE, write_json
 from safemerge_recipes.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.provenance import versions
 
@@ -136,12 +136,27 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(engine, inputs, outputs, tensors)
 
 
+def restamp(folder: Path, names: Iterable[str]) -> None:
+    """Brings the manifest up to date after these files of a finished output were written anew, or added."""
+    value = read_record(folder / MANIFEST_FILE)
+    changed = dict.fromkeys(names)
+    kept = [entry for entry in value["outputs"] if entry["file"] not in changed]
+    stamps = [
+        {"file": n, "size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)}
+        for n in changed
+        if (folder / n).exists()
+    ]
+    write_json(folder / MANIFEST_FILE, value | {"outputs": sorted(kept + stamps, key=lambda entry: entry["file"])})
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The JSON object of a manifest or plan. Raises CheckError when it is missing or not sound."""
     try:
-        if path.is_symlink() or path.stat().st_size > MAX_BYTES:
-            raise CheckError(f"{path}: a link, or larger than {MAX_BYTES} bytes; expected it as it was written")
+        if inside(path.parent, path.name).stat().st_size > MAX_BYTES:
+            raise CheckError(f"{path}: larger than {MAX_BYTES} bytes; expected it as it was written")
         value = json.loads(path.read_bytes().decode("utf-8"))
+    except SourceError as error:
+        raise CheckError(str(error)) from None
     except OSError as error:
         raise CheckError(f"{path}: {error.strerror}; expected the folder of a finished run") from None
     except (ValueError, RecursionError) as error:
