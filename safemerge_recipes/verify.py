@@ -123,13 +123,13 @@ def _bytes(
     import xxhash
 
     whole = hashlib.sha256()
-    regions = [(None, 0, manifest.outputs[name].size)]
+    regions: list[tuple[str | None, int]] = [(None, manifest.outputs[name].size)]
     if refs:
         start = min(ref.offset for ref in refs.values())
-        regions = [(None, 0, start), *((tensor, ref.offset, ref.nbytes) for tensor, ref in refs.items())]  # type: ignore[list-item]
-    damaged = []
+        regions = [(None, start), *((tensor, ref.nbytes) for tensor, ref in refs.items())]
+    damaged: list[str] = []
     with open(path, "rb", buffering=0) as file:
-        for tensor, _, left in regions:
+        for tensor, left in regions:
             own = xxhash.xxh3_128()
             while left:
                 piece = file.read(min(CHUNK, left))
