@@ -26,7 +26,7 @@ from safemerge_recipes.memory import room_of
 from safemerge_recipes.pool import run_parallel
 from safemerge_recipes.progress import Quiet
 from safemerge_recipes.provenance import file_digest, versions
-from safemerge_recipes.run import Prepared, Progress, prepare
+from safemerge_recipes.run import Prepared, Progress, prepare, resolve
 
 CHUNK = 1 << 20
 """Bytes hashed at once."""
@@ -200,7 +200,7 @@ def _recompute(
             f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
             "check it with the version of safemerge-recipes named in its manifest"
         )
-    prepared = prepare(load_recipe(folder / RECIPE_FILE), resources, progress)
+    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, progress)
     _refuse(folder, list(_inputs(prepared, manifest)))
     _refuse(folder, list(_decisions(prepared, folder)))
     tasks = list(prepared.graph.tasks)
