@@ -18,10 +18,13 @@ from safemerge_recipes.algebra import LowRank, Weight
 from safemerge_recipes.checkpoint import inside, read_object
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef, read_header
+from safemerge_recipes.patterns import Matcher, compile_patterns
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+MAX_EXPRESSIONS = 200
+"""Most regular expressions a config's table may hold."""
 
 _UNDERSTOOD = frozenset(
     [
@@ -89,16 +92,20 @@ def is_adapter(directory: Path) -> bool:
 
 def _check_config(where: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise SourceError(f"{where}: peft_type is {config['peft_type']!r}; expected LORA, the only kind computed here")
+        raise SourceError(
+            f"{where}: peft_type is {str(config['peft_type'])[:40]!r}; expected LORA, the only kind computed here"
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_MUTATED_BASE):
         raise SourceError(
-            f"{where}: init_lora_weights is {init!r}, which changed the base model's weights, so s·B·A is not the "
+            f"{where}: init_lora_weights is {init[:40]!r}, which changed the base model's weights, so s·B·A is not the "
             "update; save the adapter again with "
             "save_pretrained(path_initial_model_for_weight_conversion=…), which makes it an ordinary LoRA"
         )
     if config.get("bias", "none") != "none":
-        raise SourceError(f"{where}: bias is {config['bias']!r}; expected 'none', biases are not merged from adapters")
+        raise SourceError(
+            f"{where}: bias is {str(config['bias'])[:40]!r}; expected 'none', biases are not merged from adapters"
+        )
     for field, value in config.items():
         if value and field not in _UNDERSTOOD | _WITHOUT_EFFECT | {"bias"}:
             raise SourceError(
@@ -107,33 +114,54 @@ def _check_config(where: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _pattern_value(where: Path, patterns: Any, module: str, default: Any) -> Any:
-    """The value of the first pattern that fits, as PEFT looks it up: an end of the module's path."""
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(r"[\w.]*", key):
-            if module == key or module.endswith("." + key):
-                return value
-            continue
-        if len(key) > 500 or re.search(r"[+*}]\)?[+*{]", key):
-            raise SourceError(f"{where}: pattern {key[:80]!r} could take for ever to match; expected a module's name")
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise SourceError(f"{where}: pattern {key[:80]!r} is no regular expression: {error}") from None
-    return default
+class _Table:
+    """`rank_pattern` or `alpha_pattern`: the value of the first key that fits, as PEFT looks it up.
+
+    A key fits the end of a module's path. A plain key is that end; any other is a regular expression, which a
+    stranger wrote and which is therefore bounded.
+    """
+
+    def __init__(self, where: Path, field: str, config: Mapping[str, Any]) -> None:
+        table = config.get(field) or {}
+        if not isinstance(table, dict):
+            raise SourceError(f"{where}: {field} is a {type(table).__name__}; expected module names with their values")
+        self.plain: dict[str, tuple[int, Any]] = {}
+        self.expressions: list[tuple[int, Any, Matcher]] = []
+        for number, (key, value) in enumerate(table.items()):
+            if re.fullmatch(r"[\w.]*", key):
+                self.plain[key] = number, value
+                continue
+            if len(self.expressions) == MAX_EXPRESSIONS:
+                raise SourceError(f"{where}: {field} has more than {MAX_EXPRESSIONS} regular expressions")
+            try:
+                # As PEFT: re.match(rf"(.*\.)?({key})$", module).
+                self.expressions.append((number, value, compile_patterns(rf"/(?:.*\.)?(?:{key})/")))
+            except ValueError as error:
+                raise SourceError(f"{where}: {field}: {error}") from None
+
+    def value(self, module: str, default: Any) -> Any:
+        """The value for a module."""
+        parts = module.split(".")
+        ends = (".".join(parts[n:]) for n in range(len(parts)))
+        found = [self.plain[end] for end in ends if end in self.plain]
+        found += [(number, value) for number, value, matches in self.expressions if matches(module)]
+        return min(found, key=lambda item: item[0])[1] if found else default
 
 
-def _scale(where: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    declared = _pattern_value(where, config.get("rank_pattern"), module, config.get("r"))
-    alpha = _pattern_value(where, config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if declared != rank:
+def _scale(where: Path, config: Mapping[str, Any], ranks: _Table, alphas: _Table, module: str, rank: int) -> float:
+    declared = ranks.value(module, config.get("r"))
+    alpha = alphas.value(module, config.get("lora_alpha"))
+    if type(declared) is not int or declared != rank:
         raise SourceError(
-            f"{where}: {module}: the config says rank {declared}, lora_A has {rank} rows; they must agree"
+            f"{where}: {module}: the config says rank {str(declared)[:40]}, lora_A has {rank} rows; they must agree"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise SourceError(f"{where}: {module}: lora_alpha is {alpha!r}; expected a number")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, OverflowError):
+        scale = math.nan
+    if isinstance(alpha, bool | str) or not math.isfinite(scale):
+        raise SourceError(f"{where}: {module}: lora_alpha is {str(alpha)[:40]!r}; expected a number")
+    return scale
 
 
 def _factors(where: Path, module: str, found: Mapping[str, TensorRef]) -> tuple[TensorRef, TensorRef]:
@@ -175,10 +203,11 @@ def open_adapter(directory: Path) -> Adapter:
                 "(trained biases, embeddings, DoRA magnitudes and saved modules are not supported)"
             )
         modules.setdefault(match[1], {})[match[2]] = ref
+    ranks, alphas = _Table(where, "rank_pattern", config), _Table(where, "alpha_pattern", config)
     updates: dict[str, Weight] = {}
     for module, found in modules.items():
         a, b = _factors(weights, module, found)
-        scale = _scale(where, config, module, a.shape[0])
+        scale = _scale(where, config, ranks, alphas, module, a.shape[0])
         updates[f"{module}.weight"] = Weight.of(LowRank(b, a, scale, bool(config.get("fan_in_fan_out"))))
     base = config.get("base_model_name_or_path")
     return Adapter(directory, updates, base if isinstance(base, str) else None, (str(weights), str(where)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safemerge_recipes import __version__
-from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
 
 if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
@@ -370,6 +370,38 @@ def report_(
     print(f"{folder / REPORT_FILE}")
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output to check.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Compute every tensor again from the sources.")] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="Compute only N tensors again; implies --deep.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Which N.")] = 0,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.progress import progress_bar
+    from safemerge_recipes.run import choose_device
+    from safemerge_recipes.verify import verify as check
+
+    deep = deep or sample is not None
+    resources = Resources(workers or _cores(), _bytes(max_memory), choose_device(device) if deep else "cpu")
+    progress = progress_bar()
+    try:
+        result = check(folder, resources, progress, deep=deep, sample=sample, seed=seed)
+    finally:
+        progress.pause()
+    if json_:
+        sys.stdout.write(json.dumps(result) + "\n")
+    again = f", {result['recomputed']} tensors computed again" if deep else ""
+    sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -381,7 +413,13 @@ def _options(
 
 def _guarded(call: Callable[[], Any]) -> int:
     """Runs a command; every error becomes one message on standard error and an exit code."""
+    import signal
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
     try:
+        signal.signal(signal.SIGTERM, stop)  # a scheduler's notice ends a run as Ctrl-C does
         code = call()
         return code if isinstance(code, int) else 0
     except SafemergeError as error:
@@ -393,8 +431,8 @@ def _guarded(call: Callable[[], Any]) -> int:
         _complain(f"{error.format_message()}; see --help")
         return RecipeError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped before anything was written")
-        return 5
+        _complain("stopped; nothing is half written, the same command starts again")
+        return WriteError.exit_code
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -405,9 +443,25 @@ def _guarded(call: Callable[[], Any]) -> int:
         return 1
 
 
+_LONGEST = 2000
+"""Characters of one line of a message; what stands in a stranger's file may be of any length."""
+
+
 def _complain(message: str) -> None:
-    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
-    sys.stderr.write(f"safemerge: {text}\n")
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in message.split("\n"))
+    text = "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
+    sys.stderr.write(f"safemerge: {_without_secrets(text)}\n")
+
+
+def _without_secrets(text: str) -> str:
+    """The text without access tokens and without passwords in addresses."""
+    import os
+    import re
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "<token>")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1<secret>@", text)
 
 
 def main(arguments: list[str] | None = None) -> None:

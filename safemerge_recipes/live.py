@@ -180,7 +180,7 @@ class LiveModel:
     def _rewrite(self, graph: Graph) -> None:
         with tempfile.TemporaryDirectory(prefix="safemerge-") as scratch:
             folder = Path(scratch)
-            with_journal = Journal(folder / JOURNAL_FILE, {}, resume=False)
+            with_journal = Journal(folder / JOURNAL_FILE, {}, {})
             try:
                 allow = self.prepared.recipe.output.allow_overflow
                 execute(graph, folder, self.prepared.resources, {}, with_journal, allow_overflow=allow)

@@ -40,7 +40,8 @@ class Measurer:
         self.peak = 0
         self._identity = {one.path: one.key for one in family.identities()}
         self._cache_key = self._make_key() if use_cache else None
-        self._known: dict[str, dict[str, float]] = recall("measures", self._cache_key) or {} if self._cache_key else {}
+        known = recall("measures", self._cache_key) if self._cache_key else None
+        self._known: dict[str, dict[str, float]] = known if isinstance(known, dict) else {}
 
     def _make_key(self) -> str:
         import torch

@@ -138,6 +138,8 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
             return "outside gate.scope"
         if len(ref.shape) != 2:
             return f"in gate.scope, but {len(ref.shape)}-D: only matrices are gated"
+        if not ref.numel:
+            return "in gate.scope, but empty"
     elif not is_block_matrix(name, ref.shape):
         return "not a matrix of a linear layer in a numbered block"
     if ref.dtype not in FLOAT_DTYPES:
