@@ -218,13 +218,13 @@ def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, 
     outside = probes[:, NULL_PROBES:]
     factors = torch.cat([m, right, outside - right @ (right.T @ outside)], dim=1)
     image_gram = torch.zeros(rank, rank, dtype=torch.float64, device=arena.device)
-    gram_rows = torch.zeros(2 * NULL_PROBES, matrix.columns, dtype=matrix.dtype, device=arena.device)
+    gram_rows = torch.zeros(factors.shape[1] - rank, matrix.columns, dtype=matrix.dtype, device=arena.device)
     for _, block in matrix:
         images = block @ factors
         image = images[:, :rank].double()
         image_gram += image.T @ image
         gram_rows += images[:, rank:].T @ block
-    gram, gram_error = gram_moment(gram_rows, NULL_PROBES, NULL_QUANTILE)
+    gram, gram_error = gram_moment(gram_rows, right.shape[1], NULL_QUANTILE)
     g, m = a @ a.T, m.double()
     moments = Moments(
         overlap=float((m.T @ m * g).sum()),
