@@ -271,7 +271,11 @@ def test_replacing_mends_an_output_whose_weights_were_changed(
     weights = tmp_path / "out" / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-100] + bytes(100))
-    assert call("run", path, "--force").code == 0
+    noticed = call("run", path, "--force")
+    assert noticed.code in (0, 5)
+    if noticed.code == 5:  # a reused tensor is not what it was: the same command writes it again
+        assert "same command" in noticed.err
+        assert call("run", path, "--force").code == 0
     assert weights.read_bytes() == data
 
 
