@@ -204,7 +204,10 @@ def _decide_policy(
     """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
     gate = policy.gate
     groups = _groups(gate, names)
-    efforts: list[Effort] = ["exact"] if gate.precision == "exact" else ["sketch", "exact"]
+    # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
+    efforts: list[Effort] = (
+        ["exact"] if gate.precision == "exact" or gate.granularity != "tensor" else ["sketch", "exact"]
+    )
     moments: dict[str, Moments] = {}
     wanted = names
     while True:
