@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.study_page import CONTROLS, write_page
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench, model_key
 from safemerge_recipes.errors import PlanError, SafemergeError
@@ -35,7 +36,6 @@ from safemerge_recipes.scoring import compared, table
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "docs" / "evidence"
 TASKS = ("safemerge_refusal", "safemerge_arithmetic", "safemerge_overrefusal")
-CONTROLS = ("random half", "random half of each module type")
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
 
@@ -172,7 +172,7 @@ def run(given: argparse.Namespace) -> None:
     store = cache_folder() / "study" / f"{given.family}.jsonl"
     limits = {
         "tuning": {TASKS[0]: given.limit, TASKS[1]: given.sums, TASKS[2]: given.limit},
-        "test": {TASKS[0]: given.limit, TASKS[1]: given.test_sums, TASKS[2]: given.limit},
+        "test": {TASKS[0]: given.test_limit, TASKS[1]: given.test_sums, TASKS[2]: given.test_limit},
     }
     overrides = ["evaluate.batch_size=32", *given.set]
     bench = Bench(
@@ -215,10 +215,12 @@ def run(given: argparse.Namespace) -> None:
 
     labels = list(every)
     drawn = [label for label in labels if label.startswith("random")]
-    fixed = [label for label in labels if label not in drawn]
-    on_test = ["aligned", "fine-tuned"]
+    halved = [label for label in labels if "half" in label and label not in drawn]
+    others = [label for label in labels if label not in drawn and label not in halved]
+    # What the page needs most comes first, in case time is short.
     done = score("tuning", labels, TASKS[0])
-    done = score("tuning", fixed, TASKS[1]) and done
+    done = score("tuning", others, TASKS[1]) and done
+    on_test = ["aligned", "fine-tuned"]
     on_test += [
         label
         for approach, label in chosen(scores["tuning"], approaches, given.loss).items()
@@ -226,8 +228,8 @@ def run(given: argparse.Namespace) -> None:
     ]
     for task in TASKS:
         done = score("test", on_test, task) and done
-    done = score("tuning", drawn, TASKS[1]) and done
-    done = score("tuning", fixed, TASKS[2]) and done
+    done = score("tuning", halved + drawn, TASKS[1]) and done
+    done = score("tuning", others + halved, TASKS[2]) and done
     if given.controls_on_test:
         for task in TASKS[:2]:
             done = score("test", drawn, task) and done
@@ -246,11 +248,14 @@ def main() -> None:
     one.add_argument("--seeds", type=int, default=10, help="random controls of each kind")
     one.add_argument("--minutes", type=float, default=1e6)
     one.add_argument("--loss", type=float, default=0.02, help="utility that may be lost, from 0 to 1")
+    one.add_argument("--test-limit", type=int, help="the same on the test split")
     one.add_argument("--test-sums", type=int, default=150, help="the same on the test split")
     one.add_argument("--halves-on-test", action="store_true", help="score the halves on the test split, too")
     one.add_argument("--controls-on-test", action="store_true", help="and the random halves")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     one.set_defaults(call=run)
+    page = verbs.add_parser("report")
+    page.set_defaults(call=lambda given: write_page(RESULTS, HERE / "docs" / "evidence.md"))
     given = parser.parse_args()
     try:
         given.call(given)
