@@ -6,7 +6,6 @@ is printed goes to the console given; files of the output folder are replaced wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import Metric, Scores, evaluate, expand
-from safemerge_recipes.folder import MANIFEST_FILE, REPORT_FILE, SCORES_FILE, write_json
+from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE, write_json
 from safemerge_recipes.loading import LoadedRecipe
+from safemerge_recipes.manifest import read_manifest, restamp
 from safemerge_recipes.recipe import Evaluate, Role
 from safemerge_recipes.run import Prepared, provenance_of, render_documents
 from safemerge_recipes.statistics import Difference, compare, holm, wilson
@@ -211,12 +211,9 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
 
 
 def _check_output_is(prepared: Prepared, output: Path) -> None:
-    try:
-        kept = json.loads((output / MANIFEST_FILE).read_bytes())["tensors"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckError(f"{output}: holds no finished output ({type(error).__name__}); run the recipe first") from None
+    kept = read_manifest(output).tensors
     wanted = {task.slot.name: task.key for task in prepared.graph.tasks}
-    different = [name for name in wanted if kept.get(name) != wanted[name]] if isinstance(kept, dict) else list(wanted)
+    different = [name for name, key in wanted.items() if name not in kept or kept[name][0] != key]
     if different:
         raise CheckError(
             f"{output}: {len(different)} tensors are not what the recipe gives now, first {different[0]!r}; "
@@ -233,16 +230,4 @@ def attach(output: Path, content: dict[str, Any], plan: dict[str, Any], provenan
     """Writes the scores into a finished folder: their file, report and card anew, the manifest's entries last."""
     write_json(output / SCORES_FILE, content)
     render_documents(output, plan, content, provenance)
-    refresh_manifest(output, (SCORES_FILE, REPORT_FILE, "README.md"))
-
-
-def refresh_manifest(output: Path, names: Sequence[str]) -> None:
-    """Brings the manifest's entries of small files up to date, in one replacement."""
-    path = output / MANIFEST_FILE
-    manifest = json.loads(path.read_bytes())
-    entries = {entry["file"]: entry for entry in manifest["outputs"]}
-    for name in names:
-        data = (output / name).read_bytes()
-        entries[name] = {"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["outputs"] = [entries[name] for name in sorted(entries)]
-    write_json(path, manifest)
+    restamp(output, (SCORES_FILE, REPORT_FILE, "README.md"))
