@@ -142,7 +142,7 @@ class Bench:
         return Scores(label, merged, parts[0].settings, round(sum(part.seconds for part in parts), 3))
 
     def _tell(self, label: str, patched: int, left: int | None) -> None:
-        text = f"{label}: scored in {self._spent / self._scored:.0f} s on average, {patched} tensors patched"
+        text = f"{label}: scored ({patched} tensors patched; {self._spent / self._scored:.0f} s a model)"
         if left:
             minutes = left * self._spent / self._scored / 60
             text += f"; {left} to go, about {minutes:.0f} min" if minutes >= 1 else f"; {left} to go"
