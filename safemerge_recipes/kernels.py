@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.algebra import LowRank, Stored, Weight
+from safemerge_recipes.algebra import Blend, Factored, LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import TensorRef
 
@@ -34,7 +34,7 @@ def blocks(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]
 
 def has_factors(weight: Weight) -> bool:
     """Whether evaluating the weight takes a matrix product, and so whole rows."""
-    return any(isinstance(operand, LowRank) for _, operand in weight)
+    return any(isinstance(operand, Factored) for _, operand in weight)
 
 
 def working_dtype(*weights: Weight) -> torch.dtype:
@@ -113,17 +113,42 @@ def joined_factors(
 
     left, right = [], []
     for coefficient, operand in weight:
-        if isinstance(operand, LowRank):
+        if isinstance(operand, Factored):
             b, a = factors(operand, reader, dtype, device)
             left.append(b)
             right.append(a * (float(coefficient) * operand.scale))
     return (torch.cat(left, dim=1), torch.cat(right, dim=0)) if left else None
 
 
-def factors(operand: LowRank, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(
+    operand: LowRank | Blend, reader: Reader, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) with left @ right == B·A or its transpose, without the scale, in `dtype`."""
-    b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
+    if isinstance(operand, Blend):
+        b, a = blended(operand, reader, dtype, device)
+    else:
+        b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
     return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
+
+
+def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ bᵢ·Bᵢ, Σ aᵢ·Aᵢ) as stored, before any transposition, in `dtype`: a LoRA of scale 1."""
+    from safemerge_recipes.methods import Draw
+
+    sums = []
+    for factor in ("b", "a"):
+        total = None
+        for side, (on_b, on_a, low_rank) in enumerate(operand.parts):
+            one = load(reader, getattr(low_rank, factor), dtype, device) * (on_b if factor == "b" else on_a)
+            if operand.draw is not None:
+                density, seed, name = operand.draw
+                draw = Draw(density, seed)
+                kept = draw.keep(f"{name}:lora_{factor.upper()}", 0, one.numel(), Arena(device))[side]
+                one = one * kept.view(one.shape) * draw.rescale
+            total = one if total is None else total + one
+        assert total is not None  # a blend has parts
+        sums.append(total)
+    return sums[0], sums[1]
 
 
 def as_interpolation(weight: Weight, dtype: str) -> tuple[TensorRef, TensorRef, float] | None:

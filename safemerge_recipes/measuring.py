@@ -21,7 +21,7 @@ from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.provenance import recall, remember
 from safemerge_recipes.roles import Family
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Version of the measuring: changes whenever the same operands would give other numbers."""
 
 
@@ -55,15 +55,15 @@ class Measurer:
         assert v is not None  # a measurer is only made for families with a base
         return v, self.family.delta("finetuned", name)
 
-    def _key(self, name: str, effort: Effort) -> str:
+    def _key(self, name: str, effort: Effort, rank: int) -> str:
         v, delta = self._operands(name)
-        text = f"{name}|{effort}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        text = f"{name}|{effort}|{rank}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __call__(self, names: Sequence[str], effort: Effort) -> Mapping[str, Moments]:
+    def __call__(self, names: Sequence[str], effort: Effort, rank: int = 0) -> Mapping[str, Moments]:
         """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
         found: dict[str, Moments] = {}
-        keys = {name: self._key(name, effort) for name in names}
+        keys = {name: self._key(name, effort, rank) for name in names}
         todo = []
         for name in names:
             known = self._known.get(keys[name])
@@ -72,15 +72,15 @@ class Measurer:
             else:
                 todo.append(name)
         if todo:
-            found.update(self._measure(todo, effort))
+            found.update(self._measure(todo, effort, rank))
             self._known |= {keys[name]: asdict(found[name]) for name in todo}
             if self._cache_key:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], effort: Effort) -> dict[str, Moments]:
+    def _measure(self, names: Sequence[str], effort: Effort, rank: int) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
-        needs = {name: measure_memory(*pair) for name, pair in operands.items()}
+        needs = {name: measure_memory(*pair, rank, effort == "exact") for name, pair in operands.items()}
         budget = self.resources
         workers = fit_workers(needs.items(), budget.workers, budget.memory)
         share = (budget.memory - SLACK) // workers
@@ -89,7 +89,7 @@ class Measurer:
 
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
-                found[name] = measure(name, v, delta, reader, arena, share - needs[name], effort)
+                found[name] = measure(name, v, delta, reader, arena, share - needs[name], effort, rank)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():
                     raise StoppedError

@@ -7,15 +7,16 @@ by tensor, and whatever does not is refused by name here, before anything is mea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
 from safemerge_recipes.adapter import Adapter, apply_adapter, open_adapter
-from safemerge_recipes.algebra import ZERO, Stored, Weight
+from safemerge_recipes.algebra import Stored, Weight
 from safemerge_recipes.checkpoint import Checkpoint, FileIdentity, open_checkpoint
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.masks import open_masks
 from safemerge_recipes.recipe import Recipe, Role
 from safemerge_recipes.sources import Folder, locate
 
@@ -39,11 +40,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The models of a recipe over one inventory: `inventory` maps each output tensor to its stored form."""
+    """The models of a recipe over one inventory: `inventory` maps each output tensor to its stored form.
+
+    `masks` holds the tensors of the recipe's mask files, by the path it writes and by name.
+    """
 
     inventory: Mapping[str, TensorRef]
     models: Mapping[Role, Model]
     warnings: tuple[str, ...]
+    masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -59,9 +64,15 @@ class Family:
             return None
         return self.weight("aligned", name) - self.weight("base", name)
 
+    @property
+    def mask_files(self) -> tuple[str, ...]:
+        """Every mask file, each once."""
+        return tuple(dict.fromkeys(ref.path for tensors in self.masks.values() for ref in tensors.values()))
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """Every weight file that may be read, each once, as it is now."""
         files = dict.fromkeys(file for model in self.models.values() for file in model.files)
+        files.update(dict.fromkeys(self.mask_files))
         return tuple(FileIdentity.of(file) for file in files)
 
 
@@ -167,9 +178,5 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
             _check_inventory(role, model, inventory)
     _check_dtypes(models, inventory)
     found = (_base_warning(role, model, models, sources[role].on) for role, model in models.items())
-    return Family(inventory, models, tuple(warning for warning in found if warning))
-
-
-def delta_or_zero(family: Family, role: Role, name: str) -> Weight:
-    """The role's delta, zero where the recipe does not give the role."""
-    return family.delta(role, name) if role in family.models else ZERO
+    warnings = tuple(warning for warning in found if warning)
+    return Family(inventory, models, warnings, open_masks(recipe, directory))
