@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def _chain(family: Family) -> list[Path]:
-    """Folders that may own side files: the fine-tuned side first, then what it was trained on."""
-    models = family.models
-    folders = [models["finetuned"].folder.path, models["finetuned"].checkpoint.directory]
-    if models["finetuned"].folder.kind == "adapter":
+    """Folders that may own side files: those of the vocabulary's owner first, then what it was trained on."""
+    models, owner = family.models, family.models[family.owner]
+    folders = [owner.folder.path, owner.checkpoint.directory]
+    if owner.folder.kind == "adapter":
         folders[1:1] = [models["aligned"].folder.path]
     folders += [models["aligned"].folder.path, models["aligned"].checkpoint.directory]
     return list(dict.fromkeys(folders))
@@ -102,12 +103,25 @@ def side_files(family: Family) -> dict[str, Path]:
     return dict(sorted(chosen.items()))
 
 
-def copy_side_files(files: dict[str, Path], folder: Path) -> None:
-    """Copies side files byte for byte, with the user's permissions."""
+def copy_side_files(files: dict[str, Path], folder: Path, config_edits: Mapping[str, Any] | None = None) -> None:
+    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have."""
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        write_file(target, source.read_bytes())
+        content = source.read_bytes()
+        write_file(target, edited(content, config_edits) if name == "config.json" and config_edits else content)
+
+
+def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
+    """A config.json with some values changed wherever they stand, and every other byte as it was."""
+    text = content.decode("utf-8")
+    for key, value in edits.items():
+        new = json.dumps(value)
+        text, count = re.subn(rf'("{key}"\s*:\s*)(?:true|false|null|\d+)', rf"\g<1>{new}", text)
+        if not count:
+            text = text.replace("{", f'{{\n  "{key}": {new},', 1)
+    json.loads(text)  # as sound as it was
+    return text.encode("utf-8")
 
 
 def write_file(path: Path, content: bytes | str) -> None:

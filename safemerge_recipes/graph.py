@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from safemerge_recipes.algebra import LowRank, Stored, Weight
+from safemerge_recipes.algebra import Stored, Weight
 from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES, TensorRef
@@ -130,12 +130,7 @@ def _work(tensor: TensorPlan, family: Family) -> Copy | Sum | Apply:
 
 def describe(weight: Weight, identity: Mapping[str, str]) -> str:
     """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
-    parts = []
-    for coefficient, operand in weight:
-        refs = ",".join(f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}" for r in operand.refs)
-        detail = f"*{operand.scale!r}T{operand.transposed}" if isinstance(operand, LowRank) else ""
-        parts.append(f"{coefficient}*{type(operand).__name__}({refs}{detail})")
-    return "+".join(parts)
+    return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
 
 
 def _key(tensor: TensorPlan, work: Copy | Sum | Apply, identity: Mapping[str, str]) -> str:
@@ -171,11 +166,6 @@ def build_graph(plan: Plan, family: Family, identities: tuple[FileIdentity, ...]
     return Graph(layout, tuple(tasks))
 
 
-def _factor_bytes(weight: Weight) -> int:
-    """Bytes of a weight's LoRA factors in float32, twice: as loaded and as joined."""
-    return sum(8 * ref.numel for _, operand in weight if isinstance(operand, LowRank) for ref in operand.refs)
-
-
 def block_elements(shape: tuple[int, ...]) -> int:
     """Elements of the largest block of a tensor of this shape."""
     total = 1
@@ -193,9 +183,9 @@ def task_memory(task: Task) -> int:
     if isinstance(work, Sum):
         if as_interpolation(work.weight, task.slot.dtype):
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
-        return block * (3 * width + 8) + _factor_bytes(work.weight)
+        return block * (3 * width + 8) + work.weight.memory(block)
     slots = 14 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
     collected = (
         int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
     )
-    return block * slots * width + collected + sum(map(_factor_bytes, (work.origin, work.x, work.y)))
+    return block * slots * width + collected + sum(weight.memory(block) for weight in (work.origin, work.x, work.y))

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class TensorRef:
     def columns(self) -> int:
         """Last dimension, or 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
+
+    def part(self, first: int, count: int | None = None) -> TensorRef:
+        """Entries [first, first + count) of the first dimension; the single entry, one dimension less, if None."""
+        each = self.nbytes // self.shape[0]
+        shape = self.shape[1:] if count is None else (count, *self.shape[1:])
+        return replace(self, offset=self.offset + first * each, nbytes=each * (count or 1), shape=shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -40,12 +40,13 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     columns = shape[-1]
     rows = math.prod(shape) // max(1, columns)
     block = max(ROW_BLOCK, columns)
+    own = v.memory(block) + delta.memory(block)
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
     products = 4 * columns * (rank + 3 * PROBES) * 2
     panels = 3 * 4 * max(rows, columns) * PANEL if not (v.low_rank or delta.low_rank) else 0
-    return 2 * block * (4 * 3 + 8) + factors + products + panels
+    return 2 * block * (4 * 3 + 8) + factors + products + panels + own
 
 
 def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:

@@ -404,7 +404,7 @@ def _write(
     inputs = digests.result()
     hashed = time.perf_counter()
     check_unchanged(prepared.identities)
-    copy_side_files(side_files(prepared.family), part)
+    copy_side_files(side_files(prepared.family), part, prepared.family.config_edits)
     timings = {**prepared.timings, "write": written - started, "hash": hashed - written}
     render_documents(part, plan, None, provenance_of(prepared))
     (part / JOURNAL_FILE).unlink(missing_ok=True)
