@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safemerge_recipes.adapter_config import CONFIG_FILE, AdapterConfig, read_config
-from safemerge_recipes.adapter_keys import Keys, read_keys
-from safemerge_recipes.adapter_names import DiskNames, SeparateExperts
+from safemerge_recipes.adapter_keys import Keys, read_keys, saved_as_whole
+from safemerge_recipes.adapter_names import DiskNames, SeparateExperts, different_starts
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import TensorRef
@@ -70,6 +70,7 @@ class _Application:
     turned: frozenset[str]
     adapted: set[str] = field(default_factory=set)
     translated: list[tuple[str, str]] = field(default_factory=list)
+    starts: dict[str, str] = field(default_factory=dict)
 
     def target(self, name: str) -> str:
         """The tensor on disk of a name in memory."""
@@ -81,6 +82,12 @@ class _Application:
             )
         if found != name and (name, found) not in self.translated:
             self.translated.append((name, found))
+        path, elsewhere = different_starts(name, found)
+        if self.starts.setdefault(path, elsewhere) != elsewhere:
+            raise SourceError(
+                f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have (others of "
+                f"{path} are under {self.starts[path]}, and nothing like it is there)"
+            )
         self.adapted.add(found)
         return found
 
@@ -158,9 +165,8 @@ class _Application:
         indices = self.adapter.config.token_indices(module)
         if rows.shape != (len(indices), *below.shape[1:]) or max(indices, default=0) >= below.shape[0]:
             raise SourceError(
-                f"{self.adapter.directory}: {name}: the file holds trained rows {rows.shape}, "
-                f"trainable_token_indices names {len(indices)} rows up to {max(indices, default=0)}, the model's tensor "
-                f"is {below.shape}; they must fit"
+                f"{self.adapter.directory}: {name} is {below.shape}, the file holds trained rows {rows.shape}, "
+                f"trainable_token_indices names {len(indices)} rows up to {max(indices, default=0)}; they must fit"
             )
         runs: list[tuple[int, int, int]] = []
         at = 0
@@ -192,8 +198,8 @@ class _Application:
             shape = shapes[disk] if disk else experts.fused(parameter, shapes) if experts else None
             if shape is None:
                 raise SourceError(
-                    f"{self.adapter.directory}: adapts {root}.{parameter}, which the model it is applied to has neither "
-                    "as one tensor nor as separate experts with gate, up and down projections under known names"
+                    f"{self.adapter.directory}: adapts {root}.{parameter}, which the model it is applied to has "
+                    "neither as one tensor nor as separate experts with gate, up and down projections"
                 )
             places[parameter] = shape
         for module in levels:
@@ -262,7 +268,7 @@ class _Application:
                     continue
                 if wanted is not None and block_index(name) not in wanted:
                     continue
-                if any(f".{module}.".find(f".{one}.") >= 0 for one in saved):
+                if saved_as_whole(module, saved):
                     continue
                 raise SourceError(
                     f"{self.adapter.keys.path}: has nothing for {name}, which target_modules ({target!r}) names; "

@@ -63,9 +63,11 @@ class Keys:
         return a, b
 
 
-def _named(name: str, listed: tuple[str, ...]) -> bool:
-    """Whether a module's path, or one that holds it, ends with a listed name."""
-    return any(f".{name}.".find(f".{one}.") >= 0 for one in listed)
+def saved_as_whole(module: str, listed: tuple[str, ...]) -> bool:
+    """Whether a module's path, or that of one around it, ends with a name of modules_to_save, as PEFT asks."""
+    parts = module.split(".")
+    around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(path.endswith(one) for path in around for one in listed)
 
 
 def read_keys(directory: Path, config: AdapterConfig) -> Keys:
@@ -105,7 +107,7 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
             if part in parts:
                 raise SourceError(f"{path}: {key[:200]!r} stands there twice, in two spellings; expected one")
             parts[part] = ref
-        elif _named(name.rpartition(".")[0], saved) or (config.bias == "all" and name.endswith(".bias")):
+        elif saved_as_whole(name.rpartition(".")[0], saved) or (config.bias == "all" and name.endswith(".bias")):
             keys.whole[name] = ref
         else:
             raise SourceError(
@@ -131,7 +133,7 @@ def _check_parts(keys: Keys, config: AdapterConfig) -> None:
                     f"{field_name}: {config.values.get(field_name)!r}; they must agree"
                 )
     listed: Mapping[str, bool] = {
-        name: any(_named(one.rpartition(".")[0], (name,)) for one in keys.whole)
+        name: any(saved_as_whole(one.rpartition(".")[0], (name,)) for one in keys.whole)
         for name in config.names("modules_to_save")
     }
     for name, found in listed.items():

@@ -31,6 +31,12 @@ def _tail(one: str, other: str) -> tuple[int, int]:
     return count, len(set(left[: len(left) - count]) & set(right[: len(right) - count]))
 
 
+def different_starts(one: str, other: str) -> tuple[str, str]:
+    """What stands before the common end of two names."""
+    count, _ = _tail(one, other)
+    return ".".join(one.split(".")[:-count]), ".".join(other.split(".")[:-count])
+
+
 class DiskNames:
     """Finds tensors of one inventory by their names in memory."""
 

@@ -103,7 +103,9 @@ def _sources(view: Overview, origin: Mapping[str, Any]) -> dict[str, Mapping[str
     for role, source in given.items() if isinstance(given, Mapping) else ():
         if isinstance(source, Mapping):
             known = dict(source)
-            known.setdefault("label", next((source[k] for k in ("model", "adapter", "location") if source.get(k)), None))
+            known.setdefault(
+                "label", next((source[k] for k in ("model", "adapter", "location") if source.get(k)), None)
+            )
             known.setdefault("kind", "adapter" if source.get("adapter") else None)
         else:
             known = {"label": source}
@@ -240,7 +242,11 @@ def _repeat(origin: Mapping[str, Any]) -> str:
     versions = origin.get("versions")
     told = ""
     if isinstance(versions, Mapping) and versions:
-        told = "\n\nMade with " + ", ".join(f"{markdown(k, 60)} {markdown(v, 60)}" for k, v in list(versions.items())[:20]) + "."
+        told = (
+            "\n\nMade with "
+            + ", ".join(f"{markdown(k, 60)} {markdown(v, 60)}" for k, v in list(versions.items())[:20])
+            + "."
+        )
     return (
         "## Repeat it\n\n`safemerge_recipe.yaml` in this folder is the recipe as it was resolved; the same recipe and "
         f"sources give the same bytes.\n\n```sh\npip install safemerge-recipes\nsafemerge-run safemerge_recipe.yaml --output again\n```{told}"

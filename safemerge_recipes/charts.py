@@ -114,7 +114,9 @@ def panels(cells: Grid) -> list[str]:
         for value in cell.values(of)
     ]
     top = ceiling(max(drawn, default=1.0))
-    return [_panel(kind, row, cells.blocks, top) for kind, row in cells.rows.items() if any(c.values(_rho) for c in row)]
+    return [
+        _panel(kind, row, cells.blocks, top) for kind, row in cells.rows.items() if any(c.values(_rho) for c in row)
+    ]
 
 
 def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> str:
@@ -129,7 +131,10 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
 
     parts = [words(0, 12, kind, "h"), words(width - right, 12, f"{_merged(row)} of {_tensors(row)} merged", "t", "end")]
     for value, label in ticks(top):
-        parts += [rule(left, y(value), width - right, y(value), "g"), words(left - 6, y(value) + 3.5, label, "t", "end")]
+        parts += [
+            rule(left, y(value), width - right, y(value), "g"),
+            words(left - 6, y(value) + 3.5, label, "t", "end"),
+        ]
     for column in range(0, len(blocks), _every(len(blocks), 8)):
         parts.append(words(x(column), lower + 15, blocks[column], "t", "middle"))
     for class_, of in (("null", lambda line: line.rho_null), ("tau", lambda line: line.tau_rho)):
@@ -145,7 +150,9 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
             continue
         if len(rhos) > 1:
             parts.append(rule(x(cell.column), y(min(rhos)), x(cell.column), y(max(rhos)), "span"))
-        parts.append(dot(x(cell.column), y(median(rhos) or 0.0), cell.merged, cell.title, min(3.2, max(1.6, step / 2.4))))
+        parts.append(
+            dot(x(cell.column), y(median(rhos) or 0.0), cell.merged, cell.title, min(3.2, max(1.6, step / 2.4)))
+        )
     count = _merged(row)
     label = f"{kind}: ρ by block, {count} of {_tensors(row)} merged"
     return drawing(width, 152, label, *parts)
@@ -181,10 +188,14 @@ def heat_map(cells: Grid) -> str:
             marks = tag("title", text(cell.title))
             marks += tag("rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}")
             if cell.merged:
-                marks += tag("circle", cx=x + step / 2 - 0.5, cy=y + height / 2 - 0.5, r=min(4.2, step / 2.6), class_="hm")
+                marks += tag(
+                    "circle", cx=x + step / 2 - 0.5, cy=y + height / 2 - 0.5, r=min(4.2, step / 2.6), class_="hm"
+                )
             parts.append(tag("g", marks))
     label = f"Heat map of {len(cells.rows)} module types by {len(cells.blocks)} blocks; dots mark merged tensors"
-    return drawing(width, upper + height * len(cells.rows), label, *parts, class_="wide" if len(cells.blocks) > 16 else "")
+    return drawing(
+        width, upper + height * len(cells.rows), label, *parts, class_="wide" if len(cells.blocks) > 16 else ""
+    )
 
 
 def heat_top(cells: Grid) -> float:
@@ -255,9 +266,15 @@ def norms(cells: Grid) -> str:
     up = _Log([d for _, _, d in points], lower, upper)
     parts = []
     for value, label in across.ticks():
-        parts += [rule(across(value), upper, across(value), lower, "g"), words(across(value), lower + 16, label, "t", "middle")]
+        parts += [
+            rule(across(value), upper, across(value), lower, "g"),
+            words(across(value), lower + 16, label, "t", "middle"),
+        ]
     for value, label in up.ticks():
-        parts += [rule(left, up(value), width - right, up(value), "g"), words(left - 6, up(value) + 3.5, label, "t", "end")]
+        parts += [
+            rule(left, up(value), width - right, up(value), "g"),
+            words(left - 6, up(value) + 3.5, label, "t", "end"),
+        ]
     parts += [words(width - right, lower + 34, "‖V‖", "h", "end"), words(4, 12, "‖Δf‖", "h")]
     for cell, v, d in points:
         parts.append(dot(across(v), up(d), cell.merged, f"{cell.title}, ‖V‖ {figure(v)}, ‖Δf‖ {figure(d)}", 3.4))

@@ -94,7 +94,11 @@ def _digest(content: str) -> str:
 def _section(name: str, title: str, note: str, *content: str) -> str:
     """A section with its heading; `note` is HTML of ours."""
     head = tag("h2", text(title), id=f"{name}-title")
-    return tag("section", head + (tag("p", note, class_="note") if note else "") + "".join(content), aria_labelledby=f"{name}-title")
+    return tag(
+        "section",
+        head + (tag("p", note, class_="note") if note else "") + "".join(content),
+        aria_labelledby=f"{name}-title",
+    )
 
 
 # Top of the page
@@ -122,7 +126,9 @@ def _head(view: Overview, origin: Mapping[str, Any]) -> str:
     parts.append(_method(view))
     parts.append(tag("dl", shown_facts, class_="facts"))
     if view.warnings:
-        parts.append(tag("ul", "".join(tag("li", text(warning, 1000)) for warning in view.warnings[:50]), class_="warnings"))
+        parts.append(
+            tag("ul", "".join(tag("li", text(warning, 1000)) for warning in view.warnings[:50]), class_="warnings")
+        )
     return tag("header", "".join(parts))
 
 
@@ -280,7 +286,16 @@ def _kinds(view: Overview) -> str:
                 ),
             )
         )
-    heads = [("module type", ""), ("merged", "n"), ("gated", "n"), ("", "bar"), ("ρ min", "n"), ("median", "n"), ("max", "n"), ("median ρ₀", "n")]
+    heads = [
+        ("module type", ""),
+        ("merged", "n"),
+        ("gated", "n"),
+        ("", "bar"),
+        ("ρ min", "n"),
+        ("median", "n"),
+        ("max", "n"),
+        ("median ρ₀", "n"),
+    ]
     more = len(kinds) - 4 * charts.MAX_KINDS
     note = f"{things(more, 'further module type')} in the plan file." if more > 0 else ""
     return _section("kinds", "By module type", note, tag("div", _table(heads, "".join(rows)), class_="scroll"))
@@ -347,9 +362,13 @@ def _provenance(origin: Mapping[str, Any]) -> str:
     facts = []
     versions, timings = origin.get("versions"), origin.get("timings")
     if isinstance(versions, Mapping) and versions:
-        facts.append("Versions: " + ", ".join(f"{text(k, 60)} {text(v, 60)}" for k, v in list(versions.items())[:40]) + ".")
+        facts.append(
+            "Versions: " + ", ".join(f"{text(k, 60)} {text(v, 60)}" for k, v in list(versions.items())[:40]) + "."
+        )
     if isinstance(timings, Mapping):
-        known_times = [f"{text(k, 60)} {text(duration(v))}" for k, v in list(timings.items())[:40] if number(v) is not None]
+        known_times = [
+            f"{text(k, 60)} {text(duration(v))}" for k, v in list(timings.items())[:40] if number(v) is not None
+        ]
         if known_times:
             facts.append("Time: " + ", ".join(known_times) + ".")
     if origin.get("created"):
@@ -359,5 +378,8 @@ def _provenance(origin: Mapping[str, Any]) -> str:
         recipe = tag("pre", tag("code", escape(clean_lines(origin["recipe"]))), tabindex=0)
         parts.append(tag("h3", "Recipe") + recipe)
         parts.append(tag("p", "To repeat it: <code>safemerge-run safemerge_recipe.yaml</code>", class_="note"))
-    footer = tag("footer", f'Made with safemerge-recipes. Method: <a href="{_PAPER}" rel="noreferrer">SafeMERGE, arXiv 2503.17239</a>.')
+    footer = tag(
+        "footer",
+        f'Made with safemerge-recipes. Method: <a href="{_PAPER}" rel="noreferrer">SafeMERGE, arXiv 2503.17239</a>.',
+    )
     return (_section("origin", "Provenance", "", *parts) if parts else "") + footer

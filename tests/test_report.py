@@ -171,9 +171,22 @@ def hostile_origin(text: str) -> dict[str, Any]:
 BARE: list[dict[str, Any]] = [
     {},
     {"recipe": None, "summary": None, "tensors": None, "warnings": None},
-    {"tensors": [{}, {"name": None}, {"name": "a", "shape": None, "action": "merge", "rho": float("nan"), "rho_null": 0.0}, "x"]},
-    {"recipe": {"gate": {"tau": "x"}, "rules": [None, {"tensors": ["{"], "gate": {"tau": 1}}]}, "tensors": [{"name": "a.1.b.weight"}]},
-    {"recipe": {"gate": {"complement": {"lowest": 3}}}, "tensors": [{"name": "a.1.b.weight", "metric": "rho", "rho": 0.0, "norm_v": 0.0}]},
+    {
+        "tensors": [
+            {},
+            {"name": None},
+            {"name": "a", "shape": None, "action": "merge", "rho": float("nan"), "rho_null": 0.0},
+            "x",
+        ]
+    },
+    {
+        "recipe": {"gate": {"tau": "x"}, "rules": [None, {"tensors": ["{"], "gate": {"tau": 1}}]},
+        "tensors": [{"name": "a.1.b.weight"}],
+    },
+    {
+        "recipe": {"gate": {"complement": {"lowest": 3}}},
+        "tensors": [{"name": "a.1.b.weight", "metric": "rho", "rho": 0.0, "norm_v": 0.0}],
+    },
 ]
 
 
@@ -188,7 +201,13 @@ def printed(call: Any, *args: Any, width: int = 80, encoding: str = "utf-8") -> 
 class TestTerminal:
     def test_counts_figures_and_scores_are_shown(self):
         plan = make_plan()
-        result = {"output": "out/x", "bytes_written": 13_476_839_424, "seconds": 105.0, "peak_memory": 9e8, "scores": SCORES}
+        result = {
+            "output": "out/x",
+            "bytes_written": 13_476_839_424,
+            "seconds": 105.0,
+            "peak_memory": 9e8,
+            "scores": SCORES,
+        }
         text = printed(print_result, plan, result)
         summary = plan["summary"]
         assert f"{summary['merged']} of 224 gated tensors were merged, where ρ < 0.35" in " ".join(text.split())
@@ -196,7 +215,15 @@ class TestTerminal:
             members = [t for t in plan["tensors"] if t["name"].endswith(f"{kind}.weight")]
             row = next(row for row in text.splitlines() if row.startswith(kind)).split()
             assert row[1:3] == [str(sum(t["action"] == "merge" for t in members)), "32"]
-        for expected in ("out/x", "13.5 GB", "2 min", "900 MB", "93.0 %", "n = 1319", "gsm8k: exact_match (strict-match)"):
+        for expected in (
+            "out/x",
+            "13.5 GB",
+            "2 min",
+            "900 MB",
+            "93.0 %",
+            "n = 1319",
+            "gsm8k: exact_match (strict-match)",
+        ):
             assert expected in text
 
     def test_projected_cost_is_shown_with_a_plan(self):
@@ -219,7 +246,9 @@ class TestTerminal:
     @pytest.mark.parametrize("text", HOSTILE)
     def test_outside_text_is_printed_literally(self, text):
         plan = hostile(text)
-        output = printed(print_result, plan, {"output": text, "scores": {"models": {text: {text: {text: {"value": 1}}}}}})
+        output = printed(
+            print_result, plan, {"output": text, "scores": {"models": {text: {text: {text: {"value": 1}}}}}}
+        )
         assert "\x1b" not in output
         assert "‮" not in output
         if text == "[bold red]x[/]":
@@ -311,7 +340,9 @@ class TestPage:
         plan = make_plan(4)
         content = render_report(plan, scores=None, provenance=None)
         panel = content[content.index("self_attn.q_proj: ρ by block") :].split("</svg>")[0]
-        scale = [(float(y), float(v)) for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)]
+        scale = [
+            (float(y), float(v)) for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)
+        ]
         (y0, v0), (y1, v1) = scale[0], scale[-1]
         drawn = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel)]
         rhos = [t["rho"] for t in plan["tensors"] if t["name"].endswith("q_proj.weight")]
@@ -319,8 +350,13 @@ class TestPage:
         assert drawn == pytest.approx(expected, abs=0.6)
 
     def test_thresholds_follow_the_rules(self):
-        recipe = {**RECIPE, "rules": [{"tensors": ["*.mlp.*"], "gate": {"tau": 0.5}}, {"tensors": "*q_proj*", "merge": {"alpha": 0.5}}]}
-        limits = {line.kind: line.threshold.value for line in read_plan(make_plan(2, recipe=recipe)).lines if line.threshold}
+        recipe = {
+            **RECIPE,
+            "rules": [{"tensors": ["*.mlp.*"], "gate": {"tau": 0.5}}, {"tensors": "*q_proj*", "merge": {"alpha": 0.5}}],
+        }
+        limits = {
+            line.kind: line.threshold.value for line in read_plan(make_plan(2, recipe=recipe)).lines if line.threshold
+        }
         assert limits == {kind: 0.5 if kind.startswith("mlp") else 0.35 for kind in KINDS}
 
     def test_a_ratio_threshold_lies_at_tau_times_null(self):
@@ -393,7 +429,9 @@ def test_45_000_tensors_take_seconds_and_megabytes():
 def test_many_long_hostile_names_stay_within_the_size():
     plan = make_plan(1)
     line = next(t for t in plan["tensors"] if t["metric"])
-    plan["tensors"] = [{**line, "name": f"layers.{i % 400}.k{i}." + '"<&‮' * 2000, "reason": "<" * 9000} for i in range(4000)]
+    plan["tensors"] = [
+        {**line, "name": f"layers.{i % 400}.k{i}." + '"<&‮' * 2000, "reason": "<" * 9000} for i in range(4000)
+    ]
     content = render_report(plan, scores=None, provenance=None)
     assert len(content.encode()) < 6_000_000
     Page(content)
@@ -402,7 +440,11 @@ def test_many_long_hostile_names_stay_within_the_size():
 class TestCard:
     def test_metadata_is_read_back_by_the_hub_library(self):
         data = ModelCard(render_card(make_plan(), scores=SCORES, provenance=PROVENANCE)).data
-        assert data.base_model == ["meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", "my-org/llama2-gsm8k-lora"]
+        assert data.base_model == [
+            "meta-llama/Llama-2-7b-hf",
+            "meta-llama/Llama-2-7b-chat-hf",
+            "my-org/llama2-gsm8k-lora",
+        ]
         assert (data.base_model_relation, data.library_name, data.license) == ("merge", "transformers", "llama2")
         assert data.tags == ["merge", "safemerge"]
         assert {(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
@@ -428,7 +470,10 @@ class TestCard:
         ],
     )
     def test_license_is_stated_only_where_all_agree(self, licenses, expected):
-        sources = {role: {"label": "o/m", "revision": "a", "license": each} for role, each in zip(("a", "b"), licenses, strict=True)}
+        sources = {
+            role: {"label": "o/m", "revision": "a", "license": each}
+            for role, each in zip(("a", "b"), licenses, strict=True)
+        }
         data = ModelCard(render_card(make_plan(2), scores=None, provenance={"sources": sources})).data
         assert (data.license, data.license_name) == expected
 
@@ -440,7 +485,11 @@ class TestCard:
             reader = MarkdownIt("gfm-like", {"linkify": False, "html": True})
             tokens = [token for block in reader.parse(body) for token in (block, *(block.children or ()))]
             links = {str(token.attrGet("href")) for token in tokens if token.type == "link_open"}
-            kinds = [t.type if t.type != "html_inline" else t.content for t in tokens if t.type not in ("text", "text_special")]
+            kinds = [
+                t.type if t.type != "html_inline" else t.content
+                for t in tokens
+                if t.type not in ("text", "text_special")
+            ]
             return kinds, links
 
         kinds, links = shape(text)
