@@ -278,10 +278,14 @@ class _Application:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The model above an adapter: its weights, and what a user should know about how they came about."""
+    """The model above an adapter: its weights, and what a user should know about how they came about.
+
+    `translated` holds (name in memory, name on disk) of tensors for which they differ.
+    """
 
     weights: Mapping[str, Weight]
     notes: tuple[str, ...]
+    translated: tuple[tuple[str, str], ...] = ()
 
 
 def apply_adapter(
@@ -342,4 +346,4 @@ def apply_adapter(
         notes.append(
             f"{len(work.translated)} of the adapter's names were found under others, such as {name} as {found}"
         )
-    return Applied(above, tuple(notes))
+    return Applied(above, tuple(notes), tuple(work.translated))

@@ -95,12 +95,16 @@ def side_files(family: Family) -> dict[str, Path]:
     if owner is not None:
         chosen.update({path.name: path for path in _plain_files(owner) if not _is_tokenizer(path.name)})
     if tokenizer is not None:
-        chosen.update({path.name: path for path in _plain_files(tokenizer) if _is_tokenizer(path.name)})
-        for name in _TOKENIZER_FOLDERS:
-            for path in sorted((tokenizer / name).glob("*")):
-                if path.is_file():
-                    chosen[f"{name}/{path.name}"] = path
+        chosen.update(tokenizer_files(tokenizer))
     return dict(sorted(chosen.items()))
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Relative name -> file of a folder's tokenizer and chat templates."""
+    found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
+    for name in _TOKENIZER_FOLDERS:
+        found.update({f"{name}/{path.name}": path for path in sorted((folder / name).glob("*")) if path.is_file()})
+    return found
 
 
 def copy_side_files(files: dict[str, Path], folder: Path, config_edits: Mapping[str, Any] | None = None) -> None:

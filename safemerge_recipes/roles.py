@@ -34,6 +34,7 @@ class Model:
     checkpoint: Checkpoint
     adapter: Adapter | None
     notes: tuple[str, ...] = ()
+    translated: tuple[tuple[str, str], ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ class Family:
     owner: Role = "finetuned"
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     input_first: frozenset[str] = frozenset()
+    embedding: str | None = None
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -111,7 +113,7 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
     embedding = embedding_of(below.weights, config) if tied else None
     above = apply_adapter(adapter, below.weights, config, embedding)
     notes = tuple(f"sources.{role}: {note}" for note in above.notes)
-    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, (*below.notes, *notes))
+    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, (*below.notes, *notes), above.translated)
     return opened[role]
 
 
@@ -185,6 +187,7 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
     return Family(
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
+        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config),
     )  # fmt: skip
 
 

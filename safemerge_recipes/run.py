@@ -30,6 +30,7 @@ from safemerge_recipes.folder import (
     part_of,
     publish,
     side_files,
+    tokenizer_files,
     write_file,
     write_json,
 )  # fmt: skip
@@ -369,6 +370,8 @@ def _write(
     force: bool,
 ) -> dict[str, Any]:
     graph, recipe = prepared.graph, prepared.recipe
+    if recipe.output.format == "adapter":
+        return _write_adapter(prepared, part, output, digests, progress)
     if not done:
         try:
             resumed = _resume(part, prepared, progress)
@@ -416,6 +419,33 @@ def _write(
         "files": sealed,
         "timings": timings,
     }
+
+
+def _write_adapter(
+    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
+) -> dict[str, Any]:
+    """An adapter is small: it is computed in memory and always written anew."""
+    from safemerge_recipes.adapter_output import write_adapter
+
+    progress.phase("write", prepared.graph.bytes_written)
+    started = time.perf_counter()
+    graph = prepared.graph
+    sealed, notes = write_adapter(prepared.plan, prepared.family, graph, part, prepared.resources.memory, progress.tick)
+    written = time.perf_counter()
+    plan = prepared.plan_json()
+    for line in plan["tensors"]:
+        line.update(notes.get(line["name"], {}))
+    write_json(part / PLAN_FILE, plan)
+    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
+    inputs = digests.result()
+    check_unchanged(prepared.identities)
+    finetuned = prepared.family.models["finetuned"].folder
+    if finetuned.kind == "adapter":
+        copy_side_files(tokenizer_files(finetuned.path), part)
+    render_documents(part, plan, None, provenance_of(prepared))
+    timings = {**prepared.timings, "write": written - started, "hash": time.perf_counter() - written}
+    write_json(part / MANIFEST_FILE, _manifest(prepared, part, sealed, inputs, timings))
+    return {"output": str(output), "summary": plan["summary"], "resumed": 0, "files": sealed, "timings": timings}
 
 
 def provenance_of(prepared: Prepared) -> dict[str, Any]:
