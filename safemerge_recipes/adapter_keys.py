@@ -15,6 +15,7 @@ from safemerge_recipes.adapter_config import AdapterConfig
 from safemerge_recipes.checkpoint import inside
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef, read_header
+from safemerge_recipes.vocabulary import is_head
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -107,7 +108,11 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
             if part in parts:
                 raise SourceError(f"{path}: {key[:200]!r} stands there twice, in two spellings; expected one")
             parts[part] = ref
-        elif saved_as_whole(name.rpartition(".")[0], saved) or (config.bias == "all" and name.endswith(".bias")):
+        elif (
+            (config.keeps_tied and is_head(name))  # the embedding's, once more
+            or saved_as_whole(name.rpartition(".")[0], saved)
+            or (config.bias == "all" and name.endswith(".bias"))
+        ):
             keys.whole[name] = ref
         else:
             raise SourceError(

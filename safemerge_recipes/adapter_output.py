@@ -78,9 +78,14 @@ def _update(work: Copy | Sum | Apply, reference: Weight) -> Sum | Apply:
     if isinstance(work, Sum):
         return Sum(work.weight - reference)
     origin = work.origin - reference
-    if work.merge.method == "slerp" and origin.is_zero and work.x.low_rank and work.y.low_rank:
+    if work.merge.method == "slerp" and origin.is_zero and _thin(work.x, work.y):
         return work  # its coefficients are found from the factors
     return Apply(origin, work.x, work.y, work.merge)
+
+
+def _thin(*weights: Weight) -> bool:
+    """Whether all of them are sums of LoRA products, or zero."""
+    return all(weight.is_zero or weight.low_rank for weight in weights)
 
 
 def _slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
@@ -90,10 +95,10 @@ def _slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
     kernel = KERNELS["slerp"](work.merge)
     assert isinstance(kernel, Slerp)
     x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in (work.x, work.y))
-    assert x is not None
-    assert y is not None
 
-    def inner(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> float:
+    def inner(one: tuple[torch.Tensor, torch.Tensor] | None, other: tuple[torch.Tensor, torch.Tensor] | None) -> float:
+        if one is None or other is None:  # zero
+            return 0.0
         return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
 
     first, second = kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
@@ -149,7 +154,7 @@ class AdapterWriter:
             return
         for weight in weights:
             _refuse_unfit(name, weight)
-        if isinstance(work, Apply) and work.merge.method == "slerp" and all(w.low_rank for w in weights):
+        if isinstance(work, Apply) and work.merge.method == "slerp" and _thin(*weights):
             work = Sum(_slerp(work, self.reader, self.arena))
         if isinstance(work, Sum) and work.weight.low_rank:
             self.exact(name, work.weight)
@@ -174,7 +179,7 @@ class AdapterWriter:
         """A dense update, truncated to the wanted rank."""
         weights = (work.weight,) if isinstance(work, Sum) else (work.x, work.y)
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
-        rank = self.rank or (sum(own) if all(weight.low_rank for weight in weights) else 0)
+        rank = self.rank or (sum(own) if _thin(*weights) else 0)
         if not rank:
             raise PlanError(
                 f"output.format: adapter: {name}: its update has no small exact rank; say `output.rank`, "

@@ -120,10 +120,10 @@ def _work(tensor: TensorPlan, family: Family) -> Copy | Sum | Apply:
         if stored is not None and stored.dtype == tensor.dtype:
             return Copy(stored)
     for ref in work.refs:
-        if ref.dtype not in FLOAT_DTYPES:
+        if ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES:
             raise SourceError(
-                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, which is never converted; expected "
-                f"{tensor.dtype} in every source, or a rule that keeps it as it is"
+                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and packed "
+                "numbers are never converted; expected the same in every source, or a rule that keeps the aligned one"
             )
     return work
 

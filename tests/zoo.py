@@ -131,14 +131,21 @@ def save_adapter(base: Path, folder: Path, seed: int = 1, *, saving: dict[str, A
     return folder
 
 
-def merge_with_peft(base: Path, adapter: Path, folder: Path) -> Path:
-    """The oracle: the adapter merged into the model by PEFT in float32."""
+def with_adapter(base: Path, adapter: Path) -> Any:
+    """The model with the adapter beside its weights, as it was trained."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
-        model.save_pretrained(folder)
+        return PeftModel.from_pretrained(load_model(base), adapter)
+
+
+def merge_with_peft(base: Path, adapter: Path, folder: Path) -> Path:
+    """The oracle: the adapter merged into the model by PEFT in float32."""
+    model = with_adapter(base, adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_and_unload().save_pretrained(folder)
     return folder
 
 
