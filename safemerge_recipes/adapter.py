@@ -144,8 +144,8 @@ class _Application:
         if "base_bias" in parts or "lora_bias" in parts:
             if "lora_bias" in parts and self.find(f"{module}.bias") is None:
                 raise SourceError(
-                    f"{self.adapter.config.path}: lora_bias is set, but {module} has no bias that the trained one could "
-                    "be added to; expected layers with a bias (PEFT cannot merge this adapter either)"
+                    f"{self.adapter.config.path}: lora_bias is set, but {module} has no bias that the trained one "
+                    "could be added to; expected layers with a bias (PEFT cannot merge this adapter either)"
                 )
             name = self.target(f"{module}.bias")
             if "base_bias" in parts:

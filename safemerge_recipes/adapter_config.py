@@ -15,8 +15,11 @@ from typing import Any
 
 from safemerge_recipes.checkpoint import read_object
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.patterns import Matcher, compile_patterns
 
 CONFIG_FILE = "adapter_config.json"
+MAX_EXPRESSIONS = 200
+"""Most regular expressions a config's table may hold."""
 
 _UNDERSTOOD = frozenset(
     [
@@ -67,12 +70,48 @@ _WITHOUT_EFFECT = frozenset(
 _MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class PatternTable:
+    """`rank_pattern` or `alpha_pattern`: the value of the first key that fits, as PEFT looks it up.
+
+    A key fits the end of a module's path. A plain key is that end; any other is a regular expression, which a
+    stranger wrote and which is therefore bounded.
+    """
+
+    def __init__(self, where: Path, field: str, config: Mapping[str, Any]) -> None:
+        table = config.get(field) or {}
+        if not isinstance(table, dict):
+            raise SourceError(f"{where}: {field} is a {type(table).__name__}; expected module names with their values")
+        self.plain: dict[str, tuple[int, Any]] = {}
+        self.expressions: list[tuple[int, Any, Matcher]] = []
+        for number, (key, value) in enumerate(table.items()):
+            if re.fullmatch(r"[\w.]*", key):
+                self.plain[key] = number, value
+                continue
+            if len(self.expressions) == MAX_EXPRESSIONS:
+                raise SourceError(f"{where}: {field} has more than {MAX_EXPRESSIONS} regular expressions")
+            try:
+                # As PEFT: re.match(rf"(.*\.)?({key})$", module).
+                self.expressions.append((number, value, compile_patterns(rf"/(?:.*\.)?(?:{key})/")))
+            except ValueError as error:
+                raise SourceError(f"{where}: {field}: {error}") from None
+
+    def value(self, module: str, default: Any) -> Any:
+        """The value for a module."""
+        parts = module.split(".")
+        ends = (".".join(parts[n:]) for n in range(len(parts)))
+        found = [self.plain[end] for end in ends if end in self.plain]
+        found += [(number, value) for number, value, matches in self.expressions if matches(module)]
+        return min(found, key=lambda item: item[0])[1] if found else default
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """The fields of a LoRA config that say what its tensors mean."""
 
     path: Path
     values: Mapping[str, Any]
+    ranks: PatternTable
+    alphas: PatternTable
 
     @property
     def base(self) -> str | None:
@@ -119,37 +158,20 @@ class AdapterConfig:
         Raises:
             SourceError: the config gives the module another rank, or no sensible alpha.
         """
-        declared = self._pattern_value("rank_pattern", module, self.values.get("r"))
-        alpha = self._pattern_value("alpha_pattern", module, self.values.get("lora_alpha"))
-        if declared != rank:
+        declared = self.ranks.value(module, self.values.get("r"))
+        alpha = self.alphas.value(module, self.values.get("lora_alpha"))
+        if type(declared) is not int or declared != rank:
             raise SourceError(
-                f"{self.path}: {module}: the config says rank {declared}, the stored factors have {rank}; "
+                f"{self.path}: {module}: the config says rank {str(declared)[:40]}, lora_A has {rank} rows; "
                 "they must agree"
             )
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise SourceError(f"{self.path}: {module}: lora_alpha is {alpha!r}; expected a number")
-        return float(alpha) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
-
-    def _pattern_value(self, field: str, module: str, default: Any) -> Any:
-        """The value of the first pattern that fits, as PEFT looks it up: an end of the module's path."""
-        patterns = self.values.get(field) or {}
-        if not isinstance(patterns, dict):
-            raise SourceError(f"{self.path}: {field} is {str(patterns)[:80]!r}; expected names with numbers")
-        for key, value in patterns.items():
-            if re.fullmatch(r"[\w.]*", key):
-                if module == key or module.endswith("." + key):
-                    return value
-                continue
-            if len(key) > 500 or re.search(r"[+*}]\)?[+*{]", key):
-                raise SourceError(
-                    f"{self.path}: pattern {key[:80]!r} could take for ever to match; expected a module's name"
-                )
-            try:
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return value
-            except re.error as error:
-                raise SourceError(f"{self.path}: pattern {key[:80]!r} is no regular expression: {error}") from None
-        return default
+        try:
+            scale = float(alpha) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
+        except (TypeError, ValueError, OverflowError):
+            scale = math.nan
+        if isinstance(alpha, bool | str) or not math.isfinite(scale):
+            raise SourceError(f"{self.path}: {module}: lora_alpha is {str(alpha)[:40]!r}; expected a number")
+        return scale
 
     def token_indices(self, module: str) -> tuple[int, ...]:
         """The rows that trained tokens of a module replace; plain lists mean the input embedding.
@@ -199,4 +221,5 @@ def read_config(directory: Path) -> AdapterConfig:
                 f"{where}: {field} is {str(value)[:80]!r}, which changes what the adapter adds and is not supported; "
                 "expected LoRA or DoRA (merge the adapter with PEFT into a full checkpoint and use that)"
             )
-    return AdapterConfig(where, values)
+    ranks, alphas = (PatternTable(where, field, values) for field in ("rank_pattern", "alpha_pattern"))
+    return AdapterConfig(where, values, ranks, alphas)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.errors import SourceError
+from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, TensorRef
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Reader:
             try:
                 opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise SourceError(f"{path}: cannot be opened: {error.strerror}; it was readable when planned") from None
+                raise ReadError(f"{path}: cannot be opened: {error.strerror}; it was readable when planned") from None
             found = self._files.setdefault(path, opened)
             if found != opened:  # another thread was first
                 os.close(opened)
@@ -89,7 +89,7 @@ class Reader:
             try:
                 got = os.preadv(file, [view[done:]], offset + done)
             except OSError as error:
-                raise SourceError(f"{path}: byte {offset + done}: {error.strerror}; is the disk failing?") from None
+                raise ReadError(f"{path}: byte {offset + done}: {error.strerror}; is the disk failing?") from None
             if not got:
                 raise SourceError(
                     f"{path}: ends at byte {offset + done}, {len(view) - done} bytes early; was it changed?"
@@ -105,7 +105,10 @@ class Reader:
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
-                done = _copy_through_memory(source, target, min(count, COPY_CHUNK), offset, at)
+                view = memoryview(bytearray(min(count, 1 << 22)))
+                self.read_bytes(path, offset, view)
+                write_bytes(target, view, at)
+                done = len(view)
             if not done:
                 raise SourceError(f"{path}: ends at byte {offset}, {count} bytes early; was it changed meanwhile?")
             offset, at, count = offset + done, at + done, count - done
@@ -131,12 +134,6 @@ def _bytes() -> torch.dtype:
     import torch
 
     return torch.uint8
-
-
-def _copy_through_memory(source: int, target: int, count: int, offset: int, at: int) -> int:
-    data = os.pread(source, min(count, 1 << 22), offset)
-    write_bytes(target, memoryview(data), at)
-    return len(data)
 
 
 def write_bytes(file: int, view: memoryview, at: int) -> None:

@@ -1,6 +1,7 @@
 """README.md of a result: a model card with Hugging Face metadata. Plain data in, Markdown out.
 
-The metadata is built and checked with huggingface_hub, offline; outside text is escaped for Markdown and HTML.
+The metadata is built and checked with huggingface_hub, offline. Outside text is escaped for Markdown
+and HTML.
 """
 
 from __future__ import annotations
@@ -13,26 +14,75 @@ from safemerge_recipes.overview import (
     FORMULAS,
     Overview,
     method_link,
-    read_plan,
     method_words,
+    read_plan,
     sentence,
 )
 from safemerge_recipes.scores import Score, interval, is_rate, read_scores, shown
-from safemerge_recipes.wording import clean, clean_lines, fixed, grouped, median, things
+from safemerge_recipes.wording import clean, fixed, grouped, median, things
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LICENSES = frozenset(
-    """afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause
-    bsd-3-clause cc cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-4.0 cc-by-nc-sa-4.0 cc-by-nd-4.0
-    cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-2.0 eupl-1.1 gemma gpl gpl-2.0
-    gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 mit mpl-2.0 ms-pl odbl odc-by openrail
-    openrail++ osl-3.0 pddl unlicense wtfpl zlib""".split()
+    [
+        "afl-3.0",
+        "agpl-3.0",
+        "apache-2.0",
+        "artistic-2.0",
+        "bigscience-bloom-rail-1.0",
+        "bigscience-openrail-m",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc-by-nc-3.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-nd-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-nd-4.0",
+        "cc-by-sa-3.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "creativeml-openrail-m",
+        "deepfloyd-if-license",
+        "ecl-2.0",
+        "epl-2.0",
+        "eupl-1.1",
+        "gemma",
+        "gpl",
+        "gpl-2.0",
+        "gpl-3.0",
+        "isc",
+        "lgpl",
+        "lgpl-2.1",
+        "lgpl-3.0",
+        "llama2",
+        "llama3",
+        "llama3.1",
+        "llama3.2",
+        "llama3.3",
+        "llama4",
+        "mit",
+        "mpl-2.0",
+        "ms-pl",
+        "odbl",
+        "odc-by",
+        "openrail",
+        "openrail++",
+        "osl-3.0",
+        "pddl",
+        "unlicense",
+        "wtfpl",
+        "zlib",
+    ]
 )
 """Identifiers that the hub accepts as `license`; any other is `other` with a `license_name`."""
 _LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 _MARKUP = re.compile(r"[\\`*{}\[\]<>|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
-"""What Markdown, HTML, tables, mathematics, mentions or automatic links could read as markup inside a line."""
-_LINE_START = re.compile(r"[-+=#:]|[0-9]+(?=[.)])")
+"""What Markdown, HTML, tables, mathematics, mentions or automatic links could read as markup in a line."""
+_LINE_START = re.compile(r"[-+=#:]|[0-9]+(?=[.)](\s|$))")
 
 _PAPER = "https://arxiv.org/abs/2503.17239"
 MAX_KINDS = 60
@@ -56,7 +106,7 @@ def render_card(
         part
         for part in (
             f"# {markdown(view.name)}",
-            markdown(clean_lines(view.description).replace("\n", " "), 2000),
+            markdown(view.description, 2000),
             _what(view),
             _source_table(sources),
             _plan_table(view),
@@ -122,7 +172,7 @@ def hub_id(source: Mapping[str, Any]) -> str | None:
     return name if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name else None
 
 
-def _license(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _license(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Metadata of the licence that all sources share; empty if any is unknown or differs."""
     found = {str(source.get("license") or "").lower() for source in sources.values()}
     only = found.pop() if len(found) == 1 else ""
@@ -175,8 +225,8 @@ def _what(view: Overview) -> str:
         methods.append(name + (f", where the update becomes {markdown(phrase)}" if phrase else ""))
     told = f"A layer-gated merge after [SafeMERGE]({_PAPER}): {markdown(sentence(view, True), 2000)}"
     symbols = (
-        "ρ = cos(VVᵀΔf, Δf) tells how much of the fine-tuning update Δf = finetuned − aligned lies where alignment "
-        "changed the weights, V = aligned − base. Δs = safety − aligned."
+        "ρ = cos(VVᵀΔf, Δf) tells how much of the fine-tuning update Δf = finetuned − aligned lies where "
+        "alignment changed the weights, V = aligned − base. Δs = safety − aligned."
     )
     parts = [told] + ([f"Method: {'; '.join(methods)}."] if methods else []) + ([symbols] if view.measured else [])
     return "\n\n".join(parts)
@@ -216,7 +266,7 @@ def _plan_table(view: Overview) -> str:
         heads, rows = heads[:3], [row[:3] for row in rows]
     more = len(kinds) - MAX_KINDS
     rest = f"\n\n{things(more, 'further module type')} in `safemerge_plan.json`." if more > 0 else ""
-    told = "`safemerge_plan.json` holds the decision on every tensor with its reason, `safemerge_report.html` shows it."
+    told = "`safemerge_plan.json` holds the decision on every tensor with its reason; `safemerge_report.html` shows it."
     return f"## Plan\n\n{_rows(heads, rows, 1)}{rest}\n\n{told}"
 
 
@@ -248,6 +298,7 @@ def _repeat(origin: Mapping[str, Any]) -> str:
             + "."
         )
     return (
-        "## Repeat it\n\n`safemerge_recipe.yaml` in this folder is the recipe as it was resolved; the same recipe and "
-        f"sources give the same bytes.\n\n```sh\npip install safemerge-recipes\nsafemerge-run safemerge_recipe.yaml --output again\n```{told}"
+        "## Repeat it\n\n`safemerge_recipe.yaml` in this folder is the recipe as it was resolved; the same "
+        "recipe and sources give the same bytes.\n\n```sh\npip install safemerge-recipes\n"
+        f"safemerge-run safemerge_recipe.yaml --output again\n```{told}"
     )

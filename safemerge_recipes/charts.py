@@ -1,7 +1,7 @@
 """The charts of the report, drawn from an overview: ρ by block, heat map, ρ/ρ₀, norms, scores.
 
-What is drawn is a cell: the gated tensors of one module type in one block, usually one, with mixture-of-experts
-many. So the size of a chart is bounded by blocks × module types, whatever the number of tensors.
+What is drawn is a cell: the gated tensors of one module type in one block, usually one, with experts many. So
+the size of a chart is bounded by blocks × module types, whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from safemerge_recipes.svg import ceiling, dot, drawing, rule, steps, tag, text,
 from safemerge_recipes.wording import figure, fixed, median, things
 
 MAX_BLOCKS = 160
+"""Blocks that are drawn."""
 MAX_KINDS = 24
+"""Module types that are drawn."""
 HEAT_STEPS = 10
+"""Colours of the heat map; the style sheet has as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,10 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
     def y(value: float) -> float:
         return lower - min(value, top) / top * (lower - upper)
 
-    parts = [words(0, 12, kind, "h"), words(width - right, 12, f"{_merged(row)} of {_tensors(row)} merged", "t", "end")]
+    parts = [
+        words(0, 12, kind, "h"),
+        words(width - right, 12, f"{_merged(row)} of {_tensors(row)} merged", "t", "end"),
+    ]
     for value, label in ticks(top):
         parts += [
             rule(left, y(value), width - right, y(value), "g"),
@@ -139,9 +145,9 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
         parts.append(words(x(column), lower + 15, blocks[column], "t", "middle"))
     for class_, of in (("null", lambda line: line.rho_null), ("tau", lambda line: line.tau_rho)):
         runs = [
-            (x(cell.column) - step / 2, x(cell.column) + step / 2, y(value))
+            (x(cell.column) - step / 2, x(cell.column) + step / 2, y(at))
             for cell in row
-            if (value := cell.middle(of)) is not None
+            if (at := cell.middle(of)) is not None
         ]
         parts.append(steps(runs, class_))
     for cell in row:
@@ -151,7 +157,13 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
         if len(rhos) > 1:
             parts.append(rule(x(cell.column), y(min(rhos)), x(cell.column), y(max(rhos)), "span"))
         parts.append(
-            dot(x(cell.column), y(median(rhos) or 0.0), cell.merged, cell.title, min(3.2, max(1.6, step / 2.4)))
+            dot(
+                x(cell.column),
+                y(median(rhos) or 0.0),
+                cell.merged,
+                cell.title,
+                min(3.2, max(1.6, step / 2.4)),
+            )
         )
     count = _merged(row)
     label = f"{kind}: ρ by block, {count} of {_tensors(row)} merged"
@@ -189,13 +201,18 @@ def heat_map(cells: Grid) -> str:
             marks += tag("rect", x=x, y=float(y), width=step - min(1.0, step / 6), height=height - 1, class_=f"q{heat}")
             if cell.merged:
                 marks += tag(
-                    "circle", cx=x + step / 2 - 0.5, cy=y + height / 2 - 0.5, r=min(4.2, step / 2.6), class_="hm"
+                    "circle",
+                    cx=x + step / 2 - 0.5,
+                    cy=y + height / 2 - 0.5,
+                    r=min(4.2, step / 2.6),
+                    class_="hm",
                 )
             parts.append(tag("g", marks))
-    label = f"Heat map of {len(cells.rows)} module types by {len(cells.blocks)} blocks; dots mark merged tensors"
-    return drawing(
-        width, upper + height * len(cells.rows), label, *parts, class_="wide" if len(cells.blocks) > 16 else ""
-    )
+    label = f"Heat map of {len(cells.rows)} module types by {len(cells.blocks)} blocks; dots mark merged"
+    # Few blocks keep their size; many fill the page, and scroll where it is narrow.
+    few = len(cells.blocks) <= 16
+    height = upper + height * len(cells.rows)
+    return drawing(width, height, label, *parts, class_="few" if few else "wide", fixed=few)
 
 
 def heat_top(cells: Grid) -> float:
@@ -222,8 +239,8 @@ def ratios(cells: Grid) -> str:
     if not rows:
         return ""
     left, right, upper, height, width = 8.0, 16.0, 4.0, 50.0, 560.0
-    ratio = [value for row in rows.values() for cell in row for value in cell.values(lambda line: line.ratio)]
-    top = ceiling(max(1.1, *ratio))
+    drawn = [value for row in rows.values() for cell in row for value in cell.values(lambda line: line.ratio)]
+    top = ceiling(max(1.1, *drawn))
     lower = upper + height * len(rows)
 
     def x(value: float) -> float:
@@ -231,7 +248,10 @@ def ratios(cells: Grid) -> str:
 
     parts = []
     for value, label in ticks(top):
-        parts += [rule(x(value), upper, x(value), lower, "g"), words(x(value), lower + 15, label, "t", "middle")]
+        parts += [
+            rule(x(value), upper, x(value), lower, "g"),
+            words(x(value), lower + 15, label, "t", "middle"),
+        ]
     parts.append(rule(x(1), upper, x(1), lower, "null"))
     for index, (kind, row) in enumerate(rows.items()):
         middle = upper + (index + 1) * height - 17
@@ -241,9 +261,9 @@ def ratios(cells: Grid) -> str:
             low, high = x(min(taus)), x(max(taus))
             parts.append(tag("rect", x=low - 0.75, y=middle - 13, width=high - low + 1.5, height=26.0, class_="band"))
         for cell in row:
-            value = cell.middle(lambda line: line.ratio) or 0.0
+            ratio = cell.middle(lambda line: line.ratio) or 0.0
             shift = (cell.column / (len(cells.blocks) - 1) - 0.5) * 20 if len(cells.blocks) > 1 else 0.0
-            parts.append(dot(x(value), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(value)}", 2.8))
+            parts.append(dot(x(ratio), middle + shift, cell.merged, f"{cell.title}, ρ/ρ₀ {figure(ratio)}", 2.8))
     label = f"ρ/ρ₀ of {len(rows)} module types; 1 is an unrelated update"
     return drawing(width, lower + 20, label, *parts, class_="fit")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.header import TensorRef, read_header
+from safemerge_recipes.header import MAX_VALUES, TensorRef, check_values, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 64_000_000
-"""Largest JSON side file read, in bytes; tokenizer files of big vocabularies stay below it."""
+MAX_JSON_BYTES = 16_000_000
+"""Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +67,23 @@ class Checkpoint:
         return bool(self.config.get("tie_word_embeddings", own.get("tie_word_embeddings", True)))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> Any:
     """The content of a JSON file. Raises SourceError when it is missing, huge, or not JSON."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{path}: larger than {MAX_JSON_BYTES} bytes; expected an ordinary JSON file")
-        return json.loads(path.read_bytes().decode("utf-8"))
+        if path.stat().st_size > limit:
+            raise SourceError(f"{path}: larger than {limit} bytes; expected an ordinary JSON file")
+        text = path.read_bytes()
+        check_values(text, values)
+        return json.loads(text.decode("utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; expected a JSON file there") from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON: {str(error)[:200]}; expected an intact file") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
     """Like `read_json`, for files that must hold a JSON object."""
-    value = read_json(path)
+    value = read_json(path, limit, values)
     if not isinstance(value, dict):
         raise SourceError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -95,7 +97,7 @@ def inside(directory: Path, name: str) -> Path:
     Raises:
         SourceError: the name is not a plain file name, or a link leads elsewhere.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise SourceError(f"{directory}: names the file {name[:200]!r}; expected a plain file name of this folder")
     path = directory / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
@@ -132,7 +134,11 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise SourceError(f"{index}: has no usable weight_map; expected tensor names mapped to file names")
-        return sorted(set(weight_map.values())), weight_map
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if not file.endswith(".safetensors"):
+                raise SourceError(f"{index}: names {file[:200]!r}; expected files that end in .safetensors")
+        return files, weight_map
     legacy = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
     if legacy:
         raise SourceError(
@@ -162,7 +168,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for file in names:
         path = inside(directory, file)
         if not path.exists():
-            raise SourceError(f"{directory}: {INDEX_FILE} names {file!r}, which is missing; download it again")
+            raise SourceError(f"{directory}: {INDEX_FILE} names {file[:200]!r}, which is missing; download it again")
         for name, ref in read_header(path).items():
             if name in tensors:
                 raise SourceError(f"{path}: {name!r} is also in {tensors[name].path}; expected it once")
@@ -171,7 +177,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             tensors[name] = ref
     if weight_map is not None and len(weight_map) != len(tensors):
         missing = sorted(set(weight_map) - set(tensors))
-        raise SourceError(f"{directory}: {INDEX_FILE} names {missing[0]!r}, which no file holds ({len(missing)} such)")
+        raise SourceError(
+            f"{directory}: {INDEX_FILE} names {missing[0][:200]!r}, which no file holds ({len(missing)} such)"
+        )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
     return Checkpoint(directory, tensors, config, tuple(str(directory / file) for file in names))

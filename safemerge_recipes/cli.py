@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safemerge_recipes import __version__
-from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
 
 if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
     from safemerge_recipes.run import Prepared, Resolved
+
+# Some versions of typer bring their own click, whose errors are no errors of the installed one.
+USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="safemerge",
@@ -44,7 +47,7 @@ ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which en
 def _load(recipe: Path, overrides: list[str] | None) -> LoadedRecipe:
     from safemerge_recipes.loading import load_recipe
 
-    return load_recipe(recipe, overrides or ())
+    return load_recipe(recipe, overrides or (), metrics=(), methods=())
 
 
 def _bytes(text: str) -> int:
@@ -181,6 +184,224 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+TasksOption = Annotated[
+    list[str] | None, typer.Option("--tasks", "-t", metavar="TASK", help="Tasks; repeatable, or joined by commas.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only so many prompts of each task.")]
+FolderOption = Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the results go.")]
+
+
+def _tasks(given: list[str] | None) -> list[str]:
+    return [task for text in given or () for task in text.split(",") if task]
+
+
+def _print_scores(content: dict[str, Any], json_: bool) -> None:
+    from safemerge_recipes.scoring import print_table, print_verdicts
+
+    if json_:
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    console = _console(json_)
+    print_table(content, console)
+    print_verdicts(content, console)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="DIR|RECIPE", help="A model folder, or a finished recipe.")],
+    output: OutputOption = None,
+    set_: SetOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score a model folder, or a recipe's finished output beside its sources; put the scores into its report."""
+    from safemerge_recipes.compare import evaluate_folder, is_recipe
+
+    console = _console(json_)
+    if not is_recipe(target):
+        _print_scores(evaluate_folder(target, _tasks(tasks), console, limit=limit, device=device), json_)
+        return
+    from safemerge_recipes.run import resolve
+    from safemerge_recipes.scoring import print_table, score_output
+
+    overrides = [*(set_ or ()), *([f"evaluate.limit={limit}"] if limit else [])]
+    overrides += [f"evaluate.tasks={json.dumps(_tasks(tasks))}"] if tasks else []
+    loaded = _load(target, overrides)
+    if loaded.recipe.evaluate is None:
+        raise RecipeError(f"{target}: evaluate: missing; expected it there with tasks, or --tasks")
+    folder = _target(loaded, output)
+    prepared, _ = _prepare(resolve(loaded), device, None, _bytes("2GB"))
+    content = score_output(prepared, folder, loaded, console)
+    if json_:
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    print_table(content, console)
+
+
+@app.command()
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Folders, MODEL+ADAPTER, recipes (sources and merge), scores files; NAME= before one names it.",
+            show_default=False,
+        ),
+    ],
+    tasks: TasksOption = None,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Compare with this model; repeatable. Default: the first.")
+    ] = None,
+    limit: LimitOption = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Score models on the same prompts and say, with paired tests, where they differ."""
+    from safemerge_recipes.compare import score_models
+    from safemerge_recipes.scoring import document
+
+    scores = score_models(models, _tasks(tasks), _console(json_), limit=limit, device=device)
+    references = reference or [next(iter(scores))]
+    for name in references:
+        if name not in scores:
+            raise RecipeError(f"--reference {name}: no model goes by it; expected one of {', '.join(scores)}")
+    _print_scores(document(scores, references), json_)
+
+
+def _bench(
+    recipe: Path, set_: list[str] | None, tasks: list[str] | None, limit: int | None, folder: Path, device: str
+) -> Any:
+    from safemerge_recipes.bench import Bench
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.progress import progress_bar
+    from safemerge_recipes.run import choose_device
+    from safemerge_recipes.sweep import STORE_FILE
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"--output {folder}: {error.strerror}; expected a folder that can be made") from None
+    overrides = [*(set_ or ()), *([f"evaluate.limit={limit}"] if limit else [])]
+    resources = Resources(_cores(), _bytes("2GB"), choose_device(device))
+    progress = progress_bar()
+    try:
+        store = folder / STORE_FILE
+        return Bench(recipe, overrides, store, resources, progress, _console(True), _tasks(tasks))
+    finally:
+        progress.pause()
+
+
+@app.command()
+def sweep(
+    recipe: RecipeArgument,
+    tau: Annotated[str | None, typer.Option(metavar="V1,V2", help="The same as --grid gate.tau=V1,V2.")] = None,
+    alpha: Annotated[str | None, typer.Option(metavar="V1,V2", help="The same as --grid merge.alpha=V1,V2.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", "--set-grid", metavar="KEY=V1,V2", help="An axis; repeatable.")
+    ] = None,
+    set_: SetOption = None,
+    tasks: TasksOption = None,
+    tuning_tasks: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Tasks to choose on; default: the tuning splits.")
+    ] = None,
+    limit: LimitOption = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Random controls of each kind; 0: no controls.")] = 10,
+    allowed_loss: Annotated[float, typer.Option(min=0, max=1, help="Utility the choice may lose.")] = 0.02,
+    output: FolderOption = Path("safemerge-sweep"),
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Try keys of a recipe without writing models; choose on the tuning split, report on the test split."""
+    from safemerge_recipes.sweep import CHOSEN_FILE, PICTURE_FILE, print_sweep
+    from safemerge_recipes.sweep import sweep as run_sweep
+
+    axes = [f"{key}={values}" for key, values in (("gate.tau", tau), ("merge.alpha", alpha)) if values]
+    axes += grid or []
+    if not axes:
+        raise RecipeError("sweep: found nothing to vary; expected --tau, --alpha or --grid KEY=V1,V2")
+    bench = _bench(recipe, set_, tasks, limit, output, device)
+    content = run_sweep(
+        bench, axes, output, _console(True),
+        tuning_tasks=_tasks(tuning_tasks), seeds=seeds, allowed_loss=allowed_loss,
+    )  # fmt: skip
+    if json_:
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    console = _console(json_)
+    print_sweep(content, console)
+    console.print(f"\nPicture: {output / PICTURE_FILE}\nRecipe of the choice: {output / CHOSEN_FILE}", markup=False)
+
+
+@app.command()
+def probe(
+    recipe: RecipeArgument,
+    by: Annotated[str, typer.Option(metavar="tensor|type|block", help="What is merged at a time.")] = "type",
+    set_: SetOption = None,
+    tasks: TasksOption = None,
+    limit: LimitOption = None,
+    only: Annotated[int | None, typer.Option(min=2, help="Only so many, spread evenly over the model.")] = None,
+    output: FolderOption = Path("safemerge-probe"),
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Merge one tensor, module type or block at a time; does safety change where ρ says it should?"""
+    from safemerge_recipes.probe import PICTURE_FILE, print_probe
+    from safemerge_recipes.probe import probe as run_probe
+
+    if by not in ("tensor", "type", "block"):
+        raise RecipeError(f"--by {by}: expected tensor, type or block")
+    bench = _bench(recipe, set_, tasks, limit, output, device)
+    content = run_probe(bench, by, output, _console(True), only=only)  # type: ignore[arg-type]  # checked above
+    if json_:
+        sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    console = _console(json_)
+    print_probe(content, console)
+    console.print(f"\nPicture: {output / PICTURE_FILE}", markup=False)
+
+
+@app.command("report")
+def report_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished output.", show_default=False)],
+) -> None:
+    """Write the report and the card of a finished output anew, with its scores if it has any."""
+    from safemerge_recipes.compare import render_again
+    from safemerge_recipes.folder import REPORT_FILE
+
+    render_again(folder)
+    print(f"{folder / REPORT_FILE}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output to check.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Compute every tensor again from the sources.")] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="Compute only N tensors again; implies --deep.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Which N.")] = 0,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.progress import progress_bar
+    from safemerge_recipes.run import choose_device
+    from safemerge_recipes.verify import verify as check
+
+    deep = deep or sample is not None
+    resources = Resources(workers or _cores(), _bytes(max_memory), choose_device(device) if deep else "cpu")
+    progress = progress_bar()
+    try:
+        result = check(folder, resources, progress, deep=deep, sample=sample, seed=seed)
+    finally:
+        progress.pause()
+    if json_:
+        sys.stdout.write(json.dumps(result) + "\n")
+    again = f", {result['recomputed']} tensors computed again" if deep else ""
+    sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+
+
 @app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -192,22 +413,26 @@ def _options(
 
 def _guarded(call: Callable[[], Any]) -> int:
     """Runs a command; every error becomes one message on standard error and an exit code."""
-    import click
+    import signal
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
     try:
+        signal.signal(signal.SIGTERM, stop)  # a scheduler's notice ends a run as Ctrl-C does
         code = call()
         return code if isinstance(code, int) else 0
     except SafemergeError as error:
         _complain(str(error))
         return error.exit_code
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        _complain(error.format_message())
+    except USAGE_ERROR as error:
+        _complain(f"{error.format_message()}; see --help")
         return RecipeError.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        _complain("stopped before anything was written")
-        return 5
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("stopped; nothing is half written, the same command starts again")
+        return WriteError.exit_code
     except BrokenPipeError:
         return 0
     except MemoryError:
@@ -218,9 +443,25 @@ def _guarded(call: Callable[[], Any]) -> int:
         return 1
 
 
+_LONGEST = 2000
+"""Characters of one line of a message; what stands in a stranger's file may be of any length."""
+
+
 def _complain(message: str) -> None:
-    text = "".join(c if c.isprintable() or c == "\n" else "�" for c in message)
-    sys.stderr.write(f"safemerge: {text}\n")
+    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in message.split("\n"))
+    text = "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
+    sys.stderr.write(f"safemerge: {_without_secrets(text)}\n")
+
+
+def _without_secrets(text: str) -> str:
+    """The text without access tokens and without passwords in addresses."""
+    import os
+    import re
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        text = text.replace(os.environ.get(name) or "\0", "<token>")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
+    return re.sub(r"(\w+://)[^/@\s]+@", r"\1<secret>@", text)
 
 
 def main(arguments: list[str] | None = None) -> None:

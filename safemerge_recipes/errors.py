@@ -24,6 +24,10 @@ class SourceError(SafemergeError):
     exit_code = 3
 
 
+class ReadError(SourceError):
+    """The disk or network under a source failed while it was read. What is done stays done."""
+
+
 class PlanError(SafemergeError):
     """The plan cannot be carried out: memory, disk, or an output in the way (exit code 4)."""
 

@@ -121,6 +121,9 @@ def evaluate(
     progress: bool = False,
     threads: int | None = None,
     name: str | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = True,
+    task_path: Path | str | None = None,
 ) -> Scores:
     """Return the scores of a model.
 
@@ -145,27 +148,33 @@ def evaluate(
         threads: On a CPU; torch's own choice unless said. Where other work shares the cores, 1 is fastest:
             threads that wait for each other cost more than they bring.
         name: What to call the model in the scores; its folder's name unless said.
+        num_fewshot: Examples in the prompt; the task's own number unless said.
+        chat_template: Apply the tokenizer's chat template when it has one.
+        task_path: A folder with further lm-eval tasks.
 
     Raises:
         CheckError: The extra is missing, a task is unknown, or the model cannot be loaded or scored. Unknown
             tasks are found before the model is loaded.
     """
     start = time.perf_counter()
-    names = _expand(tasks)
+    names = expand(tasks)
     if limit is not None and limit < 1:
         raise CheckError(f"limit: found {limit}; expected at least 1 prompt")
-    with _quiet(progress), _kept_mode(model):
-        manager = _task_manager(names)
+    with quiet(progress), _kept_mode(model):
+        manager = _task_manager(names, task_path)
         with _torch_threads(threads):
             loaded, settings = _load(model, tokenizer, peft, device, dtype, batch_size)
-            settings |= {"limit": limit, "seed": seed}
-            raw = _run(loaded, names, manager, limit, seed, chat=settings["chat_template_sha256"] is not None)
+            if not chat_template:
+                settings["chat_template_sha256"] = None
+            settings |= {"limit": limit, "seed": seed, "num_fewshot": num_fewshot}
+            chat = settings["chat_template_sha256"] is not None
+            raw = _run(loaded, names, manager, limit, seed, num_fewshot, chat)
     scores = {task: _task_scores(task, raw, keep_answers) for task in raw["samples"]}
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
     return Scores(label, scores, settings, round(time.perf_counter() - start, 3))
 
 
-def _expand(tasks: Sequence[str]) -> list[str]:
+def expand(tasks: Sequence[str]) -> list[str]:
     """Replace tags by their tasks; drop repeats; keep the order."""
     if isinstance(tasks, str):
         tasks = [tasks]
@@ -175,7 +184,7 @@ def _expand(tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _task_manager(names: Sequence[str]) -> Any:
+def _task_manager(names: Sequence[str], task_path: Path | str | None) -> Any:
     shipped = {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
     for name in names:
         if name in PUBLISHED_TASKS:
@@ -185,7 +194,7 @@ def _task_manager(names: Sequence[str]) -> Any:
     if others:
         # A misspelt shipped name is worth a quick answer: lm-eval's own index takes seconds to read.
         for name in others:
-            if name.startswith("safemerge"):
+            if name.startswith("safemerge") and task_path is None:
                 raise _unknown(name, sorted({*shipped, *TAGS}))
     # Read when lm-eval is imported; its pool of bootstrap workers outlasts the work it is given.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -196,7 +205,10 @@ def _task_manager(names: Sequence[str]) -> Any:
             f"evaluation: {error.name or 'lm_eval'} cannot be imported; needed are lm-eval, transformers "
             "and peft. Try `pip install 'safemerge-recipes[eval]'`."
         ) from error
-    manager = TaskManager(include_path=str(FOLDER), include_defaults=bool(others))
+    if task_path is not None and not Path(task_path).is_dir():
+        raise CheckError(f"evaluate.task_path: {task_path}: found no folder; expected one with lm-eval tasks")
+    folders: list[str | Path] = [str(FOLDER), *([] if task_path is None else [str(task_path)])]
+    manager = TaskManager(include_path=folders, include_defaults=bool(others))
     for name in others:
         if name not in manager.all_tasks:
             raise _unknown(name, manager.all_tasks)
@@ -221,10 +233,8 @@ def _load(
         folder = Path(model).resolve()
         if not (folder / "config.json").is_file():
             raise CheckError(f"model {model}: found no config.json; expected a model folder")
-        device = _device(device)
+        device, dtype = choose(device, dtype)
         batch_size = batch_size or (32 if device == "cpu" else 64)
-        if dtype == "auto" and device == "cpu":
-            dtype = "bfloat16" if _cpu_has_bfloat16() else "float32"
         adapter = None if peft is None else str(Path(peft).resolve())
         if adapter and not Path(adapter, "adapter_config.json").is_file():
             raise CheckError(f"adapter {peft}: found no adapter_config.json; expected a PEFT adapter folder")
@@ -267,7 +277,9 @@ def _load(
     return wrapped, settings
 
 
-def _run(wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, seed: int, chat: bool) -> Any:
+def _run(
+    wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, seed: int, shots: int | None, chat: bool
+) -> Any:
     import lm_eval
 
     try:
@@ -276,6 +288,7 @@ def _run(wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, se
             tasks=list(names),
             task_manager=manager,
             limit=limit,
+            num_fewshot=shots,
             log_samples=True,
             apply_chat_template=chat,
             bootstrap_iters=1000,
@@ -337,14 +350,17 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _device(device: str) -> str:
+def choose(device: str, dtype: str) -> tuple[str, str]:
+    """Return the device and dtype that `auto` stands for here; see `evaluate`."""
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckError(f"device {device}: no CUDA device is available here. Try `--device cpu`.")
-    return device
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if _cpu_has_bfloat16() else "float32"
+    return device, dtype
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -395,7 +411,7 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
+def quiet(progress: bool) -> Iterator[None]:
     """Keep lm-eval's log, bars and printed remarks off the terminal; failures come as exceptions."""
     if progress:
         yield

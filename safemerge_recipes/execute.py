@@ -18,18 +18,27 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader, torch_dtype, write_bytes, write_tensor
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
+from safemerge_recipes.finite import non_finite
 from safemerge_recipes.graph import Apply, Copy, Graph, Sum, Task
 from safemerge_recipes.journal import Journal
 from safemerge_recipes.kernels import Evaluator, as_interpolation, blocks, has_factors, working_dtype
 from safemerge_recipes.methods import KERNELS
 from safemerge_recipes.pool import StoppedError, run_parallel
-from safemerge_recipes.shards import Layout, Slot
+from safemerge_recipes.shards import Layout
 
 if TYPE_CHECKING:
     import torch
 
 HASH_CHUNK = 1 << 22
 """Bytes hashed at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What was written: file name -> sha256, and tensor -> xxh3 of its bytes, both as read back."""
+
+    files: Mapping[str, str]
+    tensors: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +100,21 @@ class Files:
 
 
 class Sealer(threading.Thread):
-    """Hashes each file behind the workers, seals it when its last tensor is there."""
+    """Reads each file back behind the workers, checks and hashes it, seals it when its last tensor is there."""
 
     def __init__(self, files: Files, tasks: tuple[Task, ...], stop: threading.Event) -> None:
         super().__init__(daemon=True)
         self.files, self.tasks, self.stop = files, tasks, stop
         self.digests: dict[str, str] = {}
+        self.tensors: dict[str, str] = {}
         self.error: BaseException | None = None
-        self._done: set[str] = set()
+        self._done: dict[str, str | None] = {}
         self._changed = threading.Condition()
 
-    def finished(self, name: str) -> None:
-        """Tells that a tensor's bytes are written."""
+    def finished(self, name: str, digest: str | None) -> None:
+        """Tells that a tensor's bytes are written, and the digest they must have where it is known."""
         with self._changed:
-            self._done.add(name)
+            self._done[name] = digest
             self._changed.notify()
 
     def _wait(self, name: str) -> None:
@@ -117,15 +127,14 @@ class Sealer(threading.Thread):
     def run(self) -> None:
         """Follows the tasks in the order of the files' bytes."""
         try:
-            by_shard: dict[int, list[Slot]] = {}
+            by_shard: dict[int, list[Task]] = {}
             for task in self.tasks:
-                by_shard.setdefault(task.slot.shard, []).append(task.slot)
-            for shard, slots in sorted(by_shard.items()):
+                by_shard.setdefault(task.slot.shard, []).append(task)
+            for shard, tasks in sorted(by_shard.items()):
                 digest = hashlib.sha256(self.files.layout.headers[shard])
-                for slot in sorted(slots, key=lambda slot: slot.offset):
-                    self._wait(slot.name)
-                    for piece in _pieces(self.files.descriptors[shard], slot.offset, slot.nbytes):
-                        digest.update(piece)
+                for task in sorted(tasks, key=lambda task: task.slot.offset):
+                    self._wait(task.slot.name)
+                    self._follow(task, digest)
                 self.files.seal(shard)
                 self.digests[self.files.layout.files[shard]] = digest.hexdigest()
         except StoppedError:
@@ -134,16 +143,42 @@ class Sealer(threading.Thread):
             self.error = error
             self.stop.set()
 
+    def _follow(self, task: Task, digest: hashlib._Hash) -> None:
+        """Hashes one tensor as it lies on the disk and compares it with what was meant to be there."""
+        import xxhash
+
+        slot, own, bad = task.slot, xxhash.xxh3_128(), 0
+        copied = isinstance(task.work, Copy)  # computed tensors were checked when they were rounded
+        for piece in _pieces(self.files.descriptors[slot.shard], slot.offset, slot.nbytes):
+            digest.update(piece)
+            own.update(piece)
+            bad += non_finite(piece, slot.dtype) if copied else 0
+        self.tensors[slot.name] = own.hexdigest()
+        if bad:
+            ref = task.work.refs[0]
+            raise SourceError(
+                f"{ref.path}: {slot.name}: {bad} of {ref.numel} values are NaN or infinite; expected finite weights"
+            )
+        if self._done[slot.name] not in (None, own.hexdigest()):
+            raise WriteError(
+                f"{self.files.folder}: {slot.name}: the bytes read back are not those written; is the disk failing, or "
+                "another program writing there? The same command writes the tensor again"
+            )
+
 
 def _pieces(file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """A region in pieces of `HASH_CHUNK` bytes, the last one shorter."""
     buffer = memoryview(bytearray(min(HASH_CHUNK, nbytes)))
     end = offset + nbytes
     while offset < end:
-        got = os.preadv(file, [buffer[: min(len(buffer), end - offset)]], offset)
-        if not got:
-            raise WriteError("a weight file became shorter while it was written; is another program changing it?")
-        yield buffer[:got]
-        offset += got
+        piece, filled = buffer[: min(len(buffer), end - offset)], 0
+        while filled < len(piece):
+            got = os.preadv(file, [piece[filled:]], offset + filled)
+            if not got:
+                raise WriteError("a weight file became shorter while it was written; is another program changing it?")
+            filled += got
+        yield piece
+        offset += filled
 
 
 def region_digest(file: int, offset: int, nbytes: int) -> str:
@@ -297,8 +332,8 @@ def execute(
     *,
     allow_overflow: bool = False,
     tick: Callable[[int], None] = lambda nbytes: None,
-) -> dict[str, str]:
-    """Writes every tensor that is not `done` and seals every file; returns file name -> sha256.
+) -> Sealed:
+    """Writes every tensor that is not `done` and seals every file.
 
     Args:
         graph: the work.
@@ -311,7 +346,8 @@ def execute(
 
     Raises:
         PlanError: there is no room on the disk.
-        SourceError: a source failed while being read, or holds values that are not finite.
+        ReadError: a source failed while being read.
+        SourceError: a source ended early, or holds values that are not finite.
         WriteError: writing failed; the same call goes on where it stopped.
     """
     from safemerge_recipes.memory import room_of
@@ -319,8 +355,8 @@ def execute(
     files = Files(folder, graph.layout)
     stop = threading.Event()
     sealer = Sealer(files, graph.tasks, stop)
-    for name in done:
-        sealer.finished(name)
+    for name, digest in done.items():
+        sealer.finished(name, digest)
         tick(graph.layout.slots[name].nbytes)
     sealer.start()
     with Reader() as reader:
@@ -330,8 +366,9 @@ def execute(
                 task, files.descriptors[task.slot.shard], reader, arena,
                 room_of(task, resources.share), allow_overflow, stop, tick,
             )  # fmt: skip
-            journal.done(task.slot.name, task.key, run.run())
-            sealer.finished(task.slot.name)
+            digest = run.run()
+            journal.done(task.slot.name, task.key, digest)
+            sealer.finished(task.slot.name, digest)
 
         open_ = [task for task in graph.tasks if task.slot.name not in done]
         try:
@@ -345,4 +382,4 @@ def execute(
             stop.set()
             sealer.join()
             files.close()
-    return sealer.digests
+    return Sealed(sealer.digests, sealer.tensors)

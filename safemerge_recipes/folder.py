@@ -1,23 +1,27 @@
 """The output folder around the weights: side files byte for byte, small files written atomically, states.
 
 A folder is written under the name `<output>.part`, which no reader takes for a model: it has no config until
-the weights are complete. It gets its real name in one rename, after the manifest.
+the weights are complete. It gets its real name in one rename, after the manifest. One process at a time works
+on an output: it holds a lock on a file in the folder, which goes with the folder wherever it is renamed to.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from safemerge_recipes.errors import PlanError
+from safemerge_recipes.checkpoint import inside
+from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
+from safemerge_recipes.journal import JOURNAL_FILE
 from safemerge_recipes.roles import Family
 
 MANIFEST_FILE = "safemerge_manifest.json"
@@ -65,7 +69,7 @@ def _plain_files(folder: Path) -> Iterator[Path]:
         name = path.name
         ours = name.startswith(("safemerge_", "safemerge.", "adapter_", "."))
         if path.is_file() and not ours and not name.endswith(_NEVER) and name not in _NEVER_NAMES:
-            yield path
+            yield inside(folder, name)
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -87,6 +91,9 @@ def side_files(family: Family) -> dict[str, Path]:
 
     Config files and all others come from the first full model of the fine-tuned side; the tokenizer with
     its chat templates comes as one from the first folder of that side that has one, be it an adapter's.
+
+    Raises:
+        SourceError: a file is a link that leads out of its folder, or has an unprintable name.
     """
     chain = _chain(family)
     chosen: dict[str, Path] = {}
@@ -103,17 +110,26 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Relative name -> file of a folder's tokenizer and chat templates."""
     found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
     for name in _TOKENIZER_FOLDERS:
-        found.update({f"{name}/{path.name}": path for path in sorted((folder / name).glob("*")) if path.is_file()})
+        if (folder / name).is_dir():
+            inside(folder, name)
+            found.update({f"{name}/{path.name}": path for path in _plain_files(folder / name)})
     return found
 
 
-def copy_side_files(files: dict[str, Path], folder: Path, config_edits: Mapping[str, Any] | None = None) -> None:
-    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have."""
+def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
+    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
+
+    Raises:
+        ReadError: a file cannot be read.
+    """
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        content = source.read_bytes()
-        write_file(target, edited(content, config_edits) if name == "config.json" and config_edits else content)
+        with _written(target) as file, _opened(source) as content:
+            if name == "config.json" and edits:
+                file.write(edited(content.read(), edits))
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
 
 
 def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
@@ -128,15 +144,28 @@ def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8")
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a small file so that it is either there in full or not at all, even after a power failure."""
-    data = content.encode() if isinstance(content, str) else content
+def _opened(source: Path) -> IO[bytes]:
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Any]:
+    """A file to write that appears under its name when all of it is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a small file so that it is either there in full or not at all, even after a power failure."""
+    with _written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -159,11 +188,17 @@ def check_output(output: Path, force: bool) -> None:
     Raises:
         PlanError: it is a file, a finished output without `force`, or a folder this program did not write.
     """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise PlanError(f"{output}: is in the way; expected a folder that does not exist yet")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not (output / MANIFEST_FILE).exists():
+    try:
+        if not output.name:
+            raise PlanError(f"{output}: cannot be an output; expected a folder that does not exist yet")
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise PlanError(f"{output}: is in the way; expected a folder that does not exist yet")
+        if not output.exists() or not any(output.iterdir()):
+            return
+        finished = (output / MANIFEST_FILE).exists()
+    except OSError as error:
+        raise PlanError(f"{output}: {error.strerror}; choose another --output") from None
+    if not finished:
         raise PlanError(f"{output}: is not empty and not an output of safemerge; choose another --output or empty it")
     if not force:
         raise PlanError(f"{output}: holds a finished output; say --force to replace it, or choose another --output")
@@ -171,7 +206,7 @@ def check_output(output: Path, force: bool) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the working folder for this process; released by the system even if the process is killed.
+    """Holds a folder for this process; released by the system even if the process is killed.
 
     Raises:
         PlanError: another run holds it; the message names its process.
@@ -179,13 +214,14 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK_FILE
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip()
-            raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks: nothing better is to be had
+        with _tolerant():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip()
+                raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
+        if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file)):
+            raise PlanError(f"{folder}: another run has just finished it; look at its output, then run again")
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -193,19 +229,81 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def publish(part: Path, output: Path) -> None:
-    """Gives the finished folder its real name, replacing what `check_output` allowed."""
-    (part / LOCK_FILE).unlink(missing_ok=True)
-    sync_folder(part)
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        if any(output.iterdir()):
-            if old.exists():
-                shutil.rmtree(old)
-            os.rename(output, old)
+@contextmanager
+def _tolerant() -> Iterator[None]:
+    """Lets a file system without locks pass: nothing better is to be had there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
+
+
+@contextmanager
+def working_folder(output: Path, force: bool, reusable: Callable[[Path], bool]) -> Iterator[Path]:
+    """The folder `<output>.part`, held for this process, made or found as an earlier run left it.
+
+    A finished output that is being replaced becomes the working folder if it is `reusable`, else it stays until
+    `publish`. When the body fails for good, and the folder was new, nothing of it remains.
+
+    Raises:
+        PlanError: the output is in the way, held by another run, or cannot be made.
+    """
+    check_output(output, force)
+    part = part_of(output)
+    parents = [parent for parent in output.parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if force and not part.exists() and (output / MANIFEST_FILE).exists() and reusable(output):
+            with locked(output):
+                os.rename(output, part)
+        part.mkdir(exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
+    try:
+        with locked(part):
+            fresh = all(path.name == LOCK_FILE for path in part.iterdir())
+            try:
+                check_output(output, force)  # again: another run may have finished it meanwhile
+                yield part
+            except (SourceError, PlanError) as error:
+                if fresh and not isinstance(error, ReadError):
+                    shutil.rmtree(part, ignore_errors=True)
+                raise
+    except SafemergeError:
+        with suppress(OSError):
+            for parent in parents:
+                parent.rmdir()  # stops at the first that holds something
+        raise
+
+
+def keep_only(part: Path, names: set[str]) -> None:
+    """Removes everything from the working folder but these files, the lock and the journal."""
+    for path in sorted(part.iterdir(), key=lambda path: not path.name.startswith("config")):  # readers want a config
+        if path.name in names or path.name in (LOCK_FILE, JOURNAL_FILE):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            output.rmdir()
+            path.unlink()
+
+
+def publish(part: Path, output: Path, force: bool) -> None:
+    """Gives the finished folder its real name, in one rename, replacing what `check_output` allows.
+
+    Killed anywhere in here, the folder is either the output or still complete under its working name.
+    """
+    check_output(output, force)
+    (part / JOURNAL_FILE).unlink(missing_ok=True)
+    for folder in (part, *(path for path in part.iterdir() if path.is_dir())):
+        sync_folder(folder)
+    old = output.with_name(f".{output.name}.safemerge-replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        os.rename(output, old)
     os.rename(part, output)
     sync_folder(output.parent)
-    if old.exists() and (old / MANIFEST_FILE).exists():
-        shutil.rmtree(old)
+    with suppress(OSError):
+        (output / LOCK_FILE).unlink()
+    shutil.rmtree(old, ignore_errors=True)

@@ -122,8 +122,9 @@ def _work(tensor: TensorPlan, family: Family) -> Copy | Sum | Apply:
     for ref in work.refs:
         if ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES:
             raise SourceError(
-                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and packed "
-                "numbers are never converted; expected the same in every source, or a rule that keeps the aligned one"
+                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
+                "packed numbers are never converted; expected the same in every source, or a rule that keeps the "
+                "aligned one"
             )
     return work
 
@@ -184,8 +185,8 @@ def task_memory(task: Task) -> int:
         if as_interpolation(work.weight, task.slot.dtype):
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
         return block * (3 * width + 8) + work.weight.memory(block)
-    slots = 14 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
-    collected = (
-        int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
+    slots = 18 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
+    collected = (  # as pieces, joined, and partitioned
+        3 * int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
     )
     return block * slots * width + collected + sum(weight.memory(block) for weight in (work.origin, work.x, work.y))

@@ -20,6 +20,13 @@ from safemerge_recipes.errors import SourceError
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
 
+MAX_NAME = 500
+"""Longest tensor name accepted, in characters; those in the wild stay below 200."""
+MAX_DIMENSION = 2**40
+"""Largest dimension of a tensor accepted, be the tensor empty or not."""
+MAX_VALUES = 1_500_000
+"""Most arrays, objects and keys a header or JSON file may hold: what its parsed form costs is bounded by them."""
+
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
@@ -72,17 +79,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_values(text: bytes, limit: int | None = None) -> None:
+    """Raises ValueError for JSON whose parsed form would be many times larger than its text."""
+    limit = MAX_VALUES if limit is None else limit
+    if sum(map(text.count, (b"[", b"{", b":"))) > limit:
+        raise ValueError(f"it holds more than {limit} values")
+
+
 def _natural(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
 def _ref(path: str, start: int, name: str, entry: object) -> TensorRef:
+    if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ValueError(f"{name[:80]!r} is no name; expected up to {MAX_NAME} printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} must hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(_natural, shape)):
+    if not isinstance(shape, list) or len(shape) > 16 or not all(_natural(n) and n <= MAX_DIMENSION for n in shape):
         raise ValueError(f"{name!r} has an impossible shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise ValueError(f"{name!r} has impossible offsets")
@@ -124,6 +140,7 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
                 )
             file.seek(8)
             text = file.read(length)
+        check_values(text)
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
@@ -134,7 +151,8 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise SourceError(
-            f"{path}: not a sound safetensors file: {str(error)[:500]}; expected an intact file, download or save it again"
+            f"{path}: not a sound safetensors file: {str(error)[:900]}; "
+            "expected an intact file, download or save it again"
         ) from None
     return dict(sorted(refs.items(), key=lambda item: item[1].offset))
 

@@ -1,7 +1,7 @@
 """safemerge_report.html: one file that shows a plan, its scores and where everything came from.
 
 Plain data in, text out. The page loads nothing: style and script are inside, pictures are inline SVG, and its
-content policy allows no more. Without script everything is readable; script adds search, sorting and tooltips.
+content policy allows no more. Without script everything is readable; script adds search, sorting and tips.
 All text from outside is escaped by `svg.text` and `svg.tag`; none of it enters the script or the style.
 """
 
@@ -21,15 +21,14 @@ from safemerge_recipes.overview import (
     Overview,
     criteria,
     method_link,
-    read_plan,
     method_words,
+    read_plan,
     sentence,
 )
 from safemerge_recipes.scores import interval, is_rate, read_scores, shown
 from safemerge_recipes.svg import drawing, tag, text
 from safemerge_recipes.wording import (
     clean_lines,
-    count,
     duration,
     figure,
     fixed,
@@ -77,11 +76,15 @@ def render_report(
     assets = files("safemerge_recipes") / "assets"
     style = (assets / "report.css").read_text(encoding="utf-8")
     script = (assets / "report.js").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
+        "form-action 'none'"
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="referrer" content="no-referrer">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n'
         f"<title>{text(view.name)} · SafeMERGE report</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
     )
@@ -116,18 +119,25 @@ def _head(view: Overview, origin: Mapping[str, Any]) -> str:
     if number(summary.get("peak_memory")):
         facts.append(("peak memory", size(summary["peak_memory"]), "projected"))
     shown_facts = "".join(
-        tag("div", tag("dt", text(label)) + tag("dd", text(value) + (" " + tag("small", text(more)) if more else "")))
+        tag(
+            "div",
+            tag("dt", text(label)) + tag("dd", text(value) + (" " + tag("small", text(more)) if more else "")),
+        )
         for label, value, more in facts
     )
     parts = [tag("p", "SafeMERGE report", class_="eyebrow"), tag("h1", text(view.name))]
     if view.description:
-        parts.append(tag("p", text(clean_lines(view.description), 2000)))
+        parts.append(tag("p", text(view.description, 2000)))
     parts.append(tag("p", text(sentence(view, True)), class_="lead"))
     parts.append(_method(view))
     parts.append(tag("dl", shown_facts, class_="facts"))
     if view.warnings:
         parts.append(
-            tag("ul", "".join(tag("li", text(warning, 1000)) for warning in view.warnings[:50]), class_="warnings")
+            tag(
+                "ul",
+                "".join(tag("li", text(warning, 1000)) for warning in view.warnings[:50]),
+                class_="warnings",
+            )
         )
     return tag("header", "".join(parts))
 
@@ -166,7 +176,8 @@ def _legend(*items: str) -> str:
 def _left_out(cells: charts.Grid) -> str:
     if not cells.left_out:
         return ""
-    return f" {text(things(cells.left_out, 'tensor'))} in further blocks or module types are not drawn; the plan file has them."
+    amount = text(things(cells.left_out, "tensor"))
+    return f" {amount} in further blocks or module types are not drawn; the plan file has them."
 
 
 def _by_block(view: Overview, cells: charts.Grid) -> str:
@@ -177,9 +188,15 @@ def _by_block(view: Overview, cells: charts.Grid) -> str:
     rules = [text(words) for words in criteria(view.recipe)]
     note = (
         "ρ = cos(VVᵀΔf, Δf) tells how much of a tensor’s update Δf lies where alignment changed the weights "
-        "(V = aligned − base). ρ₀ is what an update unrelated to V would show; it depends on shape and spectrum, so "
-        "compare ρ with ρ₀ before comparing module types."
+        "(V = aligned − base). ρ₀ is what an update unrelated to V would show; it depends on shape and "
+        "spectrum, so compare ρ with ρ₀ before comparing module types."
         + (f" Merged: {'; by rule: '.join(rules)}." if rules else "")
+        + (
+            " Where a block has several tensors of a type, the dot is their median, filled if at least half "
+            "merge, on a line from the least to the greatest."
+            if any(len(cell.lines) > 1 for row in cells.rows.values() for cell in row)
+            else ""
+        )
         + _left_out(cells)
     )
     keys = [_key(_MERGED, "merged"), _key(_KEPT, "kept")]
@@ -206,9 +223,9 @@ def _ratios(cells: charts.Grid) -> str:
     if not drawn:
         return ""
     note = (
-        "ρ divided by its null ρ₀: at 1 an update lies where alignment changed the weights just as much as an unrelated "
-        "one would, below 1 less, above 1 more. "
-        "Within a row the first block is at the top. The grey band is where the threshold lies."
+        "ρ divided by its null ρ₀: at 1 an update lies where alignment changed the weights just as much as "
+        "an unrelated one would, below 1 less, above 1 more. Within a row the first block is at the top. The "
+        "grey band is where the threshold lies."
     )
     keys = [_key(_MERGED, "merged"), _key(_KEPT, "kept"), _key(_NULL, "ρ = ρ₀")]
     return _section("ratio", "Against chance: ρ/ρ₀", note, _legend(*keys), drawn)
@@ -218,7 +235,10 @@ def _norms(cells: charts.Grid) -> str:
     drawn = charts.norms(cells)
     if not drawn:
         return ""
-    note = "How much fine-tuning moved each tensor (‖Δf‖) beside how much alignment had moved it (‖V‖). Both axes are logarithmic."
+    note = (
+        "How much fine-tuning moved each tensor (‖Δf‖) beside how much alignment had moved it (‖V‖). Both "
+        "axes are logarithmic."
+    )
     return _section("norms", "Norms", note, _legend(_key(_MERGED, "merged"), _key(_KEPT, "kept")), drawn)
 
 
@@ -283,19 +303,13 @@ def _kinds(view: Overview) -> str:
                 + "".join(
                     tag("td", fixed(x), class_="n")
                     for x in (min(rho, default=None), median(rho), max(rho, default=None), null)
+                    if view.measured
                 ),
             )
         )
-    heads = [
-        ("module type", ""),
-        ("merged", "n"),
-        ("gated", "n"),
-        ("", "bar"),
-        ("ρ min", "n"),
-        ("median", "n"),
-        ("max", "n"),
-        ("median ρ₀", "n"),
-    ]
+    heads = [("module type", ""), ("merged", "n"), ("gated", "n"), ("", "bar")]
+    if view.measured:
+        heads += [("ρ min", "n"), ("median", "n"), ("max", "n"), ("median ρ₀", "n")]
     more = len(kinds) - 4 * charts.MAX_KINDS
     note = f"{things(more, 'further module type')} in the plan file." if more > 0 else ""
     return _section("kinds", "By module type", note, tag("div", _table(heads, "".join(rows)), class_="scroll"))
@@ -311,33 +325,42 @@ def _decisions(view: Overview) -> str:
         chosen = sorted(range(len(lines)), key=lambda i: (not lines[i].gated, i))[:MAX_ROWS]
         lines = tuple(lines[i] for i in sorted(chosen))
         note = (
-            f"{text(things(len(lines), 'tensor'))} of {text(grouped(len(view.lines)))}, gated ones first to be listed; "
-            "safemerge_plan.json holds them all."
+            f"{text(things(len(lines), 'tensor'))} of {text(grouped(len(view.lines)))}, gated ones first "
+            "to be listed; safemerge_plan.json holds them all."
         )
+    figures = [("ρ", "n"), ("ρ₀", "n"), ("ρ/ρ₀", "n"), ("‖V‖", "n wide-only"), ("‖Δf‖", "n wide-only")]
     heads = [
-        ("tensor", "name"), ("shape", "wide-only"), ("ρ", "n"), ("ρ₀", "n"), ("ρ/ρ₀", "n"), ("‖V‖", "n wide-only"),
-        ("‖Δf‖", "n wide-only"), ("decision", ""), ("reason", "why"),
-    ]  # fmt: skip
+        ("tensor", "name"),
+        ("shape", "wide-only"),
+        *(figures if view.measured else ()),
+        ("decision", ""),
+        ("reason", "why"),
+    ]
     tools = (
-        '<div class="tools" id="tools" hidden><input type="search" placeholder="Search names and reasons" aria-label="Search">'
-        '<select aria-label="Decision"><option value="">all decisions</option><option value="m">merged</option>'
-        '<option value="k">kept by the gate</option><option value="f">not gated</option></select>'
-        '<output aria-live="polite"></output></div>'
+        '<div class="tools" id="tools" hidden>'
+        '<input type="search" placeholder="Search names and reasons" aria-label="Search">'
+        '<select aria-label="Decision"><option value="">all decisions</option>'
+        '<option value="m">merged</option><option value="k">kept by the gate</option>'
+        '<option value="f">not gated</option></select><output aria-live="polite"></output></div>'
     )
-    table = _table(heads, "\n".join(map(_row, lines)), id="decisions")
+    table = _table(heads, "\n".join(_row(line, view.measured) for line in lines), id="decisions")
     return _section("all", "Decisions", note, tools, tag("div", table, class_="scroll"))
 
 
-def _row(line: Line) -> str:
+def _row(line: Line, measured: bool) -> str:
     action = "m" if line.merged else "k" if line.gated else "f"
     label = {"m": "merge", "k": "keep", "f": "keep"}[action]
     class_ = {"m": "act merge", "k": "act", "f": "act free"}[action]
     taken = f" {line.source}" if line.source and line.source != "finetuned" else ""
+    shape = "×".join(map(str, line.shape))
+    figures = (
+        f'<td class="n">{fixed(line.rho)}</td><td class="n">{fixed(line.rho_null)}</td>'
+        f'<td class="n">{fixed(line.ratio, 2)}</td><td class="n wide-only">{figure(line.norm_v)}</td>'
+        f'<td class="n wide-only">{figure(line.norm_delta)}</td>'
+    )
     return (
         f'<tr data-a="{action}"><td class="code name">{text(line.name, 160)}</td>'
-        f'<td class="wide-only">{"×".join(map(str, line.shape))} {text(line.dtype)}</td><td class="n">{fixed(line.rho)}</td>'
-        f'<td class="n">{fixed(line.rho_null)}</td><td class="n">{fixed(line.ratio, 2)}</td>'
-        f'<td class="n wide-only">{figure(line.norm_v)}</td><td class="n wide-only">{figure(line.norm_delta)}</td>'
+        f'<td class="wide-only shape">{text(shape)} {text(line.dtype)}</td>{figures if measured else ""}'
         f'<td class="{class_}">{label}{text(taken)}</td><td class="why">{text(line.reason, 200)}</td></tr>'
     )
 
@@ -353,7 +376,11 @@ def _provenance(origin: Mapping[str, Any]) -> str:
         for role, source in list(sources.items())[:20]:
             known = source if isinstance(source, Mapping) else {"label": source}
             cells = "".join(
-                tag("td", text(known.get(key) or "–", 300), class_="code" if key in ("label", "revision") else None)
+                tag(
+                    "td",
+                    text(known.get(key) or "–", 300),
+                    class_="code" if key in ("label", "revision") else None,
+                )
                 for key in ("label", "kind", "revision", "license")
             )
             rows.append(tag("tr", tag("th", text(role, 40), scope="row") + cells))
@@ -380,6 +407,8 @@ def _provenance(origin: Mapping[str, Any]) -> str:
         parts.append(tag("p", "To repeat it: <code>safemerge-run safemerge_recipe.yaml</code>", class_="note"))
     footer = tag(
         "footer",
-        f'Made with safemerge-recipes. Method: <a href="{_PAPER}" rel="noreferrer">SafeMERGE, arXiv 2503.17239</a>.',
+        "Made with safemerge-recipes. Method: "
+        + tag("a", "SafeMERGE, arXiv 2503.17239", href=_PAPER, rel="noreferrer")
+        + ".",
     )
     return (_section("origin", "Provenance", "", *parts) if parts else "") + footer

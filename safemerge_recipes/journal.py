@@ -7,6 +7,7 @@ a tensor counts as finished only if its key is the one wanted now and its bytes 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -16,46 +17,62 @@ from typing import Any
 
 JOURNAL_FILE = "safemerge_journal.jsonl"
 
+Entries = dict[str, tuple[str, str | None]]
+"""Tensor -> (result key, digest of its bytes). Digest None: its bytes are those of its source."""
+
 
 class Journal:
     """Appends lines, each in one write, from any thread."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any], resume: bool) -> None:
-        """Opens the journal; unless `resume`, starts it anew with `header`."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if resume else os.O_TRUNC)
-        self._file = os.open(path, flags, 0o666)
+    def __init__(self, path: Path, header: Mapping[str, Any], entries: Mapping[str, tuple[str, str | None]]) -> None:
+        """Starts a journal that already holds `entries`; an older one at `path` stays until this one is whole."""
+        lines = [header, *(_entry(name, key, digest) for name, (key, digest) in entries.items())]
+        fresh = path.with_name(f"{path.name}.new")
+        with open(fresh, "wb") as file:
+            file.write(b"".join(map(_line, lines)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._lock = threading.Lock()
-        if not resume:
-            self._line(header)
-
-    def _line(self, value: Mapping[str, Any]) -> None:
-        with self._lock:
-            os.write(self._file, (json.dumps(value) + "\n").encode())
 
     def done(self, name: str, key: str, digest: str | None) -> None:
-        """Notes a finished tensor. `digest` None: its bytes are those of its source."""
-        self._line({"tensor": name, "key": key, "digest": digest})
+        """Notes a finished tensor. Raises OSError when the disk is full."""
+        line = _line(_entry(name, key, digest))
+        with self._lock:
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
 
 
-def read_journal(path: Path) -> tuple[dict[str, Any] | None, dict[str, tuple[str, str | None]]]:
-    """(header, tensor -> (key, digest)). A torn last line is ignored, as is whatever is not a journal."""
+def _entry(name: str, key: str, digest: str | None) -> dict[str, Any]:
+    return {"tensor": name, "key": key, "digest": digest}
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value) + "\n").encode()
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any] | None, Entries]:
+    """(header, entries). A torn line ends the reading; whatever is not a journal is none."""
     header: dict[str, Any] | None = None
-    done: dict[str, tuple[str, str | None]] = {}
+    done: Entries = {}
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return None, {}
-    for number, line in enumerate(lines[:-1]):
-        try:
-            value = json.loads(line)
-            if number == 0:
-                header = value if isinstance(value, dict) else None
-            else:
-                done[value["tensor"]] = (value["key"], value["digest"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            break
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
+                value = json.loads(line) if line.endswith(b"\n") else None
+                if not isinstance(value, dict):
+                    break
+                if number == 0:
+                    header = value
+                    continue
+                name, key, digest = value["tensor"], value["key"], value["digest"]
+                if not (isinstance(name, str) and isinstance(key, str) and isinstance(digest, str | None)):
+                    break
+                done[name] = key, digest
+    except (OSError, ValueError, KeyError, RecursionError):
+        pass
     return header, done

@@ -42,6 +42,7 @@ def zero_where_dropped(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu":
         import numpy as np
 
-        np.multiply(x.numpy(), keep.numpy(), out=x.numpy())
+        with np.errstate(invalid="ignore"):  # a dropped infinity becomes NaN, which the engine refuses
+            np.multiply(x.numpy(), keep.numpy(), out=x.numpy())
         return x
     return x.mul_(keep)

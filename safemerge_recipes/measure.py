@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
@@ -27,12 +27,14 @@ ROW_BLOCK = 1 << 20
 """Elements of a row block of the streamed matrices."""
 PANEL = 1024
 """Columns of the exact d × d products held at once."""
-PROBES = 16
-"""Random vectors of a sketch."""
+Effort = Literal["sketch", "exact"]
+"""How hard a measurement tries."""
+NULL_PROBES = 8
+"""Leading directions of V, and random vectors for the rest, in the small sketch of ρ₀."""
+NULL_QUANTILE = 15.0
+"""Half-width of ρ₀'s interval in standard errors: t with 7 degrees of freedom, beyond 1 − 1e-6."""
 SMALL = 256
 """Matrices with a side up to this are always measured exactly: sketching them would cost as much."""
-QUANTILE = 9.0
-"""Half-width of a sketched interval in standard errors: t with 15 degrees of freedom, beyond 1 − 1e-6."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class Streamed:
         return torch.cat([block[:, columns].clone() for _, block in self])
 
 
-def _square(x: torch.Tensor) -> float:
+def square_sum(x: torch.Tensor) -> float:
     """‖x‖²: products in the tensor's dtype, summed pairwise in blocks, total in float64."""
     return float((x * x).sum(dim=-1).double().sum())
 
@@ -156,7 +158,7 @@ def _low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena, room: in
     square = 0.0
     for rows, block in matrix:
         k += (narrow[rows].T @ block).double()
-        square += _square(block)
+        square += square_sum(block)
     gv, hv = av @ av.T, bv.T @ bv
     inner, hg = gv @ k, hv @ gv
     return Moments(
@@ -169,42 +171,60 @@ def _low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena, room: in
     )
 
 
-def _probes(name: str, columns: int, like: Streamed, device: str) -> torch.Tensor:
-    """Standard normal probes `(columns, PROBES)`, the same for the same tensor name everywhere."""
+def normal_probes(name: str, columns: int, count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Standard normal probes `(columns, count)`, the same for the same tensor name everywhere."""
     import torch
 
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    draw = torch.randn(columns, PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    return draw.to(device=device, dtype=like.dtype)
+    draw = torch.randn(columns, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return draw.to(device=device, dtype=dtype)
 
 
-def _mean_and_error(samples: torch.Tensor) -> tuple[float, float]:
-    """Mean of float64 samples and the relative half-width of its interval."""
-    mean = float(samples.mean())
-    if not mean:
-        return mean, 0.0
-    return mean, QUANTILE * float(samples.std()) / math.sqrt(len(samples)) / mean
+def orthonormal(x: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the columns of x, computed in float64."""
+    import torch
+
+    return torch.linalg.qr(x.double()).Q.to(x.dtype)
+
+
+def gram_moment(rows: torch.Tensor, exact: int, quantile: float) -> tuple[float, float]:
+    """(‖VᵀV‖², relative half-width of its interval) from the rows of VᵀV·[P | X].
+
+    Args:
+        rows: `(exact + m, d_in)`: the products with an orthonormal P, then with m probes orthogonal to it.
+        exact: how many belong to P.
+        quantile: half-width in standard errors.
+    """
+    samples = rows[exact:].double().square().sum(dim=1)
+    total = square_sum(rows[:exact]) + float(samples.mean())
+    return total, quantile * float(samples.std()) / math.sqrt(len(samples)) / total if total else 0.0
 
 
 def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int) -> Moments:
-    """V streamed, Δ from its factors: ρ exact, ρ₀ from a sketch that shares the passes over V."""
+    """V streamed twice, Δ from its factors: ρ exact, ρ₀ from a small sketch that shares the passes."""
     import torch
 
     matrix = Streamed(v, reader, arena, "v", room)
     b, a = _factors(delta, reader, arena)
     rank, narrow = b.shape[1], b.to(matrix.dtype)
-    probes = _probes(name, matrix.columns, matrix, arena.device)
-    product = torch.zeros(matrix.columns, rank + PROBES, dtype=matrix.dtype, device=arena.device)
+    probes = normal_probes(name, matrix.columns, 2 * NULL_PROBES, matrix.dtype, arena.device)
+    product = torch.zeros(rank + NULL_PROBES, matrix.columns, dtype=matrix.dtype, device=arena.device)
     v_square = 0.0
     for rows, block in matrix:
-        product += block.T @ torch.cat([narrow[rows], block @ probes], dim=1)
-        v_square += _square(block)
-    m = product[:, :rank]  # VᵀB
+        product += torch.cat([narrow[rows], block @ probes[:, :NULL_PROBES]], dim=1).T @ block
+        v_square += square_sum(block)
+    m = product[:rank].T  # VᵀB
+    right = orthonormal(product[rank:].T)  # leads V's right space, so that little is left to chance
+    outside = probes[:, NULL_PROBES:]
+    factors = torch.cat([m, right, outside - right @ (right.T @ outside)], dim=1)
     image_gram = torch.zeros(rank, rank, dtype=torch.float64, device=arena.device)
+    gram_rows = torch.zeros(2 * NULL_PROBES, matrix.columns, dtype=matrix.dtype, device=arena.device)
     for _, block in matrix:
-        image = (block @ m).double()
+        images = block @ factors
+        image = images[:, :rank].double()
         image_gram += image.T @ image
-    gram, gram_error = _mean_and_error((product[:, rank:].double() ** 2).sum(dim=0))
+        gram_rows += images[:, rank:].T @ block
+    gram, gram_error = gram_moment(gram_rows, NULL_PROBES, NULL_QUANTILE)
     g, m = a @ a.T, m.double()
     moments = Moments(
         overlap=float((m.T @ m * g).sum()),
@@ -214,44 +234,7 @@ def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, 
         gram=gram,
         d_out=matrix.rows,
     )
-    return _with_null_error(moments, gram_error)
-
-
-def _with_null_error(moments: Moments, gram_error: float) -> Moments:
-    from dataclasses import replace
-
-    null = moments.rho_null
-    return replace(moments, null_error=(null or 0.0) * gram_error / 2)  # ρ₀ ∝ gram^(−1/2)
-
-
-def _sketch(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
-    """Both dense: ‖VᵀΔω‖² and ‖VVᵀΔω‖² for random ω estimate the norms, at the price of reading twice.
-
-    The estimate of ‖XΩ‖²/m is unbiased for ‖X‖² (Hutchinson); ρ's interval comes from the jackknife over
-    the probes, which sees that its numerator and denominator move together.
-    """
-    import torch
-
-    probes = _probes(name, v.columns, v, device)
-    product = torch.zeros(v.columns, 2 * PROBES, dtype=v.dtype, device=device)
-    v_square = delta_square = 0.0
-    for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
-        product += v_block.T @ torch.cat([d_block @ probes, v_block @ probes], dim=1)
-        v_square += _square(v_block)
-        delta_square += _square(d_block)
-    image = torch.zeros(PROBES, dtype=torch.float64, device=device)
-    for _, v_block in v:
-        image += (v_block @ product[:, :PROBES]).double().square().sum(dim=0)
-    overlap = product[:, :PROBES].double().square().sum(dim=0)
-    gram, gram_error = _mean_and_error(product[:, PROBES:].double().square().sum(dim=0))
-    total = Moments(float(overlap.mean()), float(image.mean()), delta_square, v_square, gram, d_out=v.rows)
-    left_out = ((overlap.sum() - overlap) / (image.sum() - image).sqrt()).log()  # ρ without one probe, up to a factor
-    spread = float(((left_out - left_out.mean()) ** 2).sum() * (PROBES - 1) / PROBES) ** 0.5
-    error = (total.rho or 0.0) * math.expm1(min(QUANTILE * spread, 50.0)) if math.isfinite(spread) else 1.0
-    return _with_null_error(
-        Moments(total.overlap, total.image, delta_square, v_square, gram, rho_error=error, d_out=v.rows),
-        gram_error,
-    )
+    return replace(moments, null_error=(moments.rho_null or 0.0) * gram_error / 2)  # ρ₀ ∝ gram^(−1/2)
 
 
 def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
@@ -259,8 +242,8 @@ def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
     import torch
 
     overlap = image = gram = 0.0
-    v_square = sum(_square(block) for _, block in v)
-    delta_square = sum(_square(block) for _, block in delta)
+    v_square = sum(square_sum(block) for _, block in v)
+    delta_square = sum(square_sum(block) for _, block in delta)
     side = min(v.rows, v.columns)
     for first in range(0, side, PANEL):
         part = slice(first, min(first + PANEL, side))
@@ -271,20 +254,20 @@ def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
             for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
                 t.addmm_(v_block.T, d_block[:, part])
                 vtv.addmm_(v_block.T, v_block[:, part])
-            overlap += _square(t)
-            gram += _square(vtv)
-            image += sum(_square(v_block @ t) for _, v_block in v)
+            overlap += square_sum(t)
+            gram += square_sum(vtv)
+            image += sum(square_sum(v_block @ t) for _, v_block in v)
         else:  # wide: rows of S = VVᵀ, then SΔ
             s = torch.zeros(width, v.rows, dtype=v.dtype, device=device)
             panels = [slice(c, min(c + PANEL, v.columns)) for c in range(0, v.columns, PANEL)]
             for columns in panels:
                 block = v.panel(columns)
                 s.addmm_(block[part], block.T)
-            gram += _square(s)
+            gram += square_sum(s)
             for columns in panels:
                 block = delta.panel(columns)
                 projected = s @ block
-                image += _square(projected)
+                image += square_sum(projected)
                 overlap += float((projected * block[part]).sum(dim=-1).double().sum())
     return Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows)
 
@@ -296,7 +279,7 @@ def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
     if weight.low_rank:
         b, a = _factors(weight, reader, arena)
         return float((b.T @ b * (a @ a.T)).sum())
-    return sum(_square(block) for _, block in Streamed(weight, reader, arena, "delta", 0))
+    return sum(square_sum(block) for _, block in Streamed(weight, reader, arena, "delta", 0))
 
 
 def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
@@ -306,7 +289,7 @@ def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
 
 
 def measure(
-    name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int, exact: bool = False
+    name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int, effort: Effort = "sketch"
 ) -> Moments:
     """The moments of one tensor, `(d_out, d_in)`; a stack of matrices is measured as one tall matrix.
 
@@ -318,7 +301,8 @@ def measure(
         arena: the worker's buffers.
         room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
             no result.
-        exact: no sketches: ρ and ρ₀ exact to rounding even where both sides are full checkpoints.
+        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to
+            rounding); elsewhere ρ is exact anyway, and `exact` makes ρ₀ so too.
 
     Raises:
         SourceError: V or Δ holds NaN or infinite values.
@@ -333,14 +317,17 @@ def measure(
         found = _low_rank_v(v, delta, reader, arena, room)
     elif delta.low_rank:
         found = _dense_v(name, v, delta, reader, arena, room)
-        if (exact or small) and found.gram:
-            from dataclasses import replace
-
+        if (effort == "exact" or small) and found.gram:
             found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
     else:
         left = Streamed(v, reader, arena, "v", room // 2)
         right = Streamed(delta, reader, arena, "delta", room // 2)
-        found = (_exact if exact or small else lambda *a: _sketch(name, *a))(left, right, arena.device)
+        if effort == "exact" or small:
+            found = _exact(left, right, arena.device)
+        else:
+            from safemerge_recipes.deflated import deflated
+
+            found = deflated(name, left, right, arena.device)
     if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
         raise SourceError(_not_finite(name, v, delta, reader, arena))
     return found

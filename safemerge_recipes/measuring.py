@@ -17,7 +17,7 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.graph import describe
-from safemerge_recipes.measure import Moments, measure
+from safemerge_recipes.measure import Effort, Moments, measure
 from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
 from safemerge_recipes.operands import member, transposed
 from safemerge_recipes.pool import StoppedError, run_parallel
@@ -43,7 +43,8 @@ class Measurer:
         self.peak = 0
         self._identity = {one.path: one.key for one in family.identities()}
         self._cache_key = self._make_key() if use_cache else None
-        self._known: dict[str, dict[str, float]] = recall("measures", self._cache_key) or {} if self._cache_key else {}
+        known = recall("measures", self._cache_key) if self._cache_key else None
+        self._known: dict[str, dict[str, float]] = known if isinstance(known, dict) else {}
 
     def _make_key(self) -> str:
         import torch
@@ -68,16 +69,16 @@ class Measurer:
             found = [(one, (transposed(v), transposed(delta))) for one, (v, delta) in found]
         return found
 
-    def _key(self, name: str, exact: bool) -> str:
+    def _key(self, name: str, effort: Effort) -> str:
         v, delta = self._operands(name)
         turned = name in self.family.input_first
-        text = f"{name}|{exact}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        text = f"{name}|{effort}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __call__(self, names: Sequence[str], exact: bool) -> Mapping[str, Moments]:
+    def __call__(self, names: Sequence[str], effort: Effort) -> Mapping[str, Moments]:
         """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
         found: dict[str, Moments] = {}
-        keys = {name: self._key(name, exact) for name in names}
+        keys = {name: self._key(name, effort) for name in names}
         todo = []
         for name in names:
             known = self._known.get(keys[name])
@@ -86,13 +87,13 @@ class Measurer:
             else:
                 todo.append(name)
         if todo:
-            found.update(self._measure(todo, exact))
+            found.update(self._measure(todo, effort))
             self._known |= {keys[name]: asdict(found[name]) for name in todo}
             if self._cache_key:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], exact: bool) -> dict[str, Moments]:
+    def _measure(self, names: Sequence[str], effort: Effort) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
         needs = {name: max(measure_memory(*pair) for _, pair in self._matrices(name)) for name in names}
         budget = self.resources
@@ -103,8 +104,8 @@ class Measurer:
 
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
-                room = (share - needs[name]) // 2
-                parts = [measure(one, *pair, reader, arena, room, exact) for one, pair in self._matrices(name)]
+                room = share - needs[name]
+                parts = [measure(one, *pair, reader, arena, room, effort) for one, pair in self._matrices(name)]
                 found[name] = reduce(add, parts)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():

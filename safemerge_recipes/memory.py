@@ -11,12 +11,16 @@ import math
 from collections.abc import Iterable
 
 from safemerge_recipes.algebra import Weight
+from safemerge_recipes.deflated import RANK
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Apply, Graph, Task, task_memory
-from safemerge_recipes.measure import PANEL, PROBES, ROW_BLOCK
+from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK
 
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""
+
+PRODUCTS = 16_000_000
+"""Bytes a worker's matrix products keep: packed operands of the BLAS, and what the allocator does not give back."""
 
 
 def human(nbytes: float) -> str:
@@ -39,14 +43,16 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
     columns = shape[-1]
     rows = math.prod(shape) // max(1, columns)
-    block = max(ROW_BLOCK, columns)
-    own = v.memory(block) + delta.memory(block)
+    block = min(rows * columns, max(ROW_BLOCK, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
-    products = 4 * columns * (rank + 3 * PROBES) * 2
-    panels = 3 * 4 * max(rows, columns) * PANEL if not (v.low_rank or delta.low_rank) else 0
-    return 2 * block * (4 * 3 + 8) + factors + products + panels + own
+    blocks = 2 * block * (4 * 3 + 8) + PRODUCTS + v.memory(block) + delta.memory(block)
+    if v.low_rank or delta.low_rank:
+        return blocks + factors + 8 * columns * (2 * rank + 6 * NULL_PROBES)
+    sketch = 4 * RANK * (14 * columns + 12 * rows)
+    panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns)
+    return blocks + max(sketch, panels)
 
 
 def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:

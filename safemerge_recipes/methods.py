@@ -130,7 +130,8 @@ class Slerp:
 class Trim:
     """Keeps the elements of largest magnitude: all above `threshold`, and the first `ties` of those at it.
 
-    Ties go by position, so blocks must come in order; what is left to keep is the only state.
+    Ties go by position, so blocks must come in order; what is left to keep is the only state. Threshold inf keeps
+    nothing; NaN, where the k-th magnitude is not finite, keeps everything.
     """
 
     def __init__(self, threshold: float, ties: float) -> None:
@@ -142,8 +143,8 @@ class Trim:
 
         if self.threshold == math.inf:
             return x.zero_()
-        if self.threshold <= 0:
-            return x  # what is at the threshold is 0 anyway
+        if self.threshold <= 0 or math.isnan(self.threshold):
+            return x  # what is at the threshold is 0 anyway; what is not finite stays, for the engine to refuse
         floor = self.threshold
         if self.ties == math.inf:
             floor = _below(self.threshold, x.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safemerge_recipes.names import block_of, module_type
 from safemerge_recipes.patterns import compile_patterns
-from safemerge_recipes.wording import clean, count, figure, number, things
+from safemerge_recipes.wording import clean, count, figure, grouped, number, things
 
 SYMBOLS: Mapping[str, str] = {"rho": "ρ", "rho_ratio": "ρ/ρ₀", "norm_ratio": "‖Δf‖/‖V‖"}
 """Metrics that have a symbol."""
@@ -28,7 +28,18 @@ FORMULAS: Mapping[str, str] = {
 }
 """Methods whose Δ is short to write."""
 
-_SELECTORS = ("tau", "at_most", "lowest", "fraction", "random", "complement", "names", "names_file", "always", "never")
+_SELECTORS = (
+    "tau",
+    "at_most",
+    "lowest",
+    "fraction",
+    "random",
+    "complement",
+    "names",
+    "names_file",
+    "always",
+    "never",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +60,7 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One tensor of the plan. `kind` is its module type; `block` its place among the blocks, None outside them."""
+    """One tensor of the plan. `kind` is its module type, `block` its place among the blocks, if in any."""
 
     name: str
     shape: tuple[int, ...]
@@ -148,7 +159,7 @@ def read_plan(plan: Mapping[str, Any]) -> Overview:
     )
     return Overview(
         name=clean(recipe.get("name"), 200) or "Unnamed merge",
-        description=clean(recipe.get("description"), 2000),
+        description=clean(" ".join(str(recipe.get("description") or "").split()), 2000),
         recipe=recipe,
         lines=lines,
         blocks=labels,
@@ -262,9 +273,11 @@ def criterion(gate: Mapping[str, Any]) -> str:
     if key == "complement":
         inner = criterion({"metric": gate.get("metric"), "direction": gate.get("direction"), **_mapping(value)})
         return f"all but those {inner}"
-    return {"names": "as named in the recipe", "names_file": "as named in a file", "always": "without a condition"}.get(
-        key, ""
-    )
+    return {
+        "names": "as named in the recipe",
+        "names_file": "as named in a file",
+        "always": "without a condition",
+    }.get(key, "")
 
 
 def criteria(recipe: Mapping[str, Any]) -> list[str]:
@@ -304,13 +317,14 @@ def sentence(view: Overview, done: bool) -> str:
     merged = sum(line.merged for line in gated)
     verb = ("was merged" if merged == 1 else "were merged") if done else ("merges" if merged == 1 else "merge")
     if not gated:
-        return f"None of the {things(len(view.lines), 'tensor')} is gated; nothing {'was' if done else 'is'} merged."
+        verb = "was" if done else "is"
+        return f"None of the {things(len(view.lines), 'tensor')} is gated; nothing {verb} merged."
     known = criteria(view.recipe)
     why = f", {known[0]}" if known else ""
-    more = " (rules differ for some tensors)" if len(known) > 1 else ""
+    more = f", or by rule {known[1]}" if len(known) == 2 else ", or by rules" if known[1:] else ""
     rest = len(view.lines) - merged
     return (
-        f"{merged} of {things(len(gated), 'gated tensor')} {verb}{why}{more}; "
+        f"{grouped(merged)} of {things(len(gated), 'gated tensor')} {verb}{why}{more}; "
         f"the other {things(rest, 'tensor')} keep{'s' if rest == 1 else ''} {kept_from(view)}."
     )
 

@@ -7,15 +7,20 @@ must match the whole name: `/.*q_proj.*/`, not `/q_proj/`. Full matches fail clo
 narrow matches nothing, and a rule that matches nothing is an error.
 
 A recipe may come from a stranger, so matching must not hang. Globs never backtrack over an earlier `*`. A
-regular expression is bounded in length and in its number of quantifiers, and a quantified group may hold
-neither a quantifier nor an alternation. This file knows nothing of recipes or checkpoints.
+regular expression is bounded in length and in its number of quantifiers, a quantified group may hold
+neither a quantifier nor an alternation, and before each name the number of ways in which it could be tried is
+bounded. This file knows nothing of recipes or checkpoints.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+from safemerge_recipes.errors import RecipeError
 
 MAX_LENGTH = 1_000
 """Longest pattern, in characters."""
@@ -25,6 +30,11 @@ MAX_PIECES = 1_000_000
 """Most characters all alternatives of one glob may hold together."""
 MAX_QUANTIFIERS = 4
 """Most quantifiers in one regular expression: each can multiply the work by the length of the name."""
+
+MAX_WAYS = 10**9
+"""Most ways in which a regular expression may be tried on one name: about three seconds."""
+MAX_SECONDS = 30.0
+"""Longest time one regular expression may spend on all names together."""
 
 _ANY_RUN = None
 """The piece that stands for `*`; every other piece is the regular expression of one character."""
@@ -222,12 +232,26 @@ def _compile_regex(pattern: str) -> Callable[[str], bool]:
         raise _error(pattern, 1 + (error.pos or 0), f"not a regular expression: {error.msg}") from None
     except (OverflowError, RecursionError):
         raise _error(pattern, 0, "not a regular expression: a number or the nesting is too large") from None
-    _check_quantifiers(pattern, body)
-    return lambda name: compiled.fullmatch(name) is not None
+    quantifiers, branches = _check_quantifiers(pattern, body)
+    spent = 0.0
+
+    def test(name: str) -> bool:
+        nonlocal spent
+        if math.comb(len(name) + quantifiers, quantifiers) * branches > MAX_WAYS or spent > MAX_SECONDS:
+            raise RecipeError(
+                f'pattern "{pattern[:80]}": could take for ever to match "{name[:80]}"; '
+                "expected fewer quantifiers and alternatives, or a glob"
+            )
+        begun = time.perf_counter()
+        found = compiled.fullmatch(name) is not None
+        spent += time.perf_counter() - begun
+        return found
+
+    return test
 
 
-def _check_quantifiers(pattern: str, body: str) -> None:
-    """Refuses what can make Python's matcher run for ever.
+def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
+    """The number of quantifiers and of ways through all alternations; refuses what makes the matcher run for ever.
 
     Raises:
         ValueError: more than `MAX_QUANTIFIERS` quantifiers, or a quantified group that holds a quantifier or
@@ -237,6 +261,7 @@ def _check_quantifiers(pattern: str, body: str) -> None:
     branching = [False]  # for each open group: does it hold a quantifier or an alternation?
     closed: bool | None = None  # the same of the group that closed just before this place
     count, at = 0, 0
+    options, branches = [1], 1  # alternatives of each open group; their product over all groups
     while at < len(body):
         position, char = at, body[at]
         found = quantifier.match(body, at)
@@ -252,6 +277,7 @@ def _check_quantifiers(pattern: str, body: str) -> None:
             at += 1
         elif char == "(":
             branching.append(False)
+            options.append(1)
             at += 1
             if body.startswith(("?P=", "?("), at):
                 raise _error(pattern, 1 + position, "back-references are not supported")
@@ -261,6 +287,7 @@ def _check_quantifiers(pattern: str, body: str) -> None:
                 at += 1
         elif char == ")":
             closed = branching.pop()
+            branches *= options.pop()
             branching[-1] |= closed
             at += 1
             continue
@@ -278,5 +305,7 @@ def _check_quantifiers(pattern: str, body: str) -> None:
                 raise _error(pattern, 1 + position, f"more than {MAX_QUANTIFIERS} quantifiers (* + ? {{}})")
         else:
             branching[-1] |= char == "|"
+            options[-1] += char == "|"
             at += 1
         closed = None
+    return count, branches * options.pop()

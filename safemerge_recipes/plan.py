@@ -14,7 +14,7 @@ from typing import Any, Literal
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.gate import METRICS, Candidate, Decision, candidate, decide, unsettled
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
-from safemerge_recipes.measure import Moments
+from safemerge_recipes.measure import Effort, Moments
 from safemerge_recipes.names import block_of, is_block_matrix, module_of, module_type
 from safemerge_recipes.patterns import Matcher, compile_patterns
 from safemerge_recipes.recipe import Gate, Policy, Recipe, Role, merge_sources
@@ -22,8 +22,8 @@ from safemerge_recipes.roles import Family
 
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-Measure = Callable[[Sequence[str], bool], Mapping[str, Moments]]
-"""(tensor names, exactly?) -> moments by name: the one way in which planning reads tensor data."""
+Measure = Callable[[Sequence[str], Effort], Mapping[str, Moments]]
+"""(tensor names, effort) -> moments by name: the one way in which planning reads tensor data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,8 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
             return "outside gate.scope"
         if len(ref.shape) not in (2, 3):
             return f"in gate.scope, but {len(ref.shape)}-D: only matrices and stacks of them are gated"
+        if not ref.numel:
+            return "in gate.scope, but empty"
     elif not is_block_matrix(name, ref.shape):
         return "not a matrix of a linear layer in a numbered block"
     if ref.dtype not in FLOAT_DTYPES:
@@ -202,17 +204,20 @@ def _decide_policy(
     """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
     gate = policy.gate
     groups = _groups(gate, names)
-    moments = dict(measure(names, gate.precision == "exact")) if measure else {}
+    efforts: list[Effort] = ["exact"] if gate.precision == "exact" else ["sketch", "exact"]
+    moments: dict[str, Moments] = {}
+    wanted = names
     while True:
+        if measure and wanted and efforts:
+            moments.update(measure(wanted, efforts.pop(0)))
         candidates = {
             group: candidate(group, _sum([moments.get(name) for name in members]), gate)
             for group, members in groups.items()
         }
-        open_ = unsettled(gate, list(candidates.values())) if measure else set()
-        if not open_ or measure is None:
+        open_ = unsettled(gate, list(candidates.values()))
+        wanted = [name for group in groups if group in open_ for name in groups[group]]
+        if not efforts or not wanted:
             break
-        again = [name for group in groups if group in open_ for name in groups[group]]
-        moments.update(measure(again, True))
     decisions = decide(gate, list(candidates.values()))
     spread = {name: group for group, members in groups.items() for name in members}
     return (

@@ -12,16 +12,19 @@ import os
 import platform
 import re
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes import __version__
 from safemerge_recipes.checkpoint import FileIdentity
-from safemerge_recipes.errors import SourceError
+from safemerge_recipes.errors import ReadError, SourceError
 
 CHUNK = 1 << 22
 """Bytes hashed at once."""
+SETTLED_NS = 100_000_000
+"""Age in nanoseconds at which a file's times tell it from a later version, whatever the clock of its disk."""
 
 
 def cache_folder() -> Path:
@@ -38,8 +41,11 @@ def remember(kind: str, key: str, value: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps({"key": key, "value": value}))
-        os.replace(temporary, path)
+        try:
+            temporary.write_text(json.dumps({"key": key, "value": value, "check": _check(value)}))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError:
         pass
 
@@ -48,9 +54,14 @@ def recall(kind: str, key: str) -> Any:
     """What was stored under the key, or None. Damaged entries count as absent."""
     try:
         entry = json.loads(_entry(kind, key).read_text())
-        return entry["value"] if entry["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return entry["value"] if entry["key"] == key and entry["check"] == _check(entry["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _check(value: Any) -> str:
+    """Detects a damaged entry: a flipped digit of a stored number would be JSON all the same."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _entry(kind: str, key: str) -> Path:
@@ -63,8 +74,7 @@ def file_digest(identity: FileIdentity, stop: threading.Event | None = None) -> 
     blob = Path(os.path.realpath(identity.path))
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
-    key = f"{os.path.realpath(identity.path)}:{identity.key}"
-    known = recall("digests", key)
+    known = recall("digests", _digest_key(identity))
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known):
         return known
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
@@ -74,8 +84,18 @@ def file_digest(identity: FileIdentity, stop: threading.Event | None = None) -> 
             if stop is not None and stop.is_set():
                 return ""
     check_unchanged([identity])
-    remember("digests", key, digest.hexdigest())
+    remember_digest(identity, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _digest_key(identity: FileIdentity) -> str:
+    return f"{os.path.realpath(identity.path)}:{identity.key}"
+
+
+def remember_digest(identity: FileIdentity, digest: str) -> None:
+    """Remembers a file's sha256, unless it is so young that another write could leave the same times behind."""
+    if time.time_ns() - max(identity.mtime_ns, identity.ctime_ns) > SETTLED_NS:
+        remember("digests", _digest_key(identity), digest)
 
 
 class Digests(threading.Thread):
@@ -101,7 +121,7 @@ class Digests(threading.Thread):
         """path -> sha256, when all are known. Raises SourceError when a file went away or changed."""
         self.join()
         if isinstance(self._error, OSError):
-            raise SourceError(f"{self._error.filename}: {self._error.strerror}; it was readable when planned")
+            raise ReadError(f"{self._error.filename}: {self._error.strerror}; it was readable when planned")
         if self._error is not None:
             raise self._error
         return self._found

@@ -139,6 +139,15 @@ def _fit_vocabulary(
     if alike and all(same_tokenizer(side.tokenizer, aligned) for side in sides.values()):
         return "finetuned", sizes["finetuned"]
     tokens = {role: read_tokens(side.tokenizer) for role, side in sides.items()}
+    for role, side in sides.items():
+        known = tokens[role] is not None and tokens["aligned"] is not None
+        grown = side.checkpoint is sides["aligned"].checkpoint  # by an adapter, which appends
+        if wanted is None and sizes[role] != sizes["aligned"] and not known and not grown:
+            raise SourceError(
+                f"sources.{role}: {side.label}: has a vocab_size of {sizes[role]}, the aligned model of "
+                f"{sizes['aligned']}, and no tokenizer.json tells which row is which token; add the tokenizers, or say "
+                "`vocabulary: finetuned` or `vocabulary: aligned` to match rows by position"
+            )
     owner = _choose_owner(wanted, sizes, sides, tokens)
     fitting = [name for name in weights["aligned"] if _is_vocabulary(name, weights, sizes)]
     originals = {name: weights[owner][name] for name in fitting}

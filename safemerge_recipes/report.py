@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.overview import Line, Overview, read_plan, method_words, sentence
+from safemerge_recipes.overview import Line, Overview, method_words, read_plan, sentence
 from safemerge_recipes.scores import interval, is_rate, read_scores, shown
-from safemerge_recipes.wording import clean, clean_lines, count, duration, figure, fixed, median, number, size, things
+from safemerge_recipes.wording import (
+    clean,
+    count,
+    duration,
+    figure,
+    fixed,
+    median,
+    number,
+    size,
+    things,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,8 +35,8 @@ AXIS = 24
 
 _ASCII = str.maketrans(
     {
-        "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|", "−": "-",
-        "–": "-", "…": "...", "≤": "<=", "≥": ">=", "·": "*", "●": "o", "○": ".", "│": "|", "─": "-", "┊": "!",
+        "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|",
+        "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "●": "o", "│": "|", "─": "-", "┊": "!",
         "×": "x", "┄": "-", "\N{NO-BREAK SPACE}": " ",
     }
 )  # fmt: skip
@@ -82,8 +92,8 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 
     Args:
         plan: the content of safemerge_plan.json.
-        result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`, `peak_memory`
-            (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
+        result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`,
+            `peak_memory` (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
         console: where to print.
     """
     page, view = _Page(console), read_plan(plan)
@@ -109,7 +119,7 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
 def _head(page: _Page, view: Overview, done: bool) -> None:
     page.line(view.name, "bold")
     if view.description:
-        page.line(clean_lines(view.description, 600))
+        page.line(clean(view.description, 600))
     page.line()
     page.line(sentence(view, done))
     methods = view.methods()
@@ -207,7 +217,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _chart(page: _Page, view: Overview) -> None:
-    """Per block: ρ from min to max with its median; τ as a dotted line. Blocks share columns where they must."""
+    """Per block: ρ from min to max with its median; τ dotted. Blocks share columns where they must."""
     gated = [line for line in view.gated if line.block is not None and line.rho is not None]
     total = len(view.blocks)
     room = page.width - 8

@@ -122,8 +122,8 @@ def _check_config(role: Role, model: Model, aligned: Model) -> None:
         found, expected = model.checkpoint.config.get(key), aligned.checkpoint.config.get(key)
         if found != expected:
             raise SourceError(
-                f"sources.{role}: {model.folder.label}: config.json says {key} {found!r}, the aligned model "
-                f"{expected!r}; expected models of one architecture"
+                f"sources.{role}: {model.folder.label}: config.json says {key} {str(found)[:40]!r}, the aligned "
+                f"model {str(expected)[:40]!r}; expected models of one architecture"
             )
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,31 +15,34 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safemerge_recipes.checkpoint import INDEX_FILE, FileIdentity
-from safemerge_recipes.errors import PlanError, SourceError, WriteError
-from safemerge_recipes.execute import Resources, execute, region_digest
+from safemerge_recipes.errors import PlanError, ReadError, WriteError
+from safemerge_recipes.execute import Resources, execute
 from safemerge_recipes.folder import (
     MANIFEST_FILE,
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_FILE,
-    check_output,
     copy_side_files,
-    locked,
+    keep_only,
     part_of,
     publish,
     side_files,
     tokenizer_files,
+    working_folder,
     write_file,
     write_json,
 )  # fmt: skip
-from safemerge_recipes.graph import ENGINE, Copy, Graph, build_graph, task_memory
-from safemerge_recipes.journal import JOURNAL_FILE, Journal, read_journal
+from safemerge_recipes.graph import ENGINE, Graph, build_graph, task_memory
+from safemerge_recipes.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.loading import LoadedRecipe, dump_recipe, read_names
+from safemerge_recipes.manifest import make_manifest
 from safemerge_recipes.memory import fit_workers, projected_peak
 from safemerge_recipes.plan import Plan, make_plan, survey
-from safemerge_recipes.provenance import Digests, check_unchanged, versions
-from safemerge_recipes.recipe import Recipe
+from safemerge_recipes.provenance import Digests, check_unchanged, remember_digest, versions
+from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.resume import finished, reusable, unseal
 from safemerge_recipes.roles import Family, open_family
+from safemerge_recipes.sources import Folder
 
 
 class Progress(Protocol):
@@ -72,6 +73,7 @@ class Resolved:
     directory: Path
     family: Family
     identities: tuple[FileIdentity, ...]
+    side_files: Mapping[str, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Prepared:
     resources: Resources
     peak_memory: int
     timings: Mapping[str, float]
+    side_files: Mapping[str, Path]
 
     def plan_json(self) -> dict[str, Any]:
         """The content of safemerge_plan.json."""
@@ -108,7 +111,7 @@ def _recipe_json(recipe: Recipe) -> str:
     return recipe.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True)
 
 
-def _settled(loaded: LoadedRecipe) -> Recipe:
+def settled(loaded: LoadedRecipe) -> Recipe:
     """The recipe with every file of names read in, so that it says everything itself."""
 
     def settle(gate: Any) -> Any:
@@ -149,9 +152,9 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     Raises:
         SafemergeError: a source is missing, unsound, or does not fit the others.
     """
-    recipe = _settled(loaded)
+    recipe = settled(loaded)
     family = open_family(recipe, loaded.directory)
-    return Resolved(recipe, loaded.directory, family, family.identities())
+    return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family))
 
 
 def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
@@ -186,7 +189,7 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
     timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
     return Prepared(
         recipe, resolved.directory, family, resolved.identities, plan, graph,
-        replace(resources, workers=workers), peak, timings,
+        replace(resources, workers=workers), peak, timings, resolved.side_files,
     )  # fmt: skip
 
 
@@ -215,100 +218,13 @@ def _header(prepared: Prepared) -> dict[str, Any]:
     return {"format": 1, "engine": ENGINE, "inputs": {one.path: one.key for one in prepared.identities}}
 
 
-def _resume(part: Path, prepared: Prepared, progress: Progress) -> dict[str, str | None] | None:
-    """Tensors an interrupted run finished, checked against their bytes; None if there was no such run.
-
-    Raises:
-        SourceError: the inputs are not those of the interrupted run.
-    """
-    header, entries = read_journal(part / JOURNAL_FILE)
-    if header is None:
-        return None
-    wanted = _header(prepared)
-    before, now = header.get("inputs", {}), wanted["inputs"]
-    for path in now:
-        if isinstance(before, dict) and path in before and before[path] != now[path]:
-            raise SourceError(
-                f"{path}: changed since the run into {part} was interrupted; expected the same inputs. "
-                "Restore it, or say --force to start over"
-            )
-    if header.get("engine") != ENGINE:
-        return None
-    tasks = {task.slot.name: task for task in prepared.graph.tasks}
-    done: dict[str, str | None] = {}
-    descriptors: dict[str, int] = {}
-    layout = prepared.graph.layout
-    try:
-        for name, (key, digest) in entries.items():
-            task = tasks.get(name)
-            if task is None or task.key != key:
-                continue
-            file = _sealed_or_part(part, layout.files[task.slot.shard], layout, task.slot.shard, descriptors)
-            if file is None:
-                continue
-            if digest is None and isinstance(task.work, Copy):
-                source = os.open(task.work.source.path, os.O_RDONLY)
-                try:
-                    digest = region_digest(source, task.work.source.offset, task.slot.nbytes)
-                finally:
-                    os.close(source)
-            if digest is not None and region_digest(file, task.slot.offset, task.slot.nbytes) == digest:
-                done[name] = digest
-    except (OSError, WriteError):
-        return done
-    finally:
-        for file in descriptors.values():
-            os.close(file)
-    return done
-
-
-def _sealed_or_part(part: Path, name: str, layout: Any, shard: int, descriptors: dict[str, int]) -> int | None:
-    """A descriptor of a weight file of an earlier run, sealed or not, if it has this layout's opening bytes."""
-    if name in descriptors:
-        return descriptors[name]
-    sealed, open_ = part / name, part / f"{name}.part"
-    if sealed.exists() and not open_.exists():
-        os.rename(sealed, open_)
-    if not open_.exists() or open_.stat().st_size != layout.sizes[shard]:
-        return None
-    header = layout.headers[shard]
-    with open(open_, "rb") as file:
-        if file.read(len(header)) != header:
-            return None
-    descriptors[name] = os.open(open_, os.O_RDONLY)
-    return descriptors[name]
-
-
-def _reuse(output: Path, part: Path, prepared: Prepared) -> dict[str, str | None]:
-    """Turns a finished output that is being replaced into the working folder, keeping what stays the same.
-
-    Only where the files are laid out alike; tensors whose result key is unchanged are not written again.
-    """
-    try:
-        manifest = json.loads((output / MANIFEST_FILE).read_bytes())
-        keys = manifest["tensors"]
-        files = {entry["file"]: entry["size"] for entry in manifest["outputs"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    layout = prepared.graph.layout
-    if manifest.get("engine") != ENGINE:
-        return {}
-    for name, header, size in zip(layout.files, layout.headers, layout.sizes, strict=True):
-        path = output / name
-        if files.get(name) != size or not path.exists() or path.stat().st_size != size:
-            return {}
-        with open(path, "rb") as file:
-            if file.read(len(header)) != header:
-                return {}
-    os.rename(output, part)
-    for path in list(part.iterdir()):
-        if path.name in layout.files:
-            os.rename(path, part / f"{path.name}.part")
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    return {task.slot.name: None for task in prepared.graph.tasks if keys.get(task.slot.name) == task.key}
+def _check_apart(prepared: Prepared, output: Path) -> None:
+    """Refuses an output that is a source, or lies in one, or holds one."""
+    for role, model in prepared.family.models.items():
+        for place in (output, part_of(output)):
+            real, source = Path(os.path.realpath(place)), Path(os.path.realpath(model.folder.path))
+            if real.is_relative_to(source) or source.is_relative_to(real):
+                raise PlanError(f"{output}: overlaps sources.{role}, {source}; choose another --output")
 
 
 def carry_out(
@@ -321,104 +237,68 @@ def carry_out(
         output: the folder to write.
         digests: hashes the inputs; begun as early as may be, since it takes long.
         progress: is told what goes on.
-        force: replace a finished output; start an interrupted run over if its inputs changed.
+        force: replace a finished output; go on with an interrupted run although its inputs changed.
 
     Raises:
         PlanError: the output is in the way, locked, or the disk is too small.
-        SourceError: an input changed, failed or holds values that are not finite.
-        WriteError: stopped while writing.
+        SourceError: an input changed, or holds values that are not finite.
+        WriteError: stopped while writing, be it by a source that could not be read.
     """
-    check_output(output, force)
+    output = Path(os.path.abspath(output))
     part = part_of(output)
     started = time.perf_counter()
+    _check_apart(prepared, output)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        done: dict[str, str | None] = {}
-        if force and not part.exists() and output.exists():
-            done = _reuse(output, part, prepared)
-        created = not part.exists()
-        part.mkdir(exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
-    try:
-        with locked(part):
-            result = _write(prepared, part, output, done, digests, progress, force)
-            publish(part, output)
+        with working_folder(output, force, lambda folder: reusable(folder, prepared.graph)):
+            result = _write(prepared, part, output, digests, progress, force)
+            publish(part, output, force)
     except KeyboardInterrupt:
         raise WriteError(f"stopped; {part} keeps what is done, the same command goes on from there") from None
-    except (SourceError, PlanError):
-        if created:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
+    except ReadError as error:
+        raise WriteError(f"{error}; {part} keeps what is done, the same command goes on from there") from None
     except OSError as error:
         raise WriteError(
             f"{part}: {error.strerror}; mend it and run the same command, which goes on from there"
         ) from None
-    finally:
-        digests.cancelled.set()
+    for file, digest in result["files"].items():
+        remember_digest(FileIdentity.of(output / file), digest)  # it may well be another merge's input
     result["timings"]["total"] = time.perf_counter() - started
     return result
 
 
 def _write(
-    prepared: Prepared,
-    part: Path,
-    output: Path,
-    done: dict[str, str | None],
-    digests: Digests,
-    progress: Progress,
-    force: bool,
+    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress, force: bool
 ) -> dict[str, Any]:
-    graph, recipe = prepared.graph, prepared.recipe
-    if recipe.output.format == "adapter":
+    if prepared.recipe.output.format == "adapter":
         return _write_adapter(prepared, part, output, digests, progress)
-    if not done:
-        try:
-            resumed = _resume(part, prepared, progress)
-        except SourceError:
-            if not force:
-                raise
-            resumed = None
-        done = resumed or {}
-    tasks = {task.slot.name: task for task in graph.tasks}
-    journal = Journal(part / JOURNAL_FILE, _header(prepared), resume=False)
-    for name in done:
-        journal.done(name, tasks[name].key, done[name])
-    for path in part.iterdir():  # whatever an earlier layout left behind
-        stale = path.name.endswith(".part") and path.name.removesuffix(".part") not in graph.layout.files
-        if stale or path.suffix == ".safetensors":
-            path.unlink()
-    progress.phase("write", graph.bytes_written)
-    started = time.perf_counter()
+    graph, header = prepared.graph, _header(prepared)
+    check_unchanged(prepared.identities)
+    done = finished(part, graph, header, force)
+    keys = {task.slot.name: task.key for task in graph.tasks}
+    journal = Journal(part / JOURNAL_FILE, header, {name: (keys[name], digest) for name, digest in done.items()})
     try:
+        keep_only(part, {name for file in graph.layout.files for name in (file, f"{file}.part")})
+        unseal(part, graph.layout)
+        progress.phase("write", graph.bytes_written)
+        started = time.perf_counter()
         sealed = execute(
             graph, part, prepared.resources, done, journal,
-            allow_overflow=recipe.output.allow_overflow, tick=progress.tick,
+            allow_overflow=prepared.recipe.output.allow_overflow, tick=progress.tick,
         )  # fmt: skip
+        written = time.perf_counter()
+        index = graph.layout.index_bytes()
+        if index is not None:
+            write_file(part / INDEX_FILE, index)
+        inputs = digests.result()
     finally:
         journal.close()
-    written = time.perf_counter()
-    index = graph.layout.index_bytes()
-    if index is not None:
-        write_file(part / INDEX_FILE, index)
-    plan = prepared.plan_json()
-    write_json(part / PLAN_FILE, plan)
-    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
-    inputs = digests.result()
-    hashed = time.perf_counter()
-    check_unchanged(prepared.identities)
-    copy_side_files(side_files(prepared.family), part, prepared.family.config_edits)
-    timings = {**prepared.timings, "write": written - started, "hash": hashed - written}
-    render_documents(part, plan, None, provenance_of(prepared))
-    (part / JOURNAL_FILE).unlink(missing_ok=True)
-    write_json(part / MANIFEST_FILE, _manifest(prepared, part, sealed, inputs, timings))
-    return {
-        "output": str(output),
-        "summary": plan["summary"],
-        "resumed": len(done),
-        "files": sealed,
-        "timings": timings,
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    tensors: dict[str, tuple[str, str | None]] = {
+        name: (keys[name], digest) for name, digest in sealed.tensors.items()
     }
+    plan, beside = prepared.plan_json(), prepared.side_files
+    result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
+    return {**result, "resumed": len(done)}
 
 
 def _write_adapter(
@@ -427,32 +307,65 @@ def _write_adapter(
     """An adapter is small: it is computed in memory and always written anew."""
     from safemerge_recipes.adapter_output import write_adapter
 
+    check_unchanged(prepared.identities)
+    keep_only(part, set())
     progress.phase("write", prepared.graph.bytes_written)
     started = time.perf_counter()
-    graph = prepared.graph
-    sealed, notes = write_adapter(prepared.plan, prepared.family, graph, part, prepared.resources.memory, progress.tick)
+    family = prepared.family
+    files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, progress.tick)
     written = time.perf_counter()
     plan = prepared.plan_json()
     for line in plan["tensors"]:
         line.update(notes.get(line["name"], {}))
+    finetuned = family.models["finetuned"].folder
+    tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
+    inputs = digests.result()
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
+    return {**result, "resumed": 0}
+
+
+def _document(
+    prepared: Prepared,
+    part: Path,
+    output: Path,
+    plan: dict[str, Any],
+    beside: Mapping[str, Path],
+    inputs: Mapping[str, str],
+    files: Mapping[str, str],
+    tensors: dict[str, tuple[str, str | None]],
+    timings: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes everything that lies beside the weights, the manifest last."""
     write_json(part / PLAN_FILE, plan)
     write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
-    inputs = digests.result()
     check_unchanged(prepared.identities)
-    finetuned = prepared.family.models["finetuned"].folder
-    if finetuned.kind == "adapter":
-        copy_side_files(tokenizer_files(finetuned.path), part)
+    copy_side_files(beside, part, prepared.family.config_edits)
+    timings = {**prepared.timings, **timings}
     render_documents(part, plan, None, provenance_of(prepared))
-    timings = {**prepared.timings, "write": written - started, "hash": time.perf_counter() - written}
-    write_json(part / MANIFEST_FILE, _manifest(prepared, part, sealed, inputs, timings))
-    return {"output": str(output), "summary": plan["summary"], "resumed": 0, "files": sealed, "timings": timings}
+    roles: dict[str, list[Role]] = {}
+    for role, model in prepared.family.models.items():
+        for file in model.files:
+            roles.setdefault(file, []).append(role)
+    labels = {file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()}
+    manifest = make_manifest(
+        engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
+        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
+    )  # fmt: skip
+    write_json(part / MANIFEST_FILE, manifest)
+    return {"output": str(output), "summary": plan["summary"], "files": dict(files), "timings": timings}
+
+
+def _label(folder: Folder) -> str:
+    """How an output names a source: a hub id, or the folder's own name without its place on this machine."""
+    return folder.label if folder.revision else folder.path.name
 
 
 def provenance_of(prepared: Prepared) -> dict[str, Any]:
     """What report and card say of the sources and versions. Holds no local path."""
     sources = {
         role: {
-            "label": model.folder.label if model.folder.revision else Path(model.folder.label).name,
+            "label": _label(model.folder),
             "kind": model.folder.kind,
             "revision": model.folder.revision,
         }
@@ -470,44 +383,3 @@ def render_documents(
 
     write_file(folder / REPORT_FILE, render_report(plan, scores=scores, provenance=provenance))
     write_file(folder / "README.md", render_card(plan, scores=scores, provenance=provenance))
-
-
-def _manifest(
-    prepared: Prepared, part: Path, sealed: dict[str, str], inputs: dict[str, str], timings: dict[str, float]
-) -> dict[str, Any]:
-    import hashlib
-
-    outputs = []
-    for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        name = path.relative_to(part).as_posix()
-        if name.startswith("safemerge.lock"):
-            continue
-        digest = sealed.get(name) or hashlib.sha256(path.read_bytes()).hexdigest()
-        outputs.append({"file": name, "size": path.stat().st_size, "sha256": digest})
-    roles: dict[str, list[str]] = {}
-    for role, model in prepared.family.models.items():
-        for file in model.files:
-            roles.setdefault(file, []).append(role)
-    return {
-        "format": 1,
-        "engine": ENGINE,
-        "versions": versions(),
-        "machine": {
-            "system": platform.system(),
-            "machine": platform.machine(),
-            "workers": prepared.resources.workers,
-        },
-        "inputs": [
-            {
-                "roles": roles[one.path],
-                "source": prepared.family.models[roles[one.path][0]].folder.label,  # type: ignore[index]  # a role
-                "file": Path(one.path).name,
-                "size": one.size,
-                "sha256": inputs[one.path],
-            }
-            for one in prepared.identities
-        ],
-        "outputs": outputs,
-        "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
-        "tensors": {task.slot.name: task.key for task in prepared.graph.tasks},
-    }

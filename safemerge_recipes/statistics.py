@@ -265,3 +265,46 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
 
 def _p(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the ranks of the values from 1; tied values share the mean of their ranks."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        stop = start
+        while stop < len(order) and values[order[stop]] == values[order[start]]:
+            stop += 1
+        for index in order[start:stop]:
+            found[index] = (start + stop + 1) / 2
+        start = stop
+    return found
+
+
+def spearman(first: Sequence[float], second: Sequence[float], draws: int = 9999, seed: int = 0) -> tuple[float, float]:
+    """Return Spearman's rank correlation and its two-sided permutation p, (1 + #extreme) / (draws + 1).
+
+    Args:
+        first: At least three values, not all equal.
+        second: As many values, not all equal.
+        draws: Permutations drawn.
+        seed: Of the drawing.
+
+    Raises:
+        ValueError: The lengths differ, are below three, or a side is constant.
+    """
+    n = len(first)
+    if n != len(second) or n < 3:
+        raise ValueError(f"{n} and {len(second)} values: expected as many of each, at least three")
+    one, two = ([rank - (n + 1) / 2 for rank in ranks(side)] for side in (first, second))
+    scale = math.sqrt(math.fsum(x * x for x in one) * math.fsum(x * x for x in two))
+    if not scale:
+        raise ValueError("a side is constant: its ranks say nothing")
+    observed = math.fsum(x * y for x, y in zip(one, two, strict=True)) / scale
+    rng, shuffled, extreme = random.Random(seed), list(two), 0
+    bound = abs(observed) * scale * (1 - 1e-12)
+    for _ in range(draws):
+        rng.shuffle(shuffled)
+        extreme += abs(math.fsum(x * y for x, y in zip(one, shuffled, strict=True))) >= bound
+    return observed, (extreme + 1) / (draws + 1)

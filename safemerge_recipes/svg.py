@@ -34,10 +34,19 @@ def _short(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def drawing(width: float, height: float, label: str, *content: str, class_: str = "") -> str:
-    """A scalable drawing that is announced by its label."""
-    box = f"0 0 {_short(width)} {_short(height)}"
-    return tag("svg", "".join(content), viewBox=box, role="img", aria_label=label, class_=class_ or None)
+def drawing(width: float, height: float, label: str, *content: str, class_: str = "", fixed: bool = False) -> str:
+    """A drawing that is announced by its label; it scales unless its size is `fixed`. No label hides it."""
+    return tag(
+        "svg",
+        "".join(content),
+        viewBox=f"0 0 {_short(width)} {_short(height)}",
+        width=float(width) if fixed else None,
+        height=float(height) if fixed else None,
+        role="img" if label else None,
+        aria_label=label or None,
+        aria_hidden=None if label else "true",
+        class_=class_ or None,
+    )
 
 
 def words(x: float, y: float, content: object, class_: str = "t", anchor: str = "start") -> str:
@@ -53,7 +62,12 @@ def rule(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
 def dot(x: float, y: float, merged: bool, title: str, radius: float = 3.2) -> str:
     """A merged (filled) or kept (hollow) tensor; the title is its tooltip."""
     return tag(
-        "circle", tag("title", text(title)), cx=float(x), cy=float(y), r=float(radius), class_="m" if merged else "k"
+        "circle",
+        tag("title", text(title)),
+        cx=float(x),
+        cy=float(y),
+        r=float(radius),
+        class_="m" if merged else "k",
     )
 
 
@@ -63,7 +77,8 @@ def ceiling(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(
-        (step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power
+        (step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8) if step * power >= value * (1 - 1e-9)),
+        10 * power,
     )
 
 

@@ -59,7 +59,7 @@ class Selection:
         self._slack *= 8
         self._around = self.low, self.high
         values, counts = ordered[max(low, 0) : high + 1].unique(return_counts=True)
-        if 4 * int(counts.max()) >= int(counts.sum()):
+        if (low >= 0 or high < n) and 4 * int(counts.max()) >= int(counts.sum()):
             # Differences of rounded weights take few values; a common one is tried by counting alone.
             self.low = self.high = float(values[counts.argmax()])
 
@@ -93,7 +93,9 @@ class Selection:
         self._above = self._equal = 0
         if not 1 <= wanted <= len(inside) + equal:
             low, high = self._around
-            if self.low == self.high and low < high:
+            if self.low == 0 and self.high == math.inf:  # all was counted: the rest compares with nothing, it is NaN
+                self.trim = Trim(math.nan, math.inf)
+            elif self.low == self.high and low < high:
                 value = self._looked[0].cpu().numpy().dtype.type(self.low)
                 up, down = float(np.nextafter(value, np.inf)), float(np.nextafter(value, -np.inf))
                 self.low, self.high = (up, high) if wanted < 1 else (low, down)
@@ -107,7 +109,7 @@ class Selection:
             threshold = float(np.partition(inside, place)[place])
             ties = wanted - int(np.count_nonzero(inside > threshold))
             equal = int(np.count_nonzero(inside == threshold))
-        self.trim = Trim(threshold, math.inf if ties == equal else ties)
+        self.trim = Trim(math.nan if threshold == math.inf else threshold, math.inf if ties == equal else ties)
 
 
 def trims(keep: int, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trim, Trim]:

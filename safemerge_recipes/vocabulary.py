@@ -15,6 +15,10 @@ from safemerge_recipes.checkpoint import read_object
 from safemerge_recipes.names import block_of
 from safemerge_recipes.operands import Rows
 
+MAX_TOKENIZER_BYTES = 64_000_000
+"""Largest tokenizer file read, in bytes; those of the largest vocabularies have half of that."""
+MAX_TOKENIZER_VALUES = 4_000_000
+"""Most values in one: a vocabulary of 300 000 tokens and as many merges stays below a third of it."""
 SHOWN = 5
 """How many differing tokens a message shows."""
 
@@ -42,6 +46,10 @@ def embedding_of(weights: Mapping[str, Any], config: Mapping[str, Any]) -> str |
     return found[0] if len(found) == 1 else None
 
 
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
+
+
 def read_tokens(folder: Path) -> dict[str, int] | None:
     """Token -> row, from a folder's tokenizer files; None where there are none that can be read.
 
@@ -50,7 +58,7 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        value = read_object(path)
+        value = _read(path)
         model = value.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(vocab, list):  # Unigram: pairs of token and score
@@ -61,11 +69,11 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
             if isinstance(entry, dict):
                 tokens[entry.get("content")] = entry.get("id")
     elif (folder / "vocab.json").exists():
-        tokens = dict(read_object(folder / "vocab.json"))
+        tokens = dict(_read(folder / "vocab.json"))
     else:
         return None
     if (folder / "added_tokens.json").exists() and not path.exists():
-        tokens.update(read_object(folder / "added_tokens.json"))
+        tokens.update(_read(folder / "added_tokens.json"))
     good = {t: i for t, i in tokens.items() if isinstance(t, str) and type(i) is int and i >= 0}
     return good or None
 

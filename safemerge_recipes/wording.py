@@ -27,7 +27,7 @@ def count(value: object) -> int:
 
 
 def clean(value: object, limit: int = 400) -> str:
-    """Text from outside on one line: hidden characters as escapes, the middle cut beyond `limit` characters."""
+    """Text from outside on one line: hidden characters as escapes, the middle cut beyond the limit."""
     text = value if isinstance(value, str) else "" if value is None else str(value)
     if len(text) > limit:
         head = limit * 2 // 3

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from safemerge_recipes.refusal import classify
 from safemerge_recipes.tasks import arithmetic
 

@@ -283,7 +283,7 @@ def plain(bench: Bench) -> Path:
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
         ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow is .1., which changes what the adapter adds"),
         ({"bias": "some"}, "bias is 'some'"),
-        ({"r": 5}, "the config says rank 5, the stored factors have 3"),
+        ({"r": 5}, "the config says rank 5, lora_A has 3 rows"),
         ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"lora_bias": True}, r"lora_B\.bias is missing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head'"),

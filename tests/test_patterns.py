@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.patterns import MAX_ALTERNATIVES, compile_patterns
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
@@ -133,6 +134,26 @@ def test_matching_never_explodes(pattern):
     begun = time.perf_counter()
     assert not matcher("a" * 300)
     assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("/" + "(aa|aa|a)" * 60 + "c/", "a" * 100),
+        ("/.*.*.*.*x/", "a" * 500),
+        ("/(?:a|b).*(?:ab|ba|a)(?:ab|ba|a).*(?:ab|a)(?:ab|a)(?:ab|a).*.*x/", "ab" * 100),
+    ],
+)
+def test_what_could_be_tried_in_too_many_ways_is_refused_before_it_is_tried(pattern, name):
+    begun = time.perf_counter()
+    with pytest.raises(RecipeError, match="for ever"):
+        compile_patterns(pattern)(name)
+    assert time.perf_counter() - begun < 1
+
+
+def test_alternatives_of_everyday_patterns_are_not_too_many():
+    pattern = r"/model\..*layers\.(\d|1\d)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight.*/"
+    assert compile_patterns(pattern)("model.language_model.layers.11.self_attn.q_proj.weight")
 
 
 def test_unmatched_patterns_and_selected_names_keep_their_order():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import math
 import random
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from typing import Any
@@ -19,7 +22,7 @@ from rich.console import Console
 
 from safemerge_recipes.card import render_card
 from safemerge_recipes.html import render_report
-from safemerge_recipes.overview import read_plan
+from safemerge_recipes.overview import read_plan, sentence
 from safemerge_recipes.report import print_plan, print_result
 
 KINDS = {
@@ -45,7 +48,9 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_plan(blocks: int = 32, *, tau: float = 0.35, measured: bool = True, experts: int = 0, **changes: Any) -> dict:
+def make_plan(
+    blocks: int = 32, *, tau: float = 0.35, measured: bool = True, experts: int = 0, **changes: Any
+) -> dict:
     """A plan as the engine writes it, with values of a realistic size; decided by `rho < tau`."""
     draw = random.Random(1)
 
@@ -53,22 +58,41 @@ def make_plan(blocks: int = 32, *, tau: float = 0.35, measured: bool = True, exp
         if null is None:
             reason = "not a matrix of a linear layer in a numbered block"
             return {
-                "name": name, "shape": list(shape), "dtype": "BF16", "action": "keep", "reason": reason, "metric": None,
-                "value": None, "rho": None, "rho_null": None, "norm_v": None, "norm_delta": None, "method": None,
-                "alpha": None, "source": "finetuned",
-            }  # fmt: skip
+                "name": name,
+                "shape": list(shape),
+                "dtype": "BF16",
+                "action": "keep",
+                "reason": reason,
+                "metric": None,
+                "value": None,
+                "rho": None,
+                "rho_null": None,
+                "norm_v": None,
+                "norm_delta": None,
+                "method": None,
+                "alpha": None,
+                "source": "finetuned",
+            }
         rho = min(0.99, max(0.01, middle + draw.gauss(0, 0.06)))
         merged = rho < tau if measured else True
         sign = "<" if merged else "≥"
         return {
-            "name": name, "shape": list(shape), "dtype": "BF16", "action": "merge" if merged else "keep",
-            "reason": f"rho {rho:.4g} {sign} tau {tau:g}" if measured else "always", "metric": "rho",
-            "value": rho if measured else None, "rho": rho if measured else None,
-            "rho_null": min(1.0, null + draw.gauss(0, 0.02)) if measured else None, "rho_interval": 0.0,
+            "name": name,
+            "shape": list(shape),
+            "dtype": "BF16",
+            "action": "merge" if merged else "keep",
+            "reason": f"rho {rho:.4g} {sign} tau {tau:g}" if measured else "always",
+            "metric": "rho",
+            "value": rho if measured else None,
+            "rho": rho if measured else None,
+            "rho_null": min(1.0, null + draw.gauss(0, 0.02)) if measured else None,
+            "rho_interval": 0.0,
             "norm_v": math.exp(draw.gauss(2.3, 0.3)) if measured else None,
             "norm_delta": math.exp(draw.gauss(-0.5, 0.3)) if measured else None,
-            "method": "linear" if merged else None, "alpha": 0.8 if merged else None, **({} if merged else {"source": "finetuned"}),
-        }  # fmt: skip
+            "method": "linear" if merged else None,
+            "alpha": 0.8 if merged else None,
+            **({} if merged else {"source": "finetuned"}),
+        }
 
     tensors = [line("model.embed_tokens.weight", (32000, 4096), None, 0)]
     for block in range(blocks):
@@ -86,9 +110,14 @@ def make_plan(blocks: int = 32, *, tau: float = 0.35, measured: bool = True, exp
     merged = sum(t["action"] == "merge" for t in tensors)
     gated = sum(t["metric"] is not None for t in tensors)
     summary = {
-        "tensors": len(tensors), "gated": gated, "merged": merged, "kept": gated - merged, "bytes_read": 40_432_123_904,
-        "bytes_written": 13_476_839_424, "peak_memory": 1_310_720_000,
-    }  # fmt: skip
+        "tensors": len(tensors),
+        "gated": gated,
+        "merged": merged,
+        "kept": gated - merged,
+        "bytes_read": 40_432_123_904,
+        "bytes_written": 13_476_839_424,
+        "peak_memory": 1_310_720_000,
+    }
     return {"recipe": RECIPE, "summary": summary, "tensors": tensors, "warnings": [], **changes}
 
 
@@ -118,25 +147,70 @@ SCORES = {
 }
 PROVENANCE = {
     "sources": {
-        "base": {"label": "meta-llama/Llama-2-7b-hf", "kind": "model", "revision": "01c7f73d771dfac7d292323805ebc428287df4f9", "license": "llama2"},
-        "aligned": {"label": "meta-llama/Llama-2-7b-chat-hf", "kind": "model", "revision": "f5db02db724555f92da89c216ac04704f23d4590", "license": "llama2"},
-        "finetuned": {"label": "my-org/llama2-gsm8k-lora", "kind": "adapter", "revision": "0d5dbdbf3a4b6c8f3c4eb08ea5d3ff7f5f2f6c11", "license": "llama2"},
+        "base": {
+            "label": "meta-llama/Llama-2-7b-hf",
+            "kind": "model",
+            "revision": "01c7f73d771dfac7d292323805ebc428287df4f9",
+            "license": "llama2",
+        },
+        "aligned": {
+            "label": "meta-llama/Llama-2-7b-chat-hf",
+            "kind": "model",
+            "revision": "f5db02db724555f92da89c216ac04704f23d4590",
+            "license": "llama2",
+        },
+        "finetuned": {
+            "label": "my-org/llama2-gsm8k-lora",
+            "kind": "adapter",
+            "revision": "0d5dbdbf3a4b6c8f3c4eb08ea5d3ff7f5f2f6c11",
+            "license": "llama2",
+        },
         "safety": {"label": "./safety-lora", "kind": "adapter", "revision": None, "license": "llama2"},
     },
     "versions": {"safemerge-recipes": "0.1.0", "torch": "2.13.0", "safetensors": "0.8.0", "python": "3.11.7"},
-    "recipe": "name: llama-2-7b-gsm8k-safe\ngate:\n  metric: rho\n  tau: 0.35\nmerge:\n  method: linear\n  alpha: 0.8\n",
+    "recipe": "name: llama-2-7b-gsm8k-safe\ngate:\n  metric: rho\n  tau: 0.35\nmerge:\n  alpha: 0.8\n",
     "created": "2026-01-02T03:04:05+00:00",
     "timings": {"measure": 41.2, "write": 63.8},
-}  # fmt: skip
+}
 
 
 HOSTILE = [
-    "<script>alert(1)</script>", "</title><img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "' autofocus onfocus=x '",
-    "[bold red]x[/]", "[x](javascript:alert(1))", "![i](http://x/y.png)", "https://example.org www.example.org a@b.cc",
-    "a | b | c", "`code` **bold** _em_ ~~s~~", "# head", "- item", "1. item", "---", "+++", "===", "    indented", "> quote",
-    "a\n---\nlicense: mit\n---\n", "\x1b[31mred\x07", "\u202eevil\u2066", "\ud800", "&lt;b&gt; &amp;", "</code><b>", "\\", "$x^2$",
-    "x" * 5000, "", "]]>", "<!--", "{{ x }}", "%s{0}", "0.²", "1.2.3.weight", "a.999999999999999999999999.b.weight",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "</title><img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "' autofocus onfocus=x '",
+    "[bold red]x[/]",
+    "[x](javascript:alert(1))",
+    "![i](http://x/y.png)",
+    "https://example.org www.example.org a@b.cc",
+    "a | b | c",
+    "`code` **bold** _em_ ~~s~~",
+    "# head",
+    "- item",
+    "1. item",
+    "---",
+    "+++",
+    "===",
+    "    indented",
+    "> quote",
+    "a\n---\nlicense: mit\n---\n",
+    "\x1b[31mred\x07",
+    "\u202eevil\u2066",
+    "\ud800",
+    "&lt;b&gt; &amp;",
+    "</code><b>",
+    "\\",
+    "$x^2$",
+    "x" * 5000,
+    "",
+    "]]>",
+    "<!--",
+    "{{ x }}",
+    "%s{0}",
+    "0.²",
+    "1.2.3.weight",
+    "a.999999999999999999999999.b.weight",
+]
 
 
 def hostile(text: str) -> dict[str, Any]:
@@ -210,7 +284,9 @@ class TestTerminal:
         }
         text = printed(print_result, plan, result)
         summary = plan["summary"]
-        assert f"{summary['merged']} of 224 gated tensors were merged, where ρ < 0.35" in " ".join(text.split())
+        assert f"{summary['merged']} of 224 gated tensors were merged, where ρ < 0.35" in " ".join(
+            text.split()
+        )
         for kind in KINDS:
             members = [t for t in plan["tensors"] if t["name"].endswith(f"{kind}.weight")]
             row = next(row for row in text.splitlines() if row.startswith(kind)).split()
@@ -227,7 +303,9 @@ class TestTerminal:
             assert expected in text
 
     def test_projected_cost_is_shown_with_a_plan(self):
-        assert "Projected: read 40.4 GB, write 13.5 GB, peak memory 1.31 GB." in printed(print_plan, make_plan())
+        assert "Projected: read 40.4 GB, write 13.5 GB, peak memory 1.31 GB." in printed(
+            print_plan, make_plan()
+        )
 
     @pytest.mark.parametrize("width", [60, 80, 200])
     @pytest.mark.parametrize("plan", [make_plan(), make_plan(1), make_plan(130), make_plan(8, experts=8)])
@@ -254,6 +332,15 @@ class TestTerminal:
         if text == "[bold red]x[/]":
             assert output.count("[bold red]x[/]") >= 4
 
+    def test_a_description_of_several_lines_is_one_paragraph_everywhere(self):
+        plan = make_plan(2, recipe={**RECIPE, "description": "One\nand  two."})
+        for content in (
+            printed(print_plan, plan),
+            render_report(plan, scores=None, provenance=None),
+            render_card(plan, scores=None, provenance=None),
+        ):
+            assert "One and two." in content
+
     def test_no_measurement_gives_counts_alone(self):
         text = printed(print_plan, make_plan(4, measured=False))
         assert "28 of 28 gated tensors merge" in text
@@ -266,7 +353,9 @@ class TestTerminal:
             if tensor["metric"]:
                 tensor |= {"rho": 0.5, "rho_null": 1.0, "value": 0.5}
         plan["recipe"] = {**RECIPE, "gate": {"metric": "rho", "tau": 0.25}}
-        row = next(row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj"))
+        row = next(
+            row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj")
+        )
         axis = row[-24:]
         assert [axis.index(mark) for mark in "┊●×"] == [round(x * 23) for x in (0.25, 0.5, 1.0)]
 
@@ -317,9 +406,13 @@ class TestPage:
         for tensor in plan["tensors"]:
             assert tensor["name"] in page.words
         for expected in (
-            f"{plan['summary']['merged']} of 224 gated tensors were merged, where ρ < 0.35", "mind the gap", "93.0 %",
-            PROVENANCE["sources"]["base"]["revision"], "safemerge-run safemerge_recipe.yaml", PROVENANCE["recipe"],
-        ):  # fmt: skip
+            f"{plan['summary']['merged']} of 224 gated tensors were merged, where ρ < 0.35",
+            "mind the gap",
+            "93.0 %",
+            PROVENANCE["sources"]["base"]["revision"],
+            "safemerge-run safemerge_recipe.yaml",
+            PROVENANCE["recipe"],
+        ):
             assert expected in words
 
     def test_every_cell_is_drawn_in_each_chart_with_its_decision(self):
@@ -327,7 +420,8 @@ class TestPage:
         content = render_report(plan, scores=None, provenance=None)
         merged = plan["summary"]["merged"]
         panels, strips, norms = (
-            content[content.index(f'id="{name}-title"') :].split("</section>")[0] for name in ("rho", "ratio", "norms")
+            content[content.index(f'id="{name}-title"') :].split("</section>")[0]
+            for name in ("rho", "ratio", "norms")
         )
         for chart in (panels, strips, norms):
             assert len(re.findall(r"<circle[^>]*><title>", chart)) == 224
@@ -341,7 +435,8 @@ class TestPage:
         content = render_report(plan, scores=None, provenance=None)
         panel = content[content.index("self_attn.q_proj: ρ by block") :].split("</svg>")[0]
         scale = [
-            (float(y), float(v)) for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)
+            (float(y), float(v))
+            for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)
         ]
         (y0, v0), (y1, v1) = scale[0], scale[-1]
         drawn = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel)]
@@ -352,12 +447,22 @@ class TestPage:
     def test_thresholds_follow_the_rules(self):
         recipe = {
             **RECIPE,
-            "rules": [{"tensors": ["*.mlp.*"], "gate": {"tau": 0.5}}, {"tensors": "*q_proj*", "merge": {"alpha": 0.5}}],
+            "rules": [
+                {"tensors": ["*.mlp.*"], "gate": {"tau": 0.5}},
+                {"tensors": "*q_proj*", "merge": {"alpha": 0.5}},
+            ],
         }
         limits = {
-            line.kind: line.threshold.value for line in read_plan(make_plan(2, recipe=recipe)).lines if line.threshold
+            line.kind: line.threshold.value
+            for line in read_plan(make_plan(2, recipe=recipe)).lines
+            if line.threshold
         }
         assert limits == {kind: 0.5 if kind.startswith("mlp") else 0.35 for kind in KINDS}
+
+    def test_the_sentence_tells_what_a_rule_selects(self):
+        recipe = {**RECIPE, "rules": [{"tensors": "*up*", "gate": {"metric": "rho_ratio", "at_most": 1}}]}
+        words = sentence(read_plan(make_plan(2, recipe=recipe)), False)
+        assert "merge, where ρ < 0.35, or by rule where ρ/ρ₀ ≤ 1; the other" in words
 
     def test_a_ratio_threshold_lies_at_tau_times_null(self):
         plan = make_plan(2, recipe={**RECIPE, "gate": {"metric": "rho_ratio", "at_most": 0.5}})
@@ -386,7 +491,11 @@ class TestPage:
 
     @pytest.mark.parametrize("text", HOSTILE)
     def test_hostile_text_adds_no_tag_and_no_attribute(self, text):
-        tame = Page(render_report(hostile("plain"), scores=hostile_scores("plain"), provenance=hostile_origin("plain")))
+        tame = Page(
+            render_report(
+                hostile("plain"), scores=hostile_scores("plain"), provenance=hostile_origin("plain")
+            )
+        )
         content = render_report(hostile(text), scores=hostile_scores(text), provenance=hostile_origin(text))
         page = Page(content)
         assert page.attributes <= tame.attributes
@@ -397,17 +506,41 @@ class TestPage:
 
     def test_script_in_a_name_is_shown_as_text(self):
         name = "</script><script>alert(1)</script>"
-        assert any(name in words for words in Page(render_report(hostile(name), scores=None, provenance=None)).words)
+        assert any(
+            name in words for words in Page(render_report(hostile(name), scores=None, provenance=None)).words
+        )
 
 
 @pytest.mark.parametrize("plan", BARE, ids=str)
 def test_missing_and_odd_parts_are_left_out_not_fatal(plan):
-    for scores in (None, {}, {"models": None}, {"models": {"merged": {"t": {"m": {"value": float("nan")}, "k": 0.5}}}}):
+    for scores in (
+        None,
+        {},
+        {"models": None},
+        {"models": {"merged": {"t": {"m": {"value": float("nan")}, "k": 0.5}}}},
+    ):
         for origin in (None, {}, {"sources": {"base": None}, "versions": None, "timings": {"x": "y"}}):
             Page(render_report(plan, scores=scores, provenance=origin))
             ModelCard(render_card(plan, scores=scores, provenance=origin))
         printed(print_plan, plan)
         printed(print_result, plan, {"scores": scores})
+
+
+def test_reports_need_no_torch():
+    code = (
+        "import sys, json; from safemerge_recipes.html import render_report; "
+        "from safemerge_recipes.card import render_card; import safemerge_recipes.report; "
+        "plan = json.loads(sys.stdin.read()); render_report(plan, scores=None, provenance=None); "
+        "render_card(plan, scores=None, provenance=None); print('torch' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(make_plan(2)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == "False"
 
 
 def test_45_000_tensors_take_seconds_and_megabytes():
@@ -445,7 +578,11 @@ class TestCard:
             "meta-llama/Llama-2-7b-chat-hf",
             "my-org/llama2-gsm8k-lora",
         ]
-        assert (data.base_model_relation, data.library_name, data.license) == ("merge", "transformers", "llama2")
+        assert (data.base_model_relation, data.library_name, data.license) == (
+            "merge",
+            "transformers",
+            "llama2",
+        )
         assert data.tags == ["merge", "safemerge"]
         assert {(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results} == {
             ("safemerge_refusal", "refusal_rate", 0.93),

@@ -1,0 +1,270 @@
+"""Checks a finished output: its files against the manifest, its headers, index and plan against each other.
+
+With a deep check, tensors are computed again from the sources through the stored recipe and compared by
+digest. Writes nothing and keeps no more in memory than a run does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.blocks import Arena, Reader
+from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint
+from safemerge_recipes.errors import CheckError, SourceError
+from safemerge_recipes.execute import Resources, TaskRun, region_digest
+from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from safemerge_recipes.graph import ENGINE, Copy, Task
+from safemerge_recipes.header import TensorRef, read_header
+from safemerge_recipes.manifest import Manifest, output_files, read_manifest, read_record
+from safemerge_recipes.memory import room_of
+from safemerge_recipes.pool import run_parallel
+from safemerge_recipes.progress import Quiet
+from safemerge_recipes.provenance import file_digest, versions
+from safemerge_recipes.run import Prepared, Progress, prepare, resolve
+
+CHUNK = 1 << 20
+"""Bytes hashed at once."""
+SHOWN = 20
+"""Problems listed in one message."""
+
+
+def verify(
+    folder: Path,
+    resources: Resources,
+    progress: Progress,
+    *,
+    deep: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Checks an output and returns what was checked: numbers of files, bytes and tensors.
+
+    Args:
+        folder: the output.
+        resources: what a deep check may use.
+        progress: is told what goes on.
+        deep: compute tensors again from the sources.
+        sample: only so many of them, drawn with `seed`.
+        seed: which sample.
+
+    Raises:
+        CheckError: something is not as it was written; the message names the file and, if it can, the tensor.
+        SourceError: a source that the deep check needs is missing or does not fit.
+    """
+    manifest = read_manifest(folder)
+    progress.phase("verify", sum(stamp.size for stamp in manifest.outputs.values()))
+    problems = [*_files(folder, manifest, progress), *_inventory(folder, manifest)]
+    _refuse(folder, problems)
+    result = {
+        "files": len(manifest.outputs),
+        "bytes": sum(stamp.size for stamp in manifest.outputs.values()),
+        "tensors": len(manifest.tensors),
+        "recomputed": 0,
+    }
+    if deep:
+        names = _recompute(folder, manifest, resources, progress, sample, seed)
+        result["recomputed"] = len(names)
+    return result
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        listed = "\n  ".join([*problems[:SHOWN], *more])
+        raise CheckError(
+            f"{folder}: not as it was written; get it again, or run its recipe again with --force\n  {listed}"
+        )
+
+
+# Files
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    return inside(path.parent, path.name)
+
+
+def _files(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+    """What is wrong with the files' presence, sizes and hashes."""
+    for name in output_files(folder):
+        if name not in manifest.outputs and not name.startswith(".") and name.isprintable():
+            yield f"{name}: is not in the manifest"
+        elif not name.isprintable():
+            yield f"{name!r}: is not in the manifest"
+    for name, stamp in manifest.outputs.items():
+        try:
+            path = _file(folder, name)
+            if not path.is_file():
+                yield f"{name}: is missing"
+                continue
+            if path.stat().st_size != stamp.size:
+                yield f"{name}: has {path.stat().st_size} bytes; expected {stamp.size}"
+                continue
+            refs = read_header(path) if name.endswith(".safetensors") else {}
+        except SourceError as error:
+            yield f"{name}: {error}"
+            continue
+        except OSError as error:
+            yield f"{name}: {error.strerror}"
+            continue
+        yield from _bytes(path, name, refs, manifest, progress)
+
+
+def _bytes(
+    path: Path, name: str, refs: Mapping[str, TensorRef], manifest: Manifest, progress: Progress
+) -> Iterator[str]:
+    """What is wrong with a file's bytes, told by tensor; reads the file once."""
+    import xxhash
+
+    whole = hashlib.sha256()
+    regions: list[tuple[str | None, int]] = [(None, manifest.outputs[name].size)]
+    if refs:
+        start = min(ref.offset for ref in refs.values())
+        regions = [(None, start), *((tensor, ref.nbytes) for tensor, ref in refs.items())]
+    damaged: list[str] = []
+    with open(path, "rb", buffering=0) as file:
+        for tensor, left in regions:
+            own = xxhash.xxh3_128()
+            while left:
+                piece = file.read(min(CHUNK, left))
+                if not piece:
+                    yield f"{name}: became shorter while it was read"
+                    return
+                whole.update(piece)
+                own.update(piece)
+                left -= len(piece)
+                progress.tick(len(piece))
+            if tensor is not None and own.hexdigest() != manifest.tensors.get(tensor, ("", ""))[1]:
+                damaged.append(tensor)
+    yield from (f"{name}: {tensor}: its bytes changed" for tensor in damaged)
+    if whole.hexdigest() != manifest.outputs[name].sha256 and not damaged:
+        yield f"{name}: {'its header' if refs else 'it'} changed (sha256 {whole.hexdigest()})"
+
+
+# Inventory
+
+
+def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What does not fit between headers, index, config, plan and manifest."""
+    try:
+        checkpoint = open_checkpoint(folder)
+    except SourceError as error:
+        yield str(error)
+        return
+    listed = {name for name in manifest.outputs if name.endswith(".safetensors")}
+    used = {Path(file).name for file in checkpoint.files}
+    if listed != used:
+        yield f"{INDEX_FILE}: uses {len(used)} weight files; the manifest has {len(listed)}"
+    try:
+        lines = read_record(folder / PLAN_FILE)["tensors"]
+        plan = {line["name"]: (line["dtype"], tuple(line["shape"])) for line in lines}
+        if len(plan) != len(lines):
+            raise ValueError("a tensor stands there twice")
+    except CheckError as error:
+        yield str(error)
+        return
+    except (KeyError, TypeError, ValueError) as error:
+        yield f"{PLAN_FILE}: not a plan ({type(error).__name__}: {str(error)[:200]})"
+        return
+    found = {name: (ref.dtype, ref.shape) for name, ref in checkpoint.tensors.items()}
+    for name in {**plan, **found, **manifest.tensors}:
+        where = Path(checkpoint.tensors[name].path).name if name in found else PLAN_FILE
+        shown = name if isinstance(name, str) and name.isprintable() else repr(name)
+        if name not in plan:
+            yield f"{where}: {shown}: the plan has no such tensor"
+        elif name not in found:
+            yield f"{where}: {shown}: no weight file holds it"
+        elif found[name] != plan[name]:
+            yield f"{where}: {shown}: is {found[name]}; the plan says {plan[name]}"
+        elif name not in manifest.tensors:
+            yield f"{MANIFEST_FILE}: {shown}: the manifest has no such tensor"
+
+
+# The deep check
+
+
+def _recompute(
+    folder: Path, manifest: Manifest, resources: Resources, progress: Progress, sample: int | None, seed: int
+) -> list[str]:
+    """Computes tensors again; returns their names. Raises CheckError when one comes out otherwise."""
+    from safemerge_recipes.loading import load_recipe
+
+    if manifest.engine != ENGINE:
+        raise CheckError(
+            f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
+            "check it with the version of safemerge-recipes named in its manifest"
+        )
+    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, progress)
+    _refuse(folder, list(_inputs(prepared, manifest)))
+    _refuse(folder, list(_decisions(prepared, folder)))
+    tasks = list(prepared.graph.tasks)
+    if sample is not None and sample < len(tasks):
+        tasks = random.Random(seed).sample(tasks, sample)
+    progress.phase("again", sum(task.slot.nbytes for task in tasks))
+    problems: list[str] = []
+    stop = threading.Event()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        with Reader() as reader:
+
+            def work(task: Task, arena: Arena) -> None:
+                digest = _digest(task, nowhere, reader, arena, prepared, stop)
+                progress.tick(task.slot.nbytes)
+                if digest != manifest.tensors[task.slot.name][1]:
+                    file = prepared.graph.layout.files[task.slot.shard]
+                    problems.append(f"{file}: {task.slot.name}: computed again from the sources, it has other bytes")
+
+            run_parallel(tasks, work, prepared.resources.workers, prepared.resources.device, stop)
+    finally:
+        os.close(nowhere)
+    if problems:
+        written = read_record(folder / MANIFEST_FILE).get("versions")
+        if written != versions():
+            problems.append(f"(written with {written}; computed again with {versions()})")
+    _refuse(folder, problems)
+    return [task.slot.name for task in tasks]
+
+
+def _digest(
+    task: Task, nowhere: int, reader: Reader, arena: Arena, prepared: Prepared, stop: threading.Event
+) -> str | None:
+    if isinstance(task.work, Copy):
+        ref = task.work.source
+        source = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return region_digest(source, ref.offset, ref.nbytes)
+        finally:
+            os.close(source)
+    room = room_of(task, prepared.resources.share)
+    run = TaskRun(task, nowhere, reader, arena, room, prepared.recipe.output.allow_overflow, stop, Quiet().tick)
+    return run.run()
+
+
+def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
+    """Sources that are not those of the run."""
+    digests = {one.path: file_digest(one) for one in prepared.identities}
+    for role, model in prepared.family.models.items():
+        for path in model.files:
+            written = manifest.inputs.get((role, Path(path).name))
+            if written is None or written.sha256 != digests[path]:
+                expected = f"sha256 {written.sha256}" if written else "no such input"
+                yield f"sources.{role}: {path} has sha256 {digests[path]}; the manifest says {expected}"
+
+
+def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
+    """Tensors that the stored plan decides otherwise than the stored recipe does now."""
+    stored = {line["name"]: line for line in read_record(folder / PLAN_FILE)["tensors"]}
+    keys = ("action", "dtype", "shape", "method", "alpha", "parameters", "source")
+    for tensor in prepared.plan.tensors:
+        now, then = tensor.as_json(), stored.get(tensor.name, {})
+        if any(now.get(key) != then.get(key) for key in keys):
+            yield (
+                f"{PLAN_FILE}: {tensor.name}: says {str(then.get('action'))[:20]} ({str(then.get('reason'))[:100]}); "
+                f"the recipe decides {tensor.action} ({tensor.reason})"
+            )

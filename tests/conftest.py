@@ -1,0 +1,115 @@
+"""Fixtures: pico families made once a session, a recipe writer, and the command line called in process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import yaml
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+    """Llama in bfloat16, one file, with adapters."""
+    import torch
+
+    family = pico.make_family(tmp_path_factory.mktemp("llama"), "llama", torch.bfloat16)
+    pico.add_adapters(family)
+    return family
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+    """Qwen2 (attention biases, tied embeddings) in float32, three shards with an index, with adapters."""
+    import torch
+
+    family = pico.make_family(tmp_path_factory.mktemp("qwen"), "qwen2", torch.float32, shards=3)
+    pico.add_adapters(family)
+    return family
+
+
+@pytest.fixture
+def families(llama: pico.Family, qwen: pico.Family) -> dict[str, pico.Family]:
+    return {"llama": llama, "qwen": qwen}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output as one JSON value."""
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[..., Outcome]:
+    """`call(*arguments)`: the program `safemerge` in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        from safemerge_recipes.cli import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        code = stopped.value.code
+        assert isinstance(code, int) or code is None
+        return Outcome(code or 0, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """`recipe(sources=…, gate=…, …)`: a recipe file in the test's own folder."""
+
+    def write(name: str = "recipe.yaml", **content: Any) -> Path:
+        content.setdefault("output", {"path": "out"})
+        content["sources"] = {
+            role: str(source) if isinstance(source, Path) else source
+            for role, source in content["sources"].items()
+            if source is not None
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def merge(call: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+    """`merge(family, gate=…, merge=…)`: runs a recipe over full checkpoints, returns (output folder, plan)."""
+    count = iter(range(1000))
+
+    def run(
+        family: pico.Family, *options: str, sources: dict[str, Any] | None = None, **content: Any
+    ) -> tuple[Path, dict[str, Any]]:
+        output = tmp_path / f"out-{next(count)}"
+        roles = {role: family / role for role in pico.ROLES}
+        content.setdefault("gate", {"always": True})
+        path = recipe(sources={**roles, **(sources or {})}, **content)
+        done = call("run", path, "--output", output, "--json", "--workers", 2, *options)
+        assert done.code == 0, done.err
+        return output, json.loads((output / "safemerge_plan.json").read_text())
+
+    return run

@@ -1,0 +1,114 @@
+"""A run's own memory stays within what its plan projects: measured in a child process, on a model of 0.3 billion.
+
+"Own" is anonymous memory (RssAnon of /proc/self/status) above the idle footprint after torch and the package
+are imported. SAFEMERGE_BENCH_DATA names a folder that keeps the model between sessions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
+]
+
+CHILD = """
+import json, sys, threading, time
+import numpy, torch
+import safemerge_recipes.run, safemerge_recipes.measuring, safemerge_recipes.threshold, safemerge_recipes.cli as cli
+import xxhash, rich.progress
+
+torch.set_num_threads(1)
+(torch.ones(64, 64) @ torch.ones(64, 64)).sort()
+
+def own():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+idle, peak, done = own(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, own())
+thread = threading.Thread(target=watch)
+thread.start()
+try:
+    cli.main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+done.set()
+thread.join()
+print(json.dumps({"code": code or 0, "own": peak - idle}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    from benchmarks.families import make_family
+
+    kept = os.environ.get("SAFEMERGE_BENCH_DATA")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("large")
+    yield make_family("llama-0.3b", folder)
+    if not kept:
+        shutil.rmtree(folder)
+
+
+def _run(path: Path, output: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    arguments = ["run", str(path), "--output", str(output), *options]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["code"] == 0, done.stderr
+    plan = json.loads((output / "safemerge_plan.json").read_text())
+    shutil.rmtree(output)
+    return result["own"], plan
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "linear": {"merge": {"method": "linear"}, "gate": {"always": True}},
+    "slerp": {"merge": {"method": "slerp"}, "gate": {"always": True}},
+    "ties": {"merge": {"method": "ties"}, "gate": {"always": True}},
+    "dare_ties": {"merge": {"method": "dare_ties"}, "gate": {"always": True}},
+    "gate": {"merge": {"method": "linear"}, "gate": {"tau": 0.5}},
+    "exact gate": {"merge": {"method": "linear"}, "gate": {"tau": 0.5, "precision": "exact", "scope": "*layers.3.*"}},
+    "adapters": {"merge": {"method": "linear"}, "gate": {"tau": 0.5}},
+    "adapters ties": {"merge": {"method": "ties"}, "gate": {"tau": 0.5}},
+}
+
+
+@pytest.mark.parametrize(("workers", "limit"), [(1, "150MB"), (2, "500MB"), (4, "1GB")])
+@pytest.mark.parametrize("case", CASES)
+def test_measured_memory_is_within_the_projected(
+    large: Path, recipe: Callable[..., Path], tmp_path: Path, case: str, workers: int, limit: str
+) -> None:
+    from safemerge_recipes.recipe import parse_size
+
+    content = dict(CASES[case])
+    roles = (
+        ["aligned", "finetuned", "safety"]
+        if "always" in content["gate"]
+        else ["base", "aligned", "finetuned", "safety"]
+    )
+    sources: dict[str, Any] = {role: large / role for role in roles}
+    if "adapters" in case:
+        sources |= {role: {"adapter": str(large / f"{role}-adapter")} for role in ("finetuned", "safety")}
+    path = recipe(sources=sources, **content)
+    own, plan = _run(path, tmp_path / "out", "--workers", str(workers), "--max-memory", limit)
+    projected, allowed = plan["summary"]["peak_memory"], parse_size(limit)
+    print(f"{case}, {workers} workers: own {own / 1e6:.0f} MB, projected {projected / 1e6:.0f}, allowed {limit}")
+    assert isinstance(allowed, int)
+    assert plan["summary"]["merged"] > 0
+    assert 1e6 < own <= projected <= allowed
