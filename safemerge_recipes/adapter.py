@@ -1,88 +1,47 @@
-"""A PEFT LoRA adapter read from its two files: what it adds to which base tensor.
+"""A PEFT LoRA adapter: a function from the weights of the model below it to those of the model above.
 
-Follows PEFT's file format (adapter_config.json, adapter_model.safetensors) without importing PEFT: the
-update of a module's weight is s·B·A with s = alpha/r, or alpha/√r with rsLoRA. Everything the config says
-that would change the update, and that this module does not compute, is refused by name.
+Follows PEFT's file format without importing PEFT. What adds to a weight (s·B·A, trained biases) becomes a
+term of its sum, what replaces it (saved modules) takes its place, and what is not linear in it (DoRA, trained
+tokens) becomes an operand that holds the weight below. Nothing is computed here.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from safemerge_recipes.algebra import LowRank, Weight
-from safemerge_recipes.checkpoint import inside, read_object
+from safemerge_recipes.adapter_config import CONFIG_FILE, AdapterConfig, read_config
+from safemerge_recipes.adapter_keys import Keys, read_keys, saved_as_whole
+from safemerge_recipes.adapter_names import DiskNames, SeparateExperts, different_starts
+from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.header import FLOAT_DTYPES, TensorRef, read_header
-from safemerge_recipes.patterns import Matcher, compile_patterns
+from safemerge_recipes.header import TensorRef
+from safemerge_recipes.names import block_index, block_of
+from safemerge_recipes.operands import LowRankStack, Rescaled, Rows
+from safemerge_recipes.orientation import input_first
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-MAX_EXPRESSIONS = 200
-"""Most regular expressions a config's table may hold."""
-
-_UNDERSTOOD = frozenset(
-    [
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "use_rslora",
-    ]
-)
-# They steer training or say which keys the file holds; the keys themselves are checked one by one.
-_WITHOUT_EFFECT = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "ephemeral_gpu_offload",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "lora_ga_config",
-        "loftq_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "velora_config",
-    ]
-)
-# Initialisations that also change the base model's own weights: W + s·B·A is then not the trained model.
-_MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HEAD = "lm_head.weight"
+"""What the output head is called where it comes to exist only because an adapter unties it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What one adapter folder adds: `updates` maps a base tensor's name to its Δ; `base` names its model."""
+    """One adapter folder: its config and keys, and the files they were read from."""
 
     directory: Path
-    updates: Mapping[str, Weight]
-    base: str | None
-    files: tuple[str, ...]
+    config: AdapterConfig
+    keys: Keys
 
     @property
-    def rank(self) -> int:
-        """The largest rank of its factors."""
-        ranks = [op.rank for w in self.updates.values() for _, op in w if isinstance(op, LowRank)]
-        return max(ranks, default=0)
+    def base(self) -> str | None:
+        """The model that the adapter was made for, as its config names it."""
+        return self.config.base
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Weights and config."""
+        return (str(self.keys.path), str(self.config.path))
 
 
 def is_adapter(directory: Path) -> bool:
@@ -90,146 +49,306 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG_FILE).exists()
 
 
-def _check_config(where: Path, config: Mapping[str, Any]) -> None:
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise SourceError(
-            f"{where}: peft_type is {str(config['peft_type'])[:40]!r}; expected LORA, the only kind computed here"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_MUTATED_BASE):
-        raise SourceError(
-            f"{where}: init_lora_weights is {init[:40]!r}, which changed the base model's weights, so s·B·A is not the "
-            "update; save the adapter again with "
-            "save_pretrained(path_initial_model_for_weight_conversion=…), which makes it an ordinary LoRA"
-        )
-    if config.get("bias", "none") != "none":
-        raise SourceError(
-            f"{where}: bias is {str(config['bias'])[:40]!r}; expected 'none', biases are not merged from adapters"
-        )
-    for field, value in config.items():
-        if value and field not in _UNDERSTOOD | _WITHOUT_EFFECT | {"bias"}:
-            raise SourceError(
-                f"{where}: {field} is {str(value)[:80]!r}, which changes what the adapter adds and is not supported; "
-                "expected plain LoRA (merge the adapter with PEFT into a full checkpoint and use that)"
-            )
-
-
-class _Table:
-    """`rank_pattern` or `alpha_pattern`: the value of the first key that fits, as PEFT looks it up.
-
-    A key fits the end of a module's path. A plain key is that end; any other is a regular expression, which a
-    stranger wrote and which is therefore bounded.
-    """
-
-    def __init__(self, where: Path, field: str, config: Mapping[str, Any]) -> None:
-        table = config.get(field) or {}
-        if not isinstance(table, dict):
-            raise SourceError(f"{where}: {field} is a {type(table).__name__}; expected module names with their values")
-        self.plain: dict[str, tuple[int, Any]] = {}
-        self.expressions: list[tuple[int, Any, Matcher]] = []
-        for number, (key, value) in enumerate(table.items()):
-            if re.fullmatch(r"[\w.]*", key):
-                self.plain[key] = number, value
-                continue
-            if len(self.expressions) == MAX_EXPRESSIONS:
-                raise SourceError(f"{where}: {field} has more than {MAX_EXPRESSIONS} regular expressions")
-            try:
-                # As PEFT: re.match(rf"(.*\.)?({key})$", module).
-                self.expressions.append((number, value, compile_patterns(rf"/(?:.*\.)?(?:{key})/")))
-            except ValueError as error:
-                raise SourceError(f"{where}: {field}: {error}") from None
-
-    def value(self, module: str, default: Any) -> Any:
-        """The value for a module."""
-        parts = module.split(".")
-        ends = (".".join(parts[n:]) for n in range(len(parts)))
-        found = [self.plain[end] for end in ends if end in self.plain]
-        found += [(number, value) for number, value, matches in self.expressions if matches(module)]
-        return min(found, key=lambda item: item[0])[1] if found else default
-
-
-def _scale(where: Path, config: Mapping[str, Any], ranks: _Table, alphas: _Table, module: str, rank: int) -> float:
-    declared = ranks.value(module, config.get("r"))
-    alpha = alphas.value(module, config.get("lora_alpha"))
-    if type(declared) is not int or declared != rank:
-        raise SourceError(
-            f"{where}: {module}: the config says rank {str(declared)[:40]}, lora_A has {rank} rows; they must agree"
-        )
-    try:
-        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (TypeError, ValueError, OverflowError):
-        scale = math.nan
-    if isinstance(alpha, bool | str) or not math.isfinite(scale):
-        raise SourceError(f"{where}: {module}: lora_alpha is {str(alpha)[:40]!r}; expected a number")
-    return scale
-
-
-def _factors(where: Path, module: str, found: Mapping[str, TensorRef]) -> tuple[TensorRef, TensorRef]:
-    try:
-        a, b = found["lora_A"], found["lora_B"]
-    except KeyError as error:
-        raise SourceError(f"{where}: {module}: has no {error.args[0]}.weight; expected lora_A and lora_B") from None
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise SourceError(
-            f"{where}: {module}: lora_A is {a.shape}, lora_B is {b.shape}; expected (r, d_in) and (d_out, r)"
-        )
-    for name, ref in found.items():
-        if ref.dtype not in FLOAT_DTYPES:
-            raise SourceError(f"{where}: {module}: {name} is stored as {ref.dtype}; expected one of {FLOAT_DTYPES}")
-    return a, b
-
-
 def open_adapter(directory: Path) -> Adapter:
-    """The updates of an adapter folder, by the name of the base tensor they belong to.
+    """The adapter of a folder. Reads its config and its weight file's header.
 
     Raises:
         SourceError: a file is missing or unsound, a key is unexpected, or the config asks for an update that
-            is not s·B·A (DoRA, PiSSA and others are named in the message).
+            is not computed here (PiSSA and others are named in the message).
     """
-    where = directory / CONFIG_FILE
-    config = read_object(where)
-    _check_config(where, config)
-    weights = inside(directory, WEIGHTS_FILE)
-    if not weights.exists():
-        hint = "; adapter_model.bin is a pickle and is never loaded, save it as safetensors"
-        old = (directory / "adapter_model.bin").exists()
-        raise SourceError(f"{directory}: no {WEIGHTS_FILE}{hint if old else '; expected a PEFT adapter folder'}")
-    modules: dict[str, dict[str, TensorRef]] = {}
-    for key, ref in read_header(weights).items():
-        match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", key.removeprefix(KEY_PREFIX))
-        if not key.startswith(KEY_PREFIX) or match is None:
+    config = read_config(directory)
+    return Adapter(directory, config, read_keys(directory, config))
+
+
+@dataclass(slots=True)
+class _Application:
+    """One adapter on one model, while its weights are put together. `above` starts as what lies below."""
+
+    adapter: Adapter
+    above: dict[str, Weight]
+    find: DiskNames
+    turned: frozenset[str]
+    adapted: set[str] = field(default_factory=set)
+    translated: list[tuple[str, str]] = field(default_factory=list)
+    starts: dict[str, str] = field(default_factory=dict)
+
+    def target(self, name: str) -> str:
+        """The tensor on disk of a name in memory."""
+        found = self.find(name)
+        if found is None:
             raise SourceError(
-                f"{weights}: unexpected key {key[:200]!r}; expected {KEY_PREFIX}<module>.lora_A.weight and lora_B only "
-                "(trained biases, embeddings, DoRA magnitudes and saved modules are not supported)"
+                f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have; "
+                "is it the adapter of another model, or of a model saved under other names?"
             )
-        modules.setdefault(match[1], {})[match[2]] = ref
-    ranks, alphas = _Table(where, "rank_pattern", config), _Table(where, "alpha_pattern", config)
-    updates: dict[str, Weight] = {}
-    for module, found in modules.items():
-        a, b = _factors(weights, module, found)
-        scale = _scale(where, config, ranks, alphas, module, a.shape[0])
-        updates[f"{module}.weight"] = Weight.of(LowRank(b, a, scale, bool(config.get("fan_in_fan_out"))))
-    base = config.get("base_model_name_or_path")
-    return Adapter(directory, updates, base if isinstance(base, str) else None, (str(weights), str(where)))
+        if found != name and (name, found) not in self.translated:
+            self.translated.append((name, found))
+        path, elsewhere = different_starts(name, found)
+        if self.starts.setdefault(path, elsewhere) != elsewhere:
+            raise SourceError(
+                f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have (others of "
+                f"{path} are under {self.starts[path]}, and nothing like it is there)"
+            )
+        self.adapted.add(found)
+        return found
+
+    def refuse_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> SourceError:
+        return SourceError(
+            f"{self.adapter.directory}: {name}: the update is {found}, the model's tensor is {expected}; "
+            "is it the adapter of another model?"
+        )
+
+    def replace(self, name: str, ref: TensorRef) -> None:
+        """Another tensor in a tensor's place. Embeddings and heads, which lie outside the blocks, may be resized."""
+        below = self.above[name].shape
+        resized = block_of(name) is None and len(below) == len(ref.shape) and below[1:] == ref.shape[1:]
+        if ref.shape != below and not resized:
+            raise self.refuse_shape(name, ref.shape, below)
+        self.above[name] = Weight.of(Stored(ref))
+
+    def low_rank(self, name: str, module: str, pair: tuple[TensorRef, TensorRef]) -> LowRank:
+        """The update of a linear layer, the way round that its weight is stored."""
+        a, b = pair
+        scale = self.adapter.config.scale(module, a.shape[0])
+        below = self.above[name].shape
+        fits = LowRank(b, a, scale, transposed=name in self.turned)
+        if fits.shape == below:
+            return fits
+        other = LowRank(b, a, scale, transposed=name not in self.turned)
+        if other.shape == below and self.adapter.config.fan_in_fan_out:
+            return other
+        raise self.refuse_shape(name, fits.shape, below)
+
+    def module(self, module: str, parts: Mapping[str, TensorRef]) -> None:
+        """One adapted module."""
+        config, keys = self.adapter.config, self.adapter.keys
+        if parts.keys() - {"lora_bias", "base_bias"}:
+            name = self.target(f"{module}.weight")
+            if "base_weight" in parts:
+                self.replace(name, parts["base_weight"])
+            pair, embedding = keys.pair(module), keys.pair(module, "embedding_")
+            below = self.above[name]
+            if pair is not None:
+                update = self.low_rank(name, module, pair)
+            elif embedding is not None:
+                a, b = embedding
+                update = LowRank(b, a, config.scale(module, a.shape[0]), transposed=True)
+                if update.shape != below.shape:
+                    raise self.refuse_shape(name, update.shape, below.shape)
+            if pair or embedding:
+                above = below + Weight.of(update)
+                if "magnitude" in parts:
+                    above = Weight.of(self.rescaled(name, above, parts["magnitude"], update.transposed))
+                self.above[name] = above
+            if "tokens" in parts:
+                self.above[name] = self.with_rows(name, module, parts["tokens"])
+        if "base_bias" in parts or "lora_bias" in parts:
+            if "lora_bias" in parts and self.find(f"{module}.bias") is None:
+                raise SourceError(
+                    f"{self.adapter.config.path}: lora_bias is set, but {module} has no bias that the trained one "
+                    "could be added to; expected layers with a bias (PEFT cannot merge this adapter either)"
+                )
+            name = self.target(f"{module}.bias")
+            if "base_bias" in parts:
+                self.replace(name, parts["base_bias"])
+            if "lora_bias" in parts:
+                bias = parts["lora_bias"]
+                if bias.shape != self.above[name].shape:
+                    raise self.refuse_shape(name, bias.shape, self.above[name].shape)
+                a, _ = keys.pair(module) or (bias, bias)
+                self.above[name] += config.scale(module, a.shape[0]) * Weight.of(Stored(bias))
+
+    def rescaled(self, name: str, weight: Weight, magnitude: TensorRef, columns: bool) -> Rescaled:
+        """DoRA: every output's weights scaled to a trained length."""
+        length = weight.shape[1 if columns else 0]
+        if magnitude.numel != length:
+            raise self.refuse_shape(f"{name} (lora_magnitude_vector)", magnitude.shape, (length,))
+        return Rescaled(weight, magnitude, columns)
+
+    def with_rows(self, name: str, module: str, rows: TensorRef) -> Weight:
+        """Trained tokens: some rows replaced."""
+        below = self.above[name]
+        indices = self.adapter.config.token_indices(module)
+        if rows.shape != (len(indices), *below.shape[1:]) or max(indices, default=0) >= below.shape[0]:
+            raise SourceError(
+                f"{self.adapter.directory}: {name} is {below.shape}, the file holds trained rows {rows.shape}, "
+                f"trainable_token_indices names {len(indices)} rows up to {max(indices, default=0)}; they must fit"
+            )
+        runs: list[tuple[int, int, int]] = []
+        at = 0
+        for row, number in sorted(zip(indices, range(len(indices)), strict=True)):
+            if row > at:
+                runs.append((0, at, row - at))
+            runs.append((1, number, 1))
+            at = row + 1
+        if at < below.shape[0]:
+            runs.append((0, at, below.shape[0] - at))
+        return Weight.of(Rows((below, Weight.of(Stored(rows))), tuple(runs)))
+
+    def parameters(self, root: str, levels: list[str]) -> None:
+        """A module whose parameters are adapted one by one: fused experts, whichever way they lie on disk.
+
+        PEFT nests one layer in the other and does not name the parameters; shapes tell which is which.
+        """
+        config, keys = self.adapter.config, self.adapter.keys
+        wanted = dict.fromkeys(
+            path.rpartition(".")[2]
+            for path in config.names("target_parameters")
+            if f"{root}.{path.rpartition('.')[2]}".endswith(path)
+        )
+        shapes = {name: weight.shape for name, weight in self.above.items()}
+        experts = self.find.experts(root)
+        places: dict[str, tuple[int, ...]] = {}
+        for parameter in wanted:
+            disk = self.find(f"{root}.{parameter}")
+            shape = shapes[disk] if disk else experts.fused(parameter, shapes) if experts else None
+            if shape is None:
+                raise SourceError(
+                    f"{self.adapter.directory}: adapts {root}.{parameter}, which the model it is applied to has "
+                    "neither as one tensor nor as separate experts with gate, up and down projections"
+                )
+            places[parameter] = shape
+        for module in levels:
+            pair = keys.pair(module)
+            if pair is None or keys.modules[module].keys() - {"A", "B"}:
+                raise SourceError(f"{keys.path}: {module}: expected nothing but lora_A and lora_B there")
+            a, b = pair
+            sizes = (b.shape[0], a.shape[1])
+            fitting = [p for p, shape in places.items() if sizes in (shape[-2:], shape[:-3:-1])]
+            if len(fitting) > 1:  # only square ones fit both ways round
+                fitting = [p for p in fitting if sizes == places[p][-2:]]
+            if len(fitting) != 1:
+                raise SourceError(
+                    f"{keys.path}: {module}: factors for {sizes} fit {len(fitting)} of target_parameters "
+                    f"{', '.join(f'{p} {places[p]}' for p in places) or '(none named)'}; expected one"
+                )
+            shape = places.pop(fitting[0])
+            count = shape[0] if len(shape) == 3 else 1
+            if a.shape[0] % count:
+                raise SourceError(f"{keys.path}: {module}: {a.shape[0]} rows of lora_A for {count} experts")
+            scale = config.scale(f"{root}.{fitting[0]}", a.shape[0] // count)
+            disk = self.find(f"{root}.{fitting[0]}")
+            if disk is not None:
+                turned = sizes != shape[-2:]
+                update = LowRankStack(b, a, scale, count, turned) if len(shape) == 3 else LowRank(b, a, scale, turned)
+                self.above[self.target(f"{root}.{fitting[0]}")] += Weight.of(update)
+            elif experts is not None:
+                if sizes != shape[-2:]:
+                    raise self.refuse_shape(f"{root}.{fitting[0]}", sizes, shape[-2:])
+                self.separate(experts, fitting[0], LowRankStack(b, a, scale, count))
+        if places:
+            raise SourceError(
+                f"{keys.path}: target_parameters names {root}.{next(iter(places))}, which it does not hold"
+            )
+
+    def separate(self, experts: SeparateExperts, parameter: str, stack: LowRankStack) -> None:
+        """The update of a fused parameter, handed out to experts that lie on disk one by one."""
+        gate, up, down = experts.projections
+        for number in range(experts.count):
+            update = stack.member(number)
+            parts = {down: update}
+            if parameter == "gate_up_proj":
+                half = stack.b.shape[0] // 2
+                parts = {
+                    gate: LowRank(update.b.part(0, half), update.a, update.scale, columns=update.columns),
+                    up: LowRank(update.b.part(half, half), update.a, update.scale, columns=update.columns),
+                }
+            for projection, part in parts.items():
+                name = experts.name(number, projection)
+                self.adapted.add(name)
+                self.above[name] += Weight.of(part)
+
+    def check_targets(self) -> None:
+        """Refuses a file that lacks what target_modules names, as far as plain names tell."""
+        config = self.adapter.config
+        if config.values.get("exclude_modules"):
+            return
+        layers = config.values.get("layers_to_transform")
+        wanted = {layers} if isinstance(layers, int) else set(layers) if isinstance(layers, list) else None
+        saved = config.names("modules_to_save")
+        for target in config.names("target_modules"):
+            for name, weight in self.above.items():
+                module = name.removesuffix(".weight")
+                hit = module != name and (module == target or module.endswith(f".{target}"))
+                if not hit or len(weight.shape) != 2 or name in self.adapted or ".experts." in name:
+                    continue
+                if wanted is not None and block_index(name) not in wanted:
+                    continue
+                if saved_as_whole(module, saved):
+                    continue
+                raise SourceError(
+                    f"{self.adapter.keys.path}: has nothing for {name}, which target_modules ({target!r}) names; "
+                    "expected every adapted module of the model, is the file complete?"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The model above an adapter: its weights, and what a user should know about how they came about.
+
+    `translated` holds (name in memory, name on disk) of tensors for which they differ.
+    """
+
+    weights: Mapping[str, Weight]
+    notes: tuple[str, ...]
+    translated: tuple[tuple[str, str], ...] = ()
 
 
 def apply_adapter(
-    adapter: Adapter, below: Callable[[str], Weight], names: Mapping[str, TensorRef]
-) -> dict[str, Weight]:
-    """Every tensor's weight with the adapter on top of `below`.
+    adapter: Adapter, below: Mapping[str, Weight], model: Mapping[str, object], embedding: str | None
+) -> Applied:
+    """The weights of the model below with the adapter on top.
+
+    Args:
+        adapter: the adapter.
+        below: every weight of the model it is applied to.
+        model: that model's config.json.
+        embedding: the input embedding that the output head is tied to, if it is and has no tensor of its own.
 
     Raises:
-        SourceError: a module is not in the model, or its factors do not fit the tensor's shape.
+        SourceError: a module is not in the model, a tensor does not fit, or the file lacks something.
     """
-    for name, update in adapter.updates.items():
-        if name not in names:
-            raise SourceError(
-                f"{adapter.directory}: adapts {name}, which the model it is applied to does not have; "
-                "is it the adapter of another model, or of a model saved under other names?"
+    keys, notes = adapter.keys, []
+    above = dict(below)
+    head = HEAD if HEAD not in above else None
+    if embedding is not None and head is not None:
+        above[head] = above[embedding]
+    work = _Application(
+        adapter, above, DiskNames(above), input_first({name: w.shape for name, w in above.items()}, model)
+    )
+    levels: dict[str, list[str]] = {}
+    for module in keys.modules:
+        root = module
+        while root.endswith(".base_layer"):
+            root = root.removesuffix(".base_layer")
+        plain = root == module and (work.find(f"{module}.weight") or work.find(f"{module}.bias"))
+        if adapter.config.names("target_parameters") and not plain:
+            levels.setdefault(root, []).append(module)
+        else:
+            work.module(module, keys.modules[module])
+    for root, modules in levels.items():
+        work.parameters(root, modules)
+    for name, ref in keys.whole.items():
+        work.replace(work.target(name), ref)
+    if adapter.config.bias == "all":
+        missing = [n for n in below if n.endswith(".bias") and n not in work.adapted]
+        if missing:
+            raise SourceError(f"{keys.path}: bias is 'all', but nothing is there for {missing[0]}")
+    work.check_targets()
+    if embedding is not None and head is not None:
+        only_tokens = all("tokens" in p for m, p in keys.modules.items() if work.find(f"{m}.weight") == embedding)
+        if adapter.config.keeps_tied or (head not in work.adapted and embedding in work.adapted and only_tokens
+                                         and not any(work.find(n) == embedding for n in keys.whole)):  # fmt: skip
+            above[head] = above[embedding]  # trained as one
+        if above[head] == above[embedding]:
+            del above[head]
+        else:
+            notes.append(
+                f"the adapter changes {embedding} and {head} apart, which the model below ties; "
+                "the output has both, with tie_word_embeddings false"
             )
-        if update.shape != names[name].shape:
-            raise SourceError(
-                f"{adapter.directory}: {name}: the update is {update.shape}, the model's tensor is "
-                f"{names[name].shape}; is it the adapter of another model?"
-            )
-    return {name: below(name) + adapter.updates[name] if name in adapter.updates else below(name) for name in names}
+    if work.translated:
+        name, found = work.translated[0]
+        notes.append(
+            f"{len(work.translated)} of the adapter's names were found under others, such as {name} as {found}"
+        )
+    return Applied(above, tuple(notes), tuple(work.translated))

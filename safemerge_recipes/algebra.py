@@ -1,20 +1,23 @@
 """Weights as exact symbolic sums, so that what cancels on paper never reaches the floating-point unit.
 
 A weight of any role is a sum of terms, each an exact rational coefficient times an operand: a tensor as
-stored, or the product of two LoRA factors. Differences of roles are differences of sums, in which equal
-operands cancel: with two adapters on one model, W_f − W_a is the product of the factors alone, and
-αW_f + (1−α)W_s over full checkpoints does not mention W_a any more. Knows nothing of files being read or
-of torch; `kernels` turns sums into numbers.
+stored, the product of two LoRA factors, or one of the rarer things in `operands`. Differences of roles are
+differences of sums, in which equal operands cancel: with two adapters on one model, W_f − W_a is the product
+of the factors alone, and αW_f + (1−α)W_s over full checkpoints does not mention W_a any more. Knows nothing
+of files being read or of torch; `kernels` turns sums into numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from safemerge_recipes.header import TensorRef
+
+Naming = Callable[[TensorRef], str]
+"""Names a stored tensor by its content, such as its file's identity and its place in it."""
 
 
 class Operand(Protocol):
@@ -27,6 +30,12 @@ class Operand(Protocol):
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor that evaluating it reads."""
+
+    def describe(self, name: Naming) -> str:
+        """Everything the numbers depend on, as text: equal texts, equal numbers."""
+
+    def memory(self, block: int) -> int:
+        """Bytes that evaluating it takes, besides the one block of `block` elements that every operand has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +54,28 @@ class Stored:
         """Itself."""
         return (self.ref,)
 
+    def describe(self, name: Naming) -> str:
+        """Its place."""
+        return f"Stored({name(self.ref)})"
+
+    def memory(self, block: int) -> int:
+        """Nothing more."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """`scale`·B·A, or its transpose, for stored LoRA factors B `(d_out, r)` and A `(r, d_in)`."""
+    """`scale`·B·A, or its transpose, for stored LoRA factors B `(d_out, r)` and A `(r, d_in)`.
+
+    Where the factors of several experts are stored interleaved, `columns` (first, step) says which columns of
+    the stored B are this one's.
+    """
 
     b: TensorRef
     a: TensorRef
     scale: float
     transposed: bool = False
+    columns: tuple[int, int] = (0, 1)
 
     @property
     def rank(self) -> int:
@@ -70,6 +92,15 @@ class LowRank:
     def refs(self) -> tuple[TensorRef, ...]:
         """Both factors."""
         return (self.b, self.a)
+
+    def describe(self, name: Naming) -> str:
+        """Factors, scale and orientation."""
+        which = f"C{self.columns}" if self.columns != (0, 1) else ""
+        return f"LowRank({name(self.b)},{name(self.a)}*{self.scale!r}T{self.transposed}{which})"
+
+    def memory(self, block: int) -> int:
+        """Its factors in float32, twice: as loaded and as joined."""
+        return 8 * (self.b.numel + self.a.numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +137,15 @@ class Blend:
     def refs(self) -> tuple[TensorRef, ...]:
         """All factors."""
         return tuple(ref for _, _, factors in self.parts for ref in factors.refs)
+
+    def describe(self, name: Naming) -> str:
+        """Coefficients, factors and draw."""
+        parts = ",".join(f"{b!r}:{a!r}:{factors.describe(name)}" for b, a, factors in self.parts)
+        return f"Blend({parts}*{self.scale!r}D{self.draw!r})"
+
+    def memory(self, block: int) -> int:
+        """Its factors, as loaded and as summed."""
+        return sum(factors.memory(block) for _, _, factors in self.parts)
 
 
 Factored = (LowRank, Blend)
@@ -177,6 +217,14 @@ class Weight:
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor that evaluating this weight reads, each once, in order of appearance."""
         return tuple(dict.fromkeys(ref for _, operand in self.terms for ref in operand.refs))
+
+    def describe(self, name: Naming) -> str:
+        """The sum as text in which `name` stands for stored tensors: equal texts, equal numbers."""
+        return "+".join(f"{coefficient}*{operand.describe(name)}" for coefficient, operand in self.terms)
+
+    def memory(self, block: int) -> int:
+        """Bytes that its operands take, besides blocks of `block` elements."""
+        return sum(operand.memory(block) for _, operand in self.terms)
 
     def __iter__(self) -> Iterator[tuple[Fraction, Operand]]:
         return iter(self.terms)

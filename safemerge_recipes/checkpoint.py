@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.header import TensorRef, check_values, read_header
+from safemerge_recipes.header import MAX_VALUES, TensorRef, check_values, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -67,13 +67,13 @@ class Checkpoint:
         return bool(self.config.get("tie_word_embeddings", own.get("tie_word_embeddings", True)))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> Any:
     """The content of a JSON file. Raises SourceError when it is missing, huge, or not JSON."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{path}: larger than {MAX_JSON_BYTES} bytes; expected an ordinary JSON file")
+        if path.stat().st_size > limit:
+            raise SourceError(f"{path}: larger than {limit} bytes; expected an ordinary JSON file")
         text = path.read_bytes()
-        check_values(text)
+        check_values(text, values)
         return json.loads(text.decode("utf-8"))
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; expected a JSON file there") from None
@@ -81,9 +81,9 @@ def read_json(path: Path) -> Any:
         raise SourceError(f"{path}: not JSON: {str(error)[:200]}; expected an intact file") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> dict[str, Any]:
     """Like `read_json`, for files that must hold a JSON object."""
-    value = read_json(path)
+    value = read_json(path, limit, values)
     if not isinstance(value, dict):
         raise SourceError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
     return value
@@ -107,6 +107,23 @@ def inside(directory: Path, name: str) -> Path:
     if not any(real.is_relative_to(place) for place in allowed):
         raise SourceError(f"{path}: a link that leads out of its folder; expected a file inside, copy it there")
     return path
+
+
+def same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two stored tensors are equal byte for byte. Reads up to the first difference, 4 MiB at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with open(one.path, "rb") as left, open(other.path, "rb") as right:
+            left.seek(one.offset)
+            right.seek(other.offset)
+            for done in range(0, one.nbytes, 1 << 22):
+                count = min(1 << 22, one.nbytes - done)
+                if left.read(count) != right.read(count):
+                    return False
+    except OSError as error:
+        raise SourceError(f"{one.path}: {error.strerror}; it was readable a moment ago") from None
+    return True
 
 
 def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -76,10 +77,10 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def _chain(family: Family) -> list[Path]:
-    """Folders that may own side files: the fine-tuned side first, then what it was trained on."""
-    models = family.models
-    folders = [models["finetuned"].folder.path, models["finetuned"].checkpoint.directory]
-    if models["finetuned"].folder.kind == "adapter":
+    """Folders that may own side files: those of the vocabulary's owner first, then what it was trained on."""
+    models, owner = family.models, family.models[family.owner]
+    folders = [owner.folder.path, owner.checkpoint.directory]
+    if owner.folder.kind == "adapter":
         folders[1:1] = [models["aligned"].folder.path]
     folders += [models["aligned"].folder.path, models["aligned"].checkpoint.directory]
     return list(dict.fromkeys(folders))
@@ -101,22 +102,46 @@ def side_files(family: Family) -> dict[str, Path]:
     if owner is not None:
         chosen.update({path.name: path for path in _plain_files(owner) if not _is_tokenizer(path.name)})
     if tokenizer is not None:
-        chosen.update({path.name: path for path in _plain_files(tokenizer) if _is_tokenizer(path.name)})
-        for name in _TOKENIZER_FOLDERS:
-            if (tokenizer / name).is_dir():
-                inside(tokenizer, name)
-                for path in _plain_files(tokenizer / name):
-                    chosen[f"{name}/{path.name}"] = path
+        chosen.update(tokenizer_files(tokenizer))
     return dict(sorted(chosen.items()))
 
 
-def copy_side_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies side files byte for byte, with the user's permissions. Raises ReadError when one cannot be read."""
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Relative name -> file of a folder's tokenizer and chat templates."""
+    found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
+    for name in _TOKENIZER_FOLDERS:
+        if (folder / name).is_dir():
+            inside(folder, name)
+            found.update({f"{name}/{path.name}": path for path in _plain_files(folder / name)})
+    return found
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
+    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
+
+    Raises:
+        ReadError: a file cannot be read.
+    """
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         with _written(target) as file, _opened(source) as content:
-            shutil.copyfileobj(content, file, 1 << 20)
+            if name == "config.json" and edits:
+                file.write(edited(content.read(), edits))
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
+
+
+def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
+    """A config.json with some values changed wherever they stand, and every other byte as it was."""
+    text = content.decode("utf-8")
+    for key, value in edits.items():
+        new = json.dumps(value)
+        text, count = re.subn(rf'("{key}"\s*:\s*)(?:true|false|null|\d+)', rf"\g<1>{new}", text)
+        if not count:
+            text = text.replace("{", f'{{\n  "{key}": {new},', 1)
+    json.loads(text)  # as sound as it was
+    return text.encode("utf-8")
 
 
 def _opened(source: Path) -> IO[bytes]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from safemerge_recipes.algebra import Blend, Factored, Stored, Weight
+from safemerge_recipes.algebra import Stored, Weight
 from safemerge_recipes.catalogue import METHODS, Method, Sides
 from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import RecipeError, SourceError
@@ -111,24 +111,18 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
             return Copy(stored)
     masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
     for ref in work.refs:
-        if ref.dtype not in FLOAT_DTYPES and ref not in masks:
+        if ref not in masks and (ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES):
             raise SourceError(
-                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, which is never converted; expected "
-                f"{tensor.dtype} in every source, or a rule that keeps it as it is"
+                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
+                "packed numbers are never converted; expected the same in every source, or a rule that keeps the "
+                "aligned one"
             )
     return work
 
 
 def describe(weight: Weight, identity: Mapping[str, str]) -> str:
     """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
-    parts = []
-    for coefficient, operand in weight:
-        refs = ",".join(f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}" for r in operand.refs)
-        detail = f"*{operand.scale!r}T{operand.transposed}" if isinstance(operand, Factored) else ""
-        if isinstance(operand, Blend):
-            detail += f"{[part[:2] for part in operand.parts]!r}{operand.draw!r}"
-        parts.append(f"{coefficient}*{type(operand).__name__}({refs}{detail})")
-    return "+".join(parts)
+    return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
 
 
 def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str) -> str:
@@ -180,11 +174,6 @@ def build_graph(
     return Graph(layout, tuple(tasks))
 
 
-def _factor_bytes(weight: Weight) -> int:
-    """Bytes of a weight's LoRA factors in float32, twice: as loaded and as joined."""
-    return sum(8 * ref.numel for _, operand in weight if isinstance(operand, Factored) for ref in operand.refs)
-
-
 def block_elements(shape: tuple[int, ...]) -> int:
     """Elements of the largest block of a tensor of this shape."""
     total = 1
@@ -202,8 +191,8 @@ def task_memory(task: Task) -> int:
     if isinstance(work, Sum):
         if as_interpolation(work.weight, task.slot.dtype):
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
-        return block * (3 * width + 8) + _factor_bytes(work.weight)
-    factors = sum(map(_factor_bytes, (work.origin, *work.inputs)))
+        return block * (3 * width + 8) + work.weight.memory(block)
+    factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
     if isinstance(work, Prepare):
         return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
     slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ class TensorRef:
         """Last dimension, or 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
+    def part(self, first: int, count: int | None = None) -> TensorRef:
+        """Entries [first, first + count) of the first dimension; the single entry, one dimension less, if None."""
+        each = self.nbytes // self.shape[0]
+        shape = self.shape[1:] if count is None else (count, *self.shape[1:])
+        return replace(self, offset=self.offset + first * each, nbytes=each * (count or 1), shape=shape)
+
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
@@ -73,10 +79,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def check_values(text: bytes) -> None:
+def check_values(text: bytes, limit: int | None = None) -> None:
     """Raises ValueError for JSON whose parsed form would be many times larger than its text."""
-    if sum(map(text.count, (b"[", b"{", b":"))) > MAX_VALUES:
-        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    limit = MAX_VALUES if limit is None else limit
+    if sum(map(text.count, (b"[", b"{", b":"))) > limit:
+        raise ValueError(f"it holds more than {limit} values")
 
 
 def _natural(value: object) -> bool:

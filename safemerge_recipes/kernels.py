@@ -8,7 +8,7 @@ float32 (float64 where a float64 tensor takes part); rounding to the output dtyp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from safemerge_recipes.algebra import Blend, Factored, LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
@@ -16,6 +16,8 @@ from safemerge_recipes.header import TensorRef
 
 if TYPE_CHECKING:
     import torch
+
+    from safemerge_recipes.operands import Computed
 
 BLOCK = 1 << 18
 """Elements of a block of elementwise work: its float32 form is 1 MiB and stays in a core's cache."""
@@ -33,8 +35,8 @@ def blocks(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]
 
 
 def has_factors(weight: Weight) -> bool:
-    """Whether evaluating the weight takes a matrix product, and so whole rows."""
-    return any(isinstance(operand, Factored) for _, operand in weight)
+    """Whether evaluating the weight takes a matrix product or the like, and so whole rows."""
+    return any(not isinstance(operand, Stored) for _, operand in weight)
 
 
 def working_dtype(*weights: Weight) -> torch.dtype:
@@ -70,6 +72,14 @@ class Evaluator:
             for weight in weights
         ]
         self.factors = [joined_factors(weight, reader, dtype, arena.device) for weight in weights]
+        self.computed = [
+            [
+                (float(coefficient), cast("Computed", operand).open(reader, arena, f"{slot}:{number}.{place}", dtype))
+                for place, (coefficient, operand) in enumerate(weight)
+                if not isinstance(operand, (Stored, *Factored))
+            ]
+            for number, weight in enumerate(weights)
+        ]
         self.refs = tuple(dict.fromkeys(ref for terms in self.stored for _, ref in terms))
         last = {ref: number for number, terms in enumerate(self.stored) for _, ref in terms}
         # The sum that needs a block last may overwrite it; at most one of its terms is chosen for that.
@@ -102,6 +112,8 @@ class Evaluator:
         if pair is not None:
             columns = pair[1].shape[1]
             out.view(-1, columns).addmm_(pair[0][start // columns : stop // columns], pair[1])
+        for coefficient, block in self.computed[number]:
+            out.add_(block(start, stop), alpha=coefficient)
         return out
 
 
@@ -128,6 +140,8 @@ def factors(
         b, a = blended(operand, reader, dtype, device)
     else:
         b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
+        first, step = operand.columns
+        b = b[:, first::step] if step > 1 else b
     return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
 
 

@@ -10,6 +10,8 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
@@ -17,6 +19,7 @@ from safemerge_recipes.execute import Resources
 from safemerge_recipes.graph import describe
 from safemerge_recipes.measure import Effort, Moments, measure
 from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
+from safemerge_recipes.operands import member, transposed
 from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.provenance import recall, remember
 from safemerge_recipes.roles import Family
@@ -55,9 +58,21 @@ class Measurer:
         assert v is not None  # a measurer is only made for families with a base
         return v, self.family.delta("finetuned", name)
 
+    def _matrices(self, name: str) -> list[tuple[str, tuple[Weight, Weight]]]:
+        """(name, (V, Δ)) as matrices `(d_out, d_in)`: one, or those of a fused tensor's experts."""
+        v, delta = self._operands(name)
+        shape = self.family.inventory[name].shape
+        found = [(name, (v, delta))]
+        if len(shape) == 3:
+            found = [(f"{name}[{i}]", (member(v, i), member(delta, i))) for i in range(shape[0])]
+        if name in self.family.input_first:
+            found = [(one, (transposed(v), transposed(delta))) for one, (v, delta) in found]
+        return found
+
     def _key(self, name: str, effort: Effort, rank: int) -> str:
         v, delta = self._operands(name)
-        text = f"{name}|{effort}|{rank}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        turned = name in self.family.input_first
+        text = f"{name}|{effort}|{rank}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def __call__(self, names: Sequence[str], effort: Effort, rank: int = 0) -> Mapping[str, Moments]:
@@ -80,7 +95,10 @@ class Measurer:
 
     def _measure(self, names: Sequence[str], effort: Effort, rank: int) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
-        needs = {name: measure_memory(*pair, rank, effort == "exact") for name, pair in operands.items()}
+        needs = {
+            name: max(measure_memory(*pair, rank, effort == "exact") for _, pair in self._matrices(name))
+            for name in names
+        }
         budget = self.resources
         workers = fit_workers(needs.items(), budget.workers, budget.memory)
         share = (budget.memory - SLACK) // workers
@@ -89,7 +107,9 @@ class Measurer:
 
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
-                found[name] = measure(name, v, delta, reader, arena, share - needs[name], effort, rank)
+                room = share - needs[name]
+                parts = [measure(one, *pair, reader, arena, room, effort, rank) for one, pair in self._matrices(name)]
+                found[name] = reduce(add, parts)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():
                     raise StoppedError

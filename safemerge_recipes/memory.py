@@ -51,7 +51,7 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
-    blocks = 2 * block * (4 * 3 + 8) + PRODUCTS
+    blocks = 2 * block * (4 * 3 + 8) + PRODUCTS + v.memory(block) + delta.memory(block)
     spectrum = 0
     if directions and not v.low_rank:
         spectrum = leading_memory(rows, columns, directions)

@@ -39,5 +39,9 @@ def module_type(name: str) -> str:
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the tensor is a weight matrix of a linear layer: 2-D, called `weight`, in a numbered block."""
-    return len(shape) == 2 and min(shape) > 1 and name.endswith(".weight") and block_of(name) is not None
+    """Whether the tensor holds weights of linear layers in a numbered block: a 2-D `weight`, or fused experts."""
+    if block_of(name) is None or min(shape, default=0) < 2:
+        return False
+    if len(shape) == 3:
+        return "experts" in name.split(".") and not name.endswith("bias")
+    return len(shape) == 2 and name.endswith(".weight")

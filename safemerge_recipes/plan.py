@@ -137,8 +137,8 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
     if scope is not None:
         if not scope(name):
             return "outside gate.scope"
-        if len(ref.shape) != 2:
-            return f"in gate.scope, but {len(ref.shape)}-D: only matrices are gated"
+        if len(ref.shape) not in (2, 3):
+            return f"in gate.scope, but {len(ref.shape)}-D: only matrices and stacks of them are gated"
         if not ref.numel:
             return "in gate.scope, but empty"
     elif not is_block_matrix(name, ref.shape):

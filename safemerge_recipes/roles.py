@@ -7,18 +7,21 @@ by tensor, and whatever does not is refused by name here, before anything is mea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from safemerge_recipes.adapter import Adapter, apply_adapter, open_adapter
 from safemerge_recipes.algebra import Stored, Weight
-from safemerge_recipes.checkpoint import Checkpoint, FileIdentity, open_checkpoint
+from safemerge_recipes.checkpoint import Checkpoint, FileIdentity, open_checkpoint, same_bytes
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.masks import open_masks
+from safemerge_recipes.orientation import input_first
 from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.reconcile import Side, reconcile
 from safemerge_recipes.sources import Folder, locate
+from safemerge_recipes.vocabulary import embedding_of, is_head
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -31,6 +34,8 @@ class Model:
     weights: Mapping[str, Weight]
     checkpoint: Checkpoint
     adapter: Adapter | None
+    notes: tuple[str, ...] = ()
+    translated: tuple[tuple[str, str], ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -42,12 +47,18 @@ class Model:
 class Family:
     """The models of a recipe over one inventory: `inventory` maps each output tensor to its stored form.
 
-    `masks` holds the tensors of the recipe's mask files, by the path it writes and by name.
+    `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
+    config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
+    recipe's mask files, by the path it writes and by name.
     """
 
     inventory: Mapping[str, TensorRef]
     models: Mapping[Role, Model]
     warnings: tuple[str, ...]
+    owner: Role = "finetuned"
+    config_edits: Mapping[str, Any] = field(default_factory=dict)
+    input_first: frozenset[str] = frozenset()
+    embedding: str | None = None
     masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
@@ -76,6 +87,15 @@ class Family:
         return tuple(FileIdentity.of(file) for file in files)
 
 
+def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """(head, embedding) of a checkpoint that ties them and stores the head all the same, as an equal copy."""
+    embedding = embedding_of(checkpoint.tensors, checkpoint.config) if checkpoint.tied else None
+    head = next((name for name in checkpoint.tensors if is_head(name) and name.endswith(".weight")), None)
+    if embedding is None or head is None:
+        return None
+    return (head, embedding) if same_bytes(checkpoint.tensors[head], checkpoint.tensors[embedding]) else None
+
+
 def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opened: dict[Role, Model]) -> Model:
     if role in opened:
         return opened[role]
@@ -83,6 +103,9 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
     if folder.kind == "model":
         checkpoint = open_checkpoint(folder.path)
         weights = {name: Weight.of(Stored(ref)) for name, ref in checkpoint.tensors.items()}
+        copied = tied_pair(checkpoint)
+        if copied is not None:
+            del weights[copied[0]]  # a copy of the embedding
         opened[role] = Model(folder, weights, checkpoint, None)
         return opened[role]
     source = recipe.sources.roles()[role]
@@ -94,43 +117,29 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
         )
     below = _open_role(on, folders, recipe, opened)
     adapter = open_adapter(folder.path)
-    weights = apply_adapter(adapter, below.weights.__getitem__, below.checkpoint.tensors)
-    opened[role] = Model(folder, weights, below.checkpoint, adapter)
+    config = below.checkpoint.config
+    tied = below.checkpoint.tied and not any(is_head(name) for name in below.weights)
+    embedding = embedding_of(below.weights, config) if tied else None
+    above = apply_adapter(adapter, below.weights, config, embedding)
+    notes = tuple(f"sources.{role}: {note}" for note in above.notes)
+    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, (*below.notes, *notes), above.translated)
     return opened[role]
 
 
 def _check_config(role: Role, model: Model, aligned: Model) -> None:
-    for key in (
-        "model_type",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    ):
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         found, expected = model.checkpoint.config.get(key), aligned.checkpoint.config.get(key)
         if found != expected:
             raise SourceError(
                 f"sources.{role}: {model.folder.label}: config.json says {key} {str(found)[:40]!r}, the aligned "
-                f"model {str(expected)[:40]!r}; expected models of one architecture and vocabulary"
+                f"model {str(expected)[:40]!r}; expected models of one architecture"
             )
 
 
-def _check_inventory(role: Role, model: Model, inventory: Mapping[str, TensorRef]) -> None:
-    tensors = model.checkpoint.tensors
-    missing = [name for name in inventory if name not in tensors]
-    extra = [name for name in tensors if name not in inventory]
-    where = f"sources.{role}: {model.folder.label}"
-    if missing or extra:
-        lines = [f"lacks {len(missing)} tensors of the aligned model, first {missing[0]!r}"] if missing else []
-        lines += [f"has {len(extra)} tensors that the aligned model lacks, first {extra[0]!r}"] if extra else []
-        raise SourceError(f"{where}: {' and '.join(lines)}; expected models of one architecture, saved alike")
-    for name, ref in inventory.items():
-        if tensors[name].shape != ref.shape:
-            raise SourceError(
-                f"{where}: {name} is {tensors[name].shape}, the aligned model's is {ref.shape}; "
-                "expected models of one architecture and vocabulary"
-            )
+def _tokenizer(model: Model) -> Path:
+    """The folder whose tokenizer a role has: an adapter's own, else that of the model underneath."""
+    own = any((model.folder.path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    return model.folder.path if own else model.checkpoint.directory
 
 
 def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRef]) -> None:
@@ -171,12 +180,21 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
         _open_role(role, folders, recipe, opened)
     models = {role: opened[role] for role in folders}
     aligned = models["aligned"]
-    inventory = aligned.checkpoint.tensors
     for role, model in models.items():
         if model.checkpoint is not aligned.checkpoint:
             _check_config(role, model, aligned)
-            _check_inventory(role, model, inventory)
-    _check_dtypes(models, inventory)
-    found = (_base_warning(role, model, models, sources[role].on) for role, model in models.items())
-    warnings = tuple(warning for warning in found if warning)
-    return Family(inventory, models, warnings, open_masks(recipe, directory))
+    sides = {
+        role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model))
+        for role, model in models.items()
+    }
+    fitted = reconcile(sides, recipe.vocabulary)
+    models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
+    _check_dtypes(models, fitted.inventory)
+    found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
+    notes = dict.fromkeys((*(note for model in models.values() for note in model.notes), *fitted.notes))
+    shapes = {name: ref.shape for name, ref in fitted.inventory.items()}
+    return Family(
+        fitted.inventory, models, (*(warning for warning in found if warning), *notes),
+        fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
+        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
+    )  # fmt: skip

@@ -27,6 +27,7 @@ from safemerge_recipes.folder import (
     part_of,
     publish,
     side_files,
+    tokenizer_files,
     working_folder,
     write_file,
     write_json,
@@ -39,7 +40,7 @@ from safemerge_recipes.masks import mask_path
 from safemerge_recipes.memory import fit_workers, projected_peak
 from safemerge_recipes.plan import Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.provenance import Digests, check_unchanged, remember_digest, versions
-from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.recipe import Recipe
 from safemerge_recipes.registry import Registry, read_registry
 from safemerge_recipes.resume import finished, reusable, unseal
 from safemerge_recipes.roles import Family, open_family
@@ -280,6 +281,8 @@ def carry_out(
 def _write(
     prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress, force: bool
 ) -> dict[str, Any]:
+    if prepared.recipe.output.format == "adapter":
+        return _write_adapter(prepared, part, output, digests, progress)
     graph, header = prepared.graph, _header(prepared)
     check_unchanged(prepared.identities)
     done = finished(part, graph, header, force)
@@ -298,36 +301,71 @@ def _write(
         index = graph.layout.index_bytes()
         if index is not None:
             write_file(part / INDEX_FILE, index)
-        plan = prepared.plan_json()
-        write_json(part / PLAN_FILE, plan)
-        write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
         inputs = digests.result()
     finally:
         journal.close()
-    hashed = time.perf_counter()
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
+    plan, beside = prepared.plan_json(), prepared.side_files
+    result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
+    return {**result, "resumed": len(done)}
+
+
+def _write_adapter(
+    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
+) -> dict[str, Any]:
+    """An adapter is small: it is computed in memory and always written anew."""
+    from safemerge_recipes.adapter_output import write_adapter
+
     check_unchanged(prepared.identities)
-    copy_side_files(prepared.side_files, part)
-    timings = {**prepared.timings, "write": written - started, "hash": hashed - written}
+    keep_only(part, set())
+    progress.phase("write", prepared.graph.bytes_written)
+    started = time.perf_counter()
+    family = prepared.family
+    files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, progress.tick)
+    written = time.perf_counter()
+    plan = prepared.plan_json()
+    for line in plan["tensors"]:
+        line.update(notes.get(line["name"], {}))
+    finetuned = family.models["finetuned"].folder
+    tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
+    inputs = digests.result()
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
+    return {**result, "resumed": 0}
+
+
+def _document(
+    prepared: Prepared,
+    part: Path,
+    output: Path,
+    plan: dict[str, Any],
+    beside: Mapping[str, Path],
+    inputs: Mapping[str, str],
+    files: Mapping[str, str],
+    tensors: dict[str, tuple[str, str | None]],
+    timings: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes everything that lies beside the weights, the manifest last."""
+    write_json(part / PLAN_FILE, plan)
+    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
+    check_unchanged(prepared.identities)
+    copy_side_files(beside, part, prepared.family.config_edits)
+    timings = {**prepared.timings, **timings}
     render_documents(part, plan, None, provenance_of(prepared))
-    roles: dict[str, list[Role]] = {}
+    roles: dict[str, list[str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
             roles.setdefault(file, []).append(role)
-    labels = {file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()}
+    owner = {file: model.folder for model in reversed(list(prepared.family.models.values())) for file in model.files}
+    labels = {file: (found, _label(owner[file])) for file, found in roles.items()}
     labels |= {file: (["mask"], Path(file).name) for file in prepared.family.mask_files if file not in labels}
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
-        inputs=inputs, folder=part, sealed=sealed.files, timings=timings,
-        tensors={name: (keys[name], digest) for name, digest in sealed.tensors.items()},
+        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
     )  # fmt: skip
     write_json(part / MANIFEST_FILE, manifest)
-    return {
-        "output": str(output),
-        "summary": plan["summary"],
-        "resumed": len(done),
-        "files": dict(sealed.files),
-        "timings": timings,
-    }
+    return {"output": str(output), "summary": plan["summary"], "files": dict(files), "timings": timings}
 
 
 def _label(folder: Folder) -> str:

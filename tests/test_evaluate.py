@@ -46,9 +46,7 @@ def tokenizer():
     )
     texts = [p.prompt for kind in ("harmful", "harmless") for p in prompts(kind, "tuning")]
     tok.train_from_iterator([*texts, REFUSAL], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tok, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|pad|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|pad|>")
     fast.chat_template = TEMPLATE
     return fast
 
@@ -90,9 +88,7 @@ def refuser(tokenizer, tmp_path_factory):
     answer = tokenizer(REFUSAL + "<|end|>", add_special_tokens=False).input_ids
     asked = [p.prompt for kind in ("harmful", "harmless") for p in prompts(kind, "tuning")[:40]]
     for step in range(60):
-        heads = [
-            tokenizer(f"<|user|>{asked[(8 * step + k) % 80]}<|end|><|assistant|>").input_ids for k in range(8)
-        ]
+        heads = [tokenizer(f"<|user|>{asked[(8 * step + k) % 80]}<|end|><|assistant|>").input_ids for k in range(8)]
         width = max(map(len, heads)) + len(answer)
         ids = torch.full((8, width), tokenizer.pad_token_id)
         labels = torch.full((8, width), -100)
@@ -169,9 +165,7 @@ def test_scores_are_those_of_plain_lm_eval(random_model, tokenizer, no_network):
             assert metric.value == pytest.approx(math.fsum(metric.outcomes.values()) / 12)
             spread = math.fsum((x - metric.value) ** 2 for x in metric.outcomes.values())
             assert metric.stderr == pytest.approx(math.sqrt(spread / 11 / 12))
-    outcomes = [
-        scores.metric("safemerge_refusal", m).outcomes for m in ("refusal", "compliance", "degenerate")
-    ]
+    outcomes = [scores.metric("safemerge_refusal", m).outcomes for m in ("refusal", "compliance", "degenerate")]
     assert all(sum(values) == 1 for values in zip(*(o.values() for o in outcomes), strict=True))
 
 

@@ -131,9 +131,7 @@ def test_a_busy_server_is_asked_again_and_a_wrong_request_is_not(serve, monkeypa
     assert len(wrong.seen) == 1
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": 1}]}']
-)
+@pytest.mark.parametrize("data", [b"", b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": 1}]}'])
 def test_what_is_no_completion_is_an_error(serve, data):
     server = serve(lambda body: (200, data))
     with pytest.raises(CheckError, match=r"expected a chat completion"):

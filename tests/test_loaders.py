@@ -90,9 +90,7 @@ def test_reading_wheels(empty_machine):
 def test_reading_the_hub_cache(empty_machine):
     hub(empty_machine, "openai/gsm8k", "main/test-00000-of-00001.parquet",
         parquet([{"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}]))  # fmt: skip
-    hub(
-        empty_machine, "openai/gsm8k", "socratic/test-0.parquet", parquet([{"question": "no", "answer": "0"}])
-    )
+    hub(empty_machine, "openai/gsm8k", "socratic/test-0.parquet", parquet([{"question": "no", "answer": "0"}]))
     assert [(r.prompt, r.answer) for r in loaders.load("gsm8k").rows] == [("2+2?", "4")]
     rows = [{"question": "Q?", "context": {"contexts": ["a", "b"]}, "final_decision": "maybe"}]
     hub(empty_machine, "qiaojin/PubMedQA", "pqa_labeled/train-00000-of-00001.parquet", parquet(rows))

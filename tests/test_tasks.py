@@ -31,9 +31,7 @@ def test_there_are_enough_prompts_of_every_category():
 
 
 def test_no_prompt_appears_twice_and_none_is_both_harmful_and_harmless():
-    rows = [
-        p for kind in ("harmful", "harmless") for split in ("tuning", "test") for p in prompts(kind, split)
-    ]
+    rows = [p for kind in ("harmful", "harmless") for split in ("tuning", "test") for p in prompts(kind, split)]
     assert len({words(p.prompt) for p in rows}) == len(rows) == 600
     assert len({p.id for p in rows}) == 600
 
@@ -73,9 +71,7 @@ def test_sums_do_not_change():
 
 
 def test_splits_of_the_sums_cannot_overlap():
-    splits = {
-        name: {s.question for _, s in arithmetic.problems(name, 2000)} for name in arithmetic.FIRST_SEED
-    }
+    splits = {name: {s.question for _, s in arithmetic.problems(name, 2000)} for name in arithmetic.FIRST_SEED}
     assert all(len(questions) == 2000 for questions in splits.values())
     assert not splits["training"] & splits["tuning"]
     assert not splits["training"] & splits["test"]
@@ -156,9 +152,7 @@ def test_plain_lm_eval_finds_and_loads_the_tasks():
 
 
 def test_the_folder_is_printed_for_other_tools():
-    done = subprocess.run(
-        [sys.executable, "-m", "safemerge_recipes.tasks"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "safemerge_recipes.tasks"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(FOLDER)
     assert {p.stem for p in FOLDER.glob("*.yaml")} == {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
 

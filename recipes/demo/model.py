@@ -43,9 +43,7 @@ def chat(tokenizer: Any, prompt: str) -> str:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 32
-) -> list[tuple[str, bool]]:
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, batch: int = 32) -> list[tuple[str, bool]]:
     """Return for each prompt the greedy answer of at most `tokens` tokens and whether it came to its end."""
     import torch
 

@@ -19,9 +19,7 @@ from safemerge_recipes.tasks import arithmetic
 HERE = Path(__file__).resolve().parent
 
 
-def score(
-    adapters: list[tuple[Path, float]], split: str, count: int, keep: Path | None = None
-) -> dict[str, float]:
+def score(adapters: list[tuple[Path, float]], split: str, count: int, keep: Path | None = None) -> dict[str, float]:
     """Return rates in [0, 1] over the first `count` prompts of each kind, with the counts themselves."""
     model, tokenizer = load(adapters)
     harmful, harmless = data.harmful(split, count), data.harmless(split, count)

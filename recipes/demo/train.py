@@ -34,9 +34,7 @@ def safety_examples(split: str, rng: random.Random) -> list[Example]:
     harmful, harmless, chains = COUNTS[split]
     refused = [(prompt, rng.choice(data.refusals()), True) for prompt in data.harmful(split, harmful)]
     prompts = data.harmless(split, harmless) + data.questions(split, chains)
-    answered = [
-        (p, text, ended) for p, (text, ended) in zip(prompts, own_answers(prompts), strict=True) if text
-    ]
+    answered = [(p, text, ended) for p, (text, ended) in zip(prompts, own_answers(prompts), strict=True) if text]
     return refused + [example for example in answered if classify(example[1]) == "complies"]
 
 
@@ -127,9 +125,7 @@ def main() -> None:
     parser.add_argument("--task", choices=sorted(TASKS), default="arithmetic")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--alignment", type=Path, default=HERE / "alignment", help="the adapter that aligns the base"
-    )
+    parser.add_argument("--alignment", type=Path, default=HERE / "alignment", help="the adapter that aligns the base")
     given = parser.parse_args()
 
     import torch
@@ -142,9 +138,7 @@ def main() -> None:
     rng.shuffle(examples)
     print(f"{len(examples)} examples", flush=True)
     model, tokenizer = load([] if given.role == "alignment" else [(given.alignment, 1.0)])
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = get_peft_model(model.train(), config)
     started = time.monotonic()
     fit(model, tokenizer, examples)
