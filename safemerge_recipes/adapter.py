@@ -203,6 +203,8 @@ def open_adapter(directory: Path) -> Adapter:
                 "(trained biases, embeddings, DoRA magnitudes and saved modules are not supported)"
             )
         modules.setdefault(match[1], {})[match[2]] = ref
+    if not modules:
+        raise SourceError(f"{weights}: holds no tensor; expected lora_A and lora_B of at least one module")
     ranks, alphas = _Table(where, "rank_pattern", config), _Table(where, "alpha_pattern", config)
     updates: dict[str, Weight] = {}
     for module, found in modules.items():

@@ -157,8 +157,9 @@ class Zygote:
         self.process.wait(10)
 
 
-# The manifest holds timings, the report the memory that was needed, the recipe where it lies.
-_DIFFERS = ("safemerge_manifest.json", "safemerge_report.html", "safemerge_recipe.yaml")
+# The manifest holds timings, the report the memory that was needed, the recipe where it lies; a lock file that
+# nobody holds stays behind when a run is killed right after its output got its name.
+_DIFFERS = ("safemerge_manifest.json", "safemerge_report.html", "safemerge_recipe.yaml", "safemerge.lock")
 
 
 def digests(folder: Path, *, without: tuple[str, ...] = _DIFFERS) -> dict[str, str]:
