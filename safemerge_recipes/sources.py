@@ -104,6 +104,8 @@ def locate(source: Source, role: str, directory: Path) -> Folder:
     else:
         path, revision = _fetch(name, source.revision, source.subfolder, label)
     if source.subfolder:
+        if Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts:
+            raise SourceError(f"{label}: subfolder {source.subfolder[:80]!r} leads out of it; expected one inside")
         path = path / source.subfolder
         if not path.is_dir():
             raise SourceError(f"{label}: has no folder {source.subfolder!r}; check `subfolder`")

@@ -169,7 +169,7 @@ def digests(folder: Path, *, without: tuple[str, ...] = _DIFFERS) -> dict[str, s
         data = path.read_bytes()
         if path.name == "safemerge_plan.json" and without:
             plan = json.loads(data)
-            del plan["summary"]["peak_memory"]
+            del plan["summary"]["peak_memory"], plan["recipe"]
             data = json.dumps(plan).encode()
         found[path.relative_to(folder).as_posix()] = hashlib.sha256(data).hexdigest()
     return found
