@@ -510,7 +510,7 @@ def _without_secrets(text: str) -> str:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "<token>")
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1<secret>@", text)
+    return re.sub(r"(\w+:/+)[^/@\s]+@", r"\1<secret>@", text)
 
 
 def main(arguments: list[str] | None = None) -> None:
