@@ -71,6 +71,11 @@ def points() -> Iterator[Point]:
     for gamma in ("0.25", "0.5", "0.75", "1.0"):
         method = ("merge.method=add_safety_vector", f"merge.gamma={gamma}")
         yield Point("RESTA", f"RESTA, γ = {gamma}", (ALWAYS, *method))
+    for label, direction in (("ρ < 0.1", "below"), ("ρ > 0.1", "above")):
+        method = ("merge.method=add_safety_vector", "merge.gamma=1.0")
+        yield Point(
+            f"RESTA gated, {label}", f"{label}, Δf + 1.0 V", ("gate.tau=0.1", f"gate.direction={direction}", *method)
+        )
     for alpha in ("0.7", "0.5"):
         method = ("merge.method=task_arithmetic", f"merge.lambda_finetuned={alpha}", "merge.lambda_safety=0.0")
         yield Point("WiSE-FT", f"WiSE-FT, α = {alpha}", (ALWAYS, *method))

@@ -19,6 +19,7 @@ from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.execute import Resources, execute
 from safemerge_recipes.folder import (
     MANIFEST_FILE,
+    PICTURES,
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_FILE,
@@ -389,9 +390,12 @@ def provenance_of(prepared: Prepared) -> dict[str, Any]:
 def render_documents(
     folder: Path, plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any]
 ) -> None:
-    """Writes report and model card."""
+    """Writes report and model card, with the pictures of a sweep or a probe that lie in the folder."""
     from safemerge_recipes.card import render_card
     from safemerge_recipes.html import render_report
 
-    write_file(folder / REPORT_FILE, render_report(plan, scores=scores, provenance=provenance))
+    drawn = ((title, folder / name) for title, name in PICTURES.items())
+    pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
+    page = render_report(plan, scores=scores, provenance=provenance, pictures=pictures)
+    write_file(folder / REPORT_FILE, page)
     write_file(folder / "README.md", render_card(plan, scores=scores, provenance=provenance))
