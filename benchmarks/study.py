@@ -36,6 +36,7 @@ from safemerge_recipes.scoring import compared, table
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "docs" / "evidence"
 TASKS = ("safemerge_refusal", "safemerge_arithmetic", "safemerge_overrefusal")
+FIRST = ("reference", "uniform", "SafeMERGE", "RESTA")
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
 
@@ -219,22 +220,25 @@ def run(given: argparse.Namespace) -> None:
         write_json(RESULTS / f"{given.family}.json", content)
 
     labels = list(every)
-    drawn = [label for label in labels if label.startswith("random")]
+    drawn = [label for label in labels if approaches[label] in CONTROLS]
     halved = [label for label in labels if "half" in label and label not in drawn]
-    others = [label for label in labels if label not in drawn and label not in halved]
     # What the page needs most comes first, in case time is short.
-    done = score("tuning", labels, TASKS[0])
-    done = score("tuning", others, TASKS[1]) and done
-    on_test = ["aligned", "fine-tuned"]
-    on_test += [
-        label
-        for approach, label in chosen(scores["tuning"], approaches, given.loss).items()
-        if given.halves_on_test or "half" not in approach
-    ]
-    for task in TASKS:
-        done = score("test", on_test, task) and done
+    first = [label for label in labels if approaches[label] in FIRST]
+    later = [label for label in labels if label not in (*first, *halved, *drawn)]
+    done = score("tuning", first + halved + drawn, TASKS[0])
+    for wave in (first, later):
+        for task in TASKS[:2]:
+            done = score("tuning", wave, task) and done
+        picked = chosen(scores["tuning"], approaches, given.loss).values()
+        on_test = [label for label in wave if approaches[label] == "reference" or label in picked]
+        for task in TASKS[:2]:
+            done = score("test", on_test, task) and done
     done = score("tuning", halved + drawn, TASKS[1]) and done
-    done = score("tuning", others + halved, TASKS[2]) and done
+    if given.halves_on_test:
+        for task in TASKS[:2]:
+            done = score("test", halved, task) and done
+    done = score("test", list(scores["test"]), TASKS[2]) and done
+    done = score("tuning", first + later + halved, TASKS[2]) and done
     if given.controls_on_test:
         for task in TASKS[:2]:
             done = score("test", drawn, task) and done
