@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.adapter import is_adapter, open_adapter
+from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint
+from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.execute import Resources, TaskRun, region_digest
 from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
@@ -248,7 +249,12 @@ def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, pro
         files, _ = write_adapter(
             prepared.plan, prepared.family, prepared.graph, Path(place), prepared.resources.memory, progress.tick
         )
-    wrong = [name for name, digest in files.items() if manifest.outputs[name].sha256 != digest]
+        # Where the base model lies is seen from elsewhere now.
+        configs = [
+            read_object(root / CONFIG_FILE) | {"base_model_name_or_path": None} for root in (folder, Path(place))
+        ]
+    same = {CONFIG_FILE} if configs[0] == configs[1] else set()
+    wrong = [name for name in files if name not in same and manifest.outputs[name].sha256 != files[name]]
     _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in wrong])
     return [tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"]
 
