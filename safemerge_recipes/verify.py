@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.adapter import is_adapter, open_adapter
+from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint
+from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.execute import Resources, TaskRun, region_digest
 from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
@@ -140,11 +143,12 @@ def _bytes(
                 own.update(piece)
                 left -= len(piece)
                 progress.tick(len(piece))
-            if tensor is not None and own.hexdigest() != manifest.tensors.get(tensor, ("", ""))[1]:
+            if tensor in manifest.tensors and own.hexdigest() != manifest.tensors[tensor][1]:
                 damaged.append(tensor)
     yield from (f"{name}: {tensor}: its bytes changed" for tensor in damaged)
     if whole.hexdigest() != manifest.outputs[name].sha256 and not damaged:
-        yield f"{name}: {'its header' if refs else 'it'} changed (sha256 {whole.hexdigest()})"
+        known = any(tensor in manifest.tensors for tensor in refs)
+        yield f"{name}: {'its header' if known else 'it'} changed (sha256 {whole.hexdigest()})"
 
 
 # Inventory
@@ -153,6 +157,9 @@ def _bytes(
 def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What does not fit between headers, index, config, plan and manifest."""
     try:
+        if is_adapter(folder):  # its inventory is its own: the plan lists the full model's tensors
+            open_adapter(folder)
+            return
         checkpoint = open_checkpoint(folder)
     except SourceError as error:
         yield str(error)
@@ -203,6 +210,8 @@ def _recompute(
     prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, progress)
     _refuse(folder, list(_inputs(prepared, manifest)))
     _refuse(folder, list(_decisions(prepared, folder)))
+    if prepared.recipe.output.format == "adapter":
+        return _recompute_adapter(folder, prepared, manifest, progress)
     tasks = list(prepared.graph.tasks)
     if sample is not None and sample < len(tasks):
         tasks = random.Random(seed).sample(tasks, sample)
@@ -229,6 +238,25 @@ def _recompute(
             problems.append(f"(written with {written}; computed again with {versions()})")
     _refuse(folder, problems)
     return [task.slot.name for task in tasks]
+
+
+def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, progress: Progress) -> list[str]:
+    """The same for an adapter, which is computed whole, into a folder that is then removed."""
+    from safemerge_recipes.adapter_output import write_adapter
+
+    progress.phase("again", prepared.graph.bytes_written)
+    with tempfile.TemporaryDirectory() as place:
+        files, _ = write_adapter(
+            prepared.plan, prepared.family, prepared.graph, Path(place), prepared.resources.memory, progress.tick
+        )
+        # Where the base model lies is seen from elsewhere now.
+        configs = [
+            read_object(root / CONFIG_FILE) | {"base_model_name_or_path": None} for root in (folder, Path(place))
+        ]
+    same = {CONFIG_FILE} if configs[0] == configs[1] else set()
+    wrong = [name for name in files if name not in same and manifest.outputs[name].sha256 != files[name]]
+    _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in wrong])
+    return [tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"]
 
 
 def _digest(

@@ -112,7 +112,8 @@ def test_configs(config):
 
 
 FIELDS = ["peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias",
-          "init_lora_weights", "base_model_name_or_path", "use_dora", "target_modules"]  # fmt: skip
+          "init_lora_weights", "base_model_name_or_path", "use_dora", "target_modules", "modules_to_save", "lora_bias",
+          "trainable_token_indices", "target_parameters"]  # fmt: skip
 PATTERN = st.text(alphabet="ab.*+?(){}[]|^$\\d,2q_proj", max_size=20)
 
 

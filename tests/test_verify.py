@@ -189,3 +189,33 @@ def test_verifying_writes_nothing(written):
     before = snapshot(written / "out")
     assert run("verify", written / "out", "--deep")[0] == 0
     assert snapshot(written / "out") == before
+
+
+def test_an_adapter_output_is_verified_deep_and_its_damage_found(tmp_path):
+    import torch
+
+    from tests.small_models import write_recipe
+    from tests.test_strangers import LORA, make_adapter
+
+    make_family(tmp_path)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    for number, role in enumerate(("lora", "safe-lora")):
+        torch.manual_seed(number)
+        factors = {f"{module}.lora_A.weight": torch.randn(4, 32), f"{module}.lora_B.weight": torch.randn(32, 4)}
+        make_adapter(tmp_path / role, LORA | {"layers_to_transform": [0]}, factors)
+    sources = {"base": "base", "aligned": "aligned", "finetuned": "lora", "safety": "safe-lora"}
+    recipe = write_recipe(tmp_path, sources=sources, gate={"always": True}, output={"path": "out", "format": "adapter"})
+    code, _, err = run("run", recipe)
+    assert code == 0, err
+    code, _, err = run("verify", tmp_path / "out", "--deep")
+    assert code == 0, err
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    flip(file, file.stat().st_size - 10)
+    code, _, err = run("verify", tmp_path / "out")
+    assert code == 6
+    assert file.name in err
+    restamp(tmp_path / "out", [file.name])
+    assert run("verify", tmp_path / "out")[0] == 0
+    code, _, err = run("verify", tmp_path / "out", "--deep")
+    assert code == 6
+    assert "other bytes" in err
