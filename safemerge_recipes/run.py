@@ -39,7 +39,7 @@ from safemerge_recipes.masks import mask_path
 from safemerge_recipes.memory import fit_workers, projected_peak
 from safemerge_recipes.plan import Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.provenance import Digests, check_unchanged, remember_digest, versions
-from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.recipe import Recipe
 from safemerge_recipes.registry import Registry, read_registry
 from safemerge_recipes.resume import finished, reusable, unseal
 from safemerge_recipes.roles import Family, open_family
@@ -309,12 +309,12 @@ def _write(
     copy_side_files(prepared.side_files, part)
     timings = {**prepared.timings, "write": written - started, "hash": hashed - written}
     render_documents(part, plan, None, provenance_of(prepared))
-    roles: dict[str, list[Role]] = {}
+    labels: dict[str, tuple[list[str], str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
-            roles.setdefault(file, []).append(role)
-    labels = {file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()}
-    labels |= {file: (["mask"], Path(file).name) for file in prepared.family.mask_files if file not in labels}
+            labels.setdefault(file, ([], _label(model.folder)))[0].append(role)
+    for file in prepared.family.mask_files:
+        labels.setdefault(file, ([], Path(file).name))[0].append("mask")
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=sealed.files, timings=timings,
