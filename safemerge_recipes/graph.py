@@ -17,7 +17,7 @@ from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES
 from safemerge_recipes.kernels import BLOCK, as_interpolation
 from safemerge_recipes.methods import Ties
-from safemerge_recipes.plan import Outlook, Plan, TensorPlan
+from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
 from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
@@ -136,7 +136,7 @@ def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: st
         assert tensor.policy is not None  # nothing else is more than a sum
         merge = tensor.policy.merge
         sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
-        text = f"{tensor.name}|{origin}|{merge.method}{merge.parameters()!r}|{'|'.join(sums)}"
+        text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{'|'.join(sums)}"
     return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
 

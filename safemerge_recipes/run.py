@@ -354,13 +354,12 @@ def _document(
     copy_side_files(beside, part, prepared.family.config_edits)
     timings = {**prepared.timings, **timings}
     render_documents(part, plan, None, provenance_of(prepared))
-    roles: dict[str, list[str]] = {}
+    labels: dict[str, tuple[list[str], str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
-            roles.setdefault(file, []).append(role)
-    owner = {file: model.folder for model in reversed(list(prepared.family.models.values())) for file in model.files}
-    labels = {file: (found, _label(owner[file])) for file, found in roles.items()}
-    labels |= {file: (["mask"], Path(file).name) for file in prepared.family.mask_files if file not in labels}
+            labels.setdefault(file, ([], _label(model.folder)))[0].append(role)
+    for file in prepared.family.mask_files:
+        labels.setdefault(file, ([], Path(file).name))[0].append("mask")
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,

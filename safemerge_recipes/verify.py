@@ -277,12 +277,13 @@ def _digest(
 def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
     """Sources that are not those of the run."""
     digests = {one.path: file_digest(one) for one in prepared.identities}
-    for role, model in prepared.family.models.items():
-        for path in model.files:
+    owners = {f"sources.{role}": (role, model.files) for role, model in prepared.family.models.items()}
+    for place, (role, paths) in {**owners, "merge.mask": ("mask", prepared.family.mask_files)}.items():
+        for path in paths:
             written = manifest.inputs.get((role, Path(path).name))
             if written is None or written.sha256 != digests[path]:
                 expected = f"sha256 {written.sha256}" if written else "no such input"
-                yield f"sources.{role}: {path} has sha256 {digests[path]}; the manifest says {expected}"
+                yield f"{place}: {path} has sha256 {digests[path]}; the manifest says {expected}"
 
 
 def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
