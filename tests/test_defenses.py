@@ -490,6 +490,30 @@ def test_the_merged_factors_are_pefts(family):
                 torch.testing.assert_close(b, expected_b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_written_adapter_is_pefts_merged_adapter(family):
+    """The same rank and the same update, module by module, as a folder that PEFT loads."""
+    import json
+
+    from safetensors.torch import load_file
+
+    text = recipe_text(ADAPTERS, ALWAYS, "{space: factors}", "output: {format: adapter}")
+    before = set(family.root.glob("out*"))
+    run_recipe(family.root, text)
+    (folder,) = set(family.root.glob("out*")) - before
+    written, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    reference = peft_merged(family, [family.root / "finetuned-adapter", family.root / "safety-adapter"], [0.8, 0.2])
+    scale = config["lora_alpha"] / config["r"]
+    for name, (a, b, own) in reference.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        left, right = written[f"{module}.lora_B.weight"], written[f"{module}.lora_A.weight"]
+        assert right.shape == a.shape
+        torch.testing.assert_close(scale * left @ right, own * b @ a, rtol=1e-4, atol=1e-6)
+    assert set(peft_merged(family, [folder], [1.0])) == set(GATED)
+
+
 def test_dare_linear_is_pefts_given_its_draw(family, monkeypatch):
     """PEFT draws with torch.bernoulli, A of each adapter and then B, module by module; here it gets our draws."""
     from peft.utils import merge_utils
