@@ -16,7 +16,7 @@ from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES
 from safemerge_recipes.kernels import BLOCK, as_interpolation
-from safemerge_recipes.methods import Ties
+from safemerge_recipes.methods import FORMS, KERNELS, Ties
 from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
@@ -82,6 +82,8 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         merge = outlook.policy.merge
         if merge.method not in found:
             found[merge.method] = find_method(merge.method, methods)
+        elif merge.space != "factors" and (merge.method in FORMS or merge.method in KERNELS):
+            continue  # fits every tensor if it fits one: no mask, no ranks to agree
         sides = sides_of(outlook.name, family)
         for role in found[merge.method].needs:
             sides.need(role)

@@ -137,8 +137,8 @@ def settled(loaded: LoadedRecipe) -> Recipe:
 
 def choose_device(device: str) -> str:
     """`auto` becomes cuda where there is one. Raises PlanError for a device that is not there."""
-    if device == "cpu":
-        return device
+    if device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"  # without asking torch, which takes a second to load
     import torch
 
     if device == "auto":
