@@ -232,12 +232,10 @@ def run(given: argparse.Namespace) -> None:
     for wave in (first, later):
         for task in TASKS[:2]:
             done = score("tuning", wave, task) and done
-        picked = chosen(scores["tuning"], approaches, given.loss).values()
+        picked = (*chosen(scores["tuning"], approaches, given.loss).values(), *given.also)
         on_test = [label for label in wave if approaches[label] == "reference" or label in picked]
         for task in TASKS[:2]:
             done = score("test", on_test, task) and done
-    for task in TASKS[:2]:
-        done = score("test", given.also, task) and done
     done = score("tuning", halved + drawn, TASKS[1]) and done
     if given.halves_on_test:
         for task in TASKS[:2]:
