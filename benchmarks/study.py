@@ -220,6 +220,9 @@ def run(given: argparse.Namespace) -> None:
         write_json(RESULTS / f"{given.family}.json", content)
 
     labels = list(every)
+    for label in given.also:
+        if label not in every:
+            raise PlanError(f"--also {label}: no such model; expected one of {', '.join(labels)}")
     drawn = [label for label in labels if approaches[label] in CONTROLS]
     halved = [label for label in labels if "half" in label and label not in drawn]
     # What the page needs most comes first, in case time is short.
@@ -229,7 +232,7 @@ def run(given: argparse.Namespace) -> None:
     for wave in (first, later):
         for task in TASKS[:2]:
             done = score("tuning", wave, task) and done
-        picked = chosen(scores["tuning"], approaches, given.loss).values()
+        picked = (*chosen(scores["tuning"], approaches, given.loss).values(), *given.also)
         on_test = [label for label in wave if approaches[label] == "reference" or label in picked]
         for task in TASKS[:2]:
             done = score("test", on_test, task) and done
@@ -259,6 +262,7 @@ def main() -> None:
     one.add_argument("--loss", type=float, default=0.02, help="utility that may be lost, from 0 to 1")
     one.add_argument("--test-limit", type=int, help="the same on the test split")
     one.add_argument("--test-sums", type=int, default=150, help="the same on the test split")
+    one.add_argument("--also", action="append", default=[], metavar="LABEL", help="score this on the test split, too")
     one.add_argument("--halves-on-test", action="store_true", help="score the halves on the test split, too")
     one.add_argument("--controls-on-test", action="store_true", help="and the random halves")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
