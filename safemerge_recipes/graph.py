@@ -20,6 +20,7 @@ from safemerge_recipes.methods import FORMS, KERNELS, Ties
 from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
+from safemerge_recipes.transforms import Project, SvdK
 from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
 __all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
@@ -87,7 +88,20 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         sides = sides_of(outlook.name, family)
         for role in found[merge.method].needs:
             sides.need(role)
-        found[merge.method].work(merge, sides)
+        _check_layout(outlook.name, found[merge.method].work(merge, sides), family)
+
+
+def _check_layout(name: str, work: Work, family: Family) -> None:
+    """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
+    if not isinstance(work, Prepare) or not isinstance(work.transform, Project | SvdK):
+        return
+    stacked = len(family.inventory[name].shape) != 2
+    if stacked or (name in family.input_first and isinstance(work.transform, Project)):
+        how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
+        raise RecipeError(
+            f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
+            "give such tensors another method, or keep them, in `rules`"
+        )
 
 
 def find_method(name: str, methods: Mapping[str, Method]) -> Method:
