@@ -30,6 +30,10 @@ requests (a rule-based matcher that knows degenerate text, [validated here](eval
 look-alikes, and exact answers to sums. The tuning split chooses, the disjoint test split reports. Brackets are Wilson
 95 % intervals; tests are paired by prompt (McNemar, exact) with Holm's correction over each family's comparisons.
 
+Merges are αΔf + (1−α)Δs unless they say otherwise. RESTA is Δf + γV (`add_safety_vector`), WiSE-FT αΔf, Safe LoRA
+`project`; V = W_aligned − W_base, Δf and Δs the task's and the safety adapter's updates. Tensors that a gate leaves
+keep the fine-tuned value.
+
 A merge recovers (its refusals − the fine-tuned model's) / (the aligned model's − the fine-tuned model's).
 """
 

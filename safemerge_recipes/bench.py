@@ -146,6 +146,10 @@ class Bench:
         merged = {task: part.tasks[task] for task, part in zip(names, parts, strict=True)}
         return Scores(label, merged, parts[0].settings, round(sum(part.seconds for part in parts), 3))
 
+    def has(self, graph: Graph, task: str, limit: int | None = None) -> bool:
+        """Whether a score is there already, so that `score` would not run the model."""
+        return self._key(model_key(graph), task, limit or self.settings.limit) in self._known
+
     def _tell(self, label: str, patched: int, left: int | None) -> None:
         text = f"{label}: scored ({patched} tensors patched; {self._spent / self._scored:.0f} s a model)"
         if left:
