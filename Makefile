@@ -33,7 +33,7 @@ demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=4
 
 study: install          ## docs/evidence.md, hours on two cores; MINUTES=60 stops earlier, the next call goes on
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/python benchmarks/study.py run recipes/demo/smollm2_arithmetic.yaml --family arithmetic-2 \
+	$(RUN)/python benchmarks/study.py run recipes/demo/smollm2_arithmetic_linear.yaml --family arithmetic-2 \
 		--halves-on-test --controls-on-test $(if $(MINUTES),--minutes $(MINUTES))
 	$(RUN)/python benchmarks/study.py report
 

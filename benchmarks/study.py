@@ -1,6 +1,6 @@
 """The study behind docs/evidence.md: every selector and every neighbouring method on one family of models.
 
-    python benchmarks/study.py run recipes/demo/smollm2_arithmetic.yaml --family arithmetic-2
+    python benchmarks/study.py run recipes/demo/smollm2_arithmetic_linear.yaml --family arithmetic-2
     python benchmarks/study.py report
 
 `run` scores all points on the tuning split, chooses one point of each approach there, and scores the chosen
