@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 LIMIT ?=
 
-.PHONY: install test test-all lint demo bench bench-quick docs clean
+.PHONY: install test test-all lint demo bench bench-quick fidelity docs clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ bench-quick: install
 
 docs: install           ## the generated pages
 	$(RUN)/python -m safemerge_recipes.recipe_docs
+
+fidelity: install       ## every family with every kind of adapter against PEFT, as a table
+	$(RUN)/python -W ignore -m tests.fidelity_table docs/fidelity.md
 
 clean:
 	rm -rf $(VENV)

@@ -295,10 +295,11 @@ class AdapterWriter:
                 self.parts.tensors[key] = self.load(self.family.inventory[disk])
 
     def base(self) -> str:
-        """What the adapter's config calls the model it lies on."""
+        """What the adapter's config calls the model it lies on: a hub id, or its folder's name, never its place."""
         aligned = self.family.models["aligned"]
         full = (m for m in self.family.models.values() if m.adapter is None and m.checkpoint is aligned.checkpoint)
-        return next(full, aligned).folder.label
+        folder = next(full, aligned).folder
+        return folder.label if folder.revision else folder.path.name
 
 
 def write_adapter(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from safemerge_recipes.checkpoint import INDEX_FILE, FileIdentity
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
-from safemerge_recipes.execute import Resources, execute
+from safemerge_recipes.execute import Resources, execute, region_digest
 from safemerge_recipes.folder import (
     MANIFEST_FILE,
     PLAN_FILE,
@@ -33,6 +33,7 @@ from safemerge_recipes.folder import (
     write_json,
 )  # fmt: skip
 from safemerge_recipes.graph import ENGINE, Graph, build_graph, task_memory
+from safemerge_recipes.header import read_header
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.loading import LoadedRecipe, dump_recipe, read_names
 from safemerge_recipes.manifest import make_manifest
@@ -293,9 +294,7 @@ def _write(
     finally:
         journal.close()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
-    tensors: dict[str, tuple[str, str | None]] = {
-        name: (keys[name], digest) for name, digest in sealed.tensors.items()
-    }
+    tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
     plan, beside = prepared.plan_json(), prepared.side_files
     result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
     return {**result, "resumed": len(done)}
@@ -305,6 +304,7 @@ def _write_adapter(
     prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
 ) -> dict[str, Any]:
     """An adapter is small: it is computed in memory and always written anew."""
+    from safemerge_recipes.adapter_keys import WEIGHTS_FILE
     from safemerge_recipes.adapter_output import write_adapter
 
     check_unchanged(prepared.identities)
@@ -321,7 +321,14 @@ def _write_adapter(
     tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
-    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
+    weights = read_header(part / WEIGHTS_FILE)
+    descriptor = os.open(part / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        digests_by_key = {name: region_digest(descriptor, ref.offset, ref.nbytes) for name, ref in weights.items()}
+    finally:
+        os.close(descriptor)
+    tensors: dict[str, tuple[str, str | None]] = {name: (found, found) for name, found in digests_by_key.items()}
+    result = _document(prepared, part, output, plan, tokenizer, inputs, files, tensors, timings)
     return {**result, "resumed": 0}
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.adapter import open_adapter
+from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint
 from safemerge_recipes.errors import CheckError, SourceError
@@ -153,6 +155,9 @@ def _bytes(
 def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What does not fit between headers, index, config, plan and manifest."""
     try:
+        if CONFIG_FILE in manifest.outputs:  # an adapter: its keys and config must fit each other
+            open_adapter(folder)
+            return
         checkpoint = open_checkpoint(folder)
     except SourceError as error:
         yield str(error)
@@ -203,6 +208,8 @@ def _recompute(
     prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, progress)
     _refuse(folder, list(_inputs(prepared, manifest)))
     _refuse(folder, list(_decisions(prepared, folder)))
+    if prepared.recipe.output.format == "adapter":
+        return _adapter_again(folder, manifest, prepared, progress)
     tasks = list(prepared.graph.tasks)
     if sample is not None and sample < len(tasks):
         tasks = random.Random(seed).sample(tasks, sample)
@@ -229,6 +236,22 @@ def _recompute(
             problems.append(f"(written with {written}; computed again with {versions()})")
     _refuse(folder, problems)
     return [task.slot.name for task in tasks]
+
+
+def _adapter_again(folder: Path, manifest: Manifest, prepared: Prepared, progress: Progress) -> list[str]:
+    """Makes the adapter again; it is small, so always the whole of it."""
+    import tempfile
+
+    from safemerge_recipes.adapter_output import write_adapter
+
+    graph = prepared.graph
+    progress.phase("again", graph.bytes_written)
+    with tempfile.TemporaryDirectory() as place:
+        memory = prepared.resources.memory
+        files, _ = write_adapter(prepared.plan, prepared.family, graph, Path(place), memory, progress.tick)
+    other = [name for name, digest in files.items() if manifest.outputs[name].sha256 != digest]
+    _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in other])
+    return list(manifest.tensors)
 
 
 def _digest(

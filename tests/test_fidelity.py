@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safemerge_recipes import kernels
-from safemerge_recipes.errors import PlanError, SourceError
+from safemerge_recipes.errors import CheckError, PlanError, SourceError
 from tests import zoo
 from tests.fidelity_table import EXACT, KINDS, MIXTURES, Bench, cases
 
@@ -607,3 +607,20 @@ def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_
     assert "config.json" not in names
     manifest = json.loads((tmp_path / "out" / "safemerge_manifest.json").read_text())
     assert {entry["file"] for entry in manifest["outputs"]} == names - {"safemerge_manifest.json"}
+
+
+def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.run import Silent
+    from safemerge_recipes.verify import verify
+
+    recipe = _three(bench, tmp_path, merge={"method": "ties"})
+    zoo.run({**recipe, "output": {"format": "adapter", "rank": 4}}, tmp_path / "out")
+    resources = Resources(device="cpu", workers=1, memory=2_000_000_000)
+    assert verify(tmp_path / "out", resources, Silent(), deep=True)["recomputed"] > 0
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckError, match=r"adapter_model\.safetensors: base_model.*its bytes changed"):
+        verify(tmp_path / "out", resources, Silent())
