@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 LIMIT ?=
 
-.PHONY: install test test-all lint demo bench bench-quick fidelity docs clean
+.PHONY: install test test-all lint demo study bench bench-quick fidelity docs clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +30,12 @@ lint: install
 demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
 	$(RUN)/python recipes/demo/family.py
 	$(RUN)/safemerge-run recipes/demo/smollm2_arithmetic.yaml --force $(if $(LIMIT),--set evaluate.limit=$(LIMIT))
+
+study: install          ## docs/evidence.md, hours on two cores; MINUTES=60 stops earlier, the next call goes on
+	$(RUN)/python recipes/demo/family.py
+	$(RUN)/python benchmarks/study.py run recipes/demo/smollm2_arithmetic.yaml --family arithmetic-2 \
+		--halves-on-test --controls-on-test $(if $(MINUTES),--minutes $(MINUTES))
+	$(RUN)/python benchmarks/study.py report
 
 bench: install          ## against every peer and against copying the bytes, 1.1 B parameters
 	$(RUN)/python -m benchmarks.run --size llama-1.1b --rounds 5 --peer-rounds 1

@@ -15,21 +15,23 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.study_page import CONTROLS, write_page
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench, model_key
 from safemerge_recipes.errors import PlanError, SafemergeError
+from safemerge_recipes.evaluate import Scores, TaskScores
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.folder import write_json
 from safemerge_recipes.graph import Graph
 from safemerge_recipes.provenance import cache_folder, versions
 from safemerge_recipes.run import Silent
-from safemerge_recipes.scoring import table
+from safemerge_recipes.scoring import compared, table
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "docs" / "evidence"
@@ -66,7 +68,7 @@ def points() -> Iterator[Point]:
     for weight in ("0.5", "1.0"):
         method = ("merge.method=task_arithmetic", "merge.lambda_finetuned=1.0", f"merge.lambda_safety={weight}")
         yield Point("Δf + λΔs everywhere", f"Δf + {weight} Δs", (ALWAYS, *method))
-    for gamma in ("0.25", "0.5"):
+    for gamma in ("0.25", "0.5", "0.75", "1.0"):
         method = ("merge.method=add_safety_vector", f"merge.gamma={gamma}")
         yield Point("RESTA", f"RESTA, γ = {gamma}", (ALWAYS, *method))
     for alpha in ("0.7", "0.5"):
@@ -90,7 +92,7 @@ def models(bench: Bench, seeds: int) -> dict[str, tuple[str, Graph, int]]:
             print(f"{point.label}: left out: {error}", file=sys.stderr)
     half = bench.plan((HALF, "merge.alpha=0.5"))
     for seed in range(seeds):
-        for per_module, label in ((False, "random half"), (True, "random half of each module type")):
+        for per_module, label in zip((False, True), CONTROLS, strict=True):
             plan = controls.drawn(half, seed, per_module)
             found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
     return found
@@ -130,13 +132,48 @@ def chosen(tuning: dict[str, Any], approaches: dict[str, str], allowed_loss: flo
     return found
 
 
+def half_tests(tuning: dict[str, Any], approaches: dict[str, str]) -> list[dict[str, Any]]:
+    """Each half that a metric picks against random halves: exact one-sided p for safety and for utility.
+
+    No half was chosen by its score, so that the tuning split serves.
+    """
+    found = []
+    places = {"refusal": (f"{TASKS[0]}_tuning", "refusal"), "utility": (f"{TASKS[1]}_tuning", "acc")}
+    for quantity, (task, metric) in places.items():
+        values = {label: tasks[task][metric]["value"] for label, tasks in tuning.items() if task in tasks}
+        for label, approach in approaches.items():
+            if "half" not in approach or approach in CONTROLS or label not in values:
+                continue
+            for control in CONTROLS:
+                draws = sorted(values[one] for one, its in approaches.items() if its == control and one in values)
+                if draws:
+                    p = controls.exact_p(values[label], draws)
+                    row = {"half": label, "control": control, "quantity": quantity, "value": values[label]}
+                    found.append(
+                        {**row, "draws": draws, "p": p, "p_low": controls.exact_p(-values[label], [-d for d in draws])}
+                    )
+    return found
+
+
+def verdicts(test: dict[str, dict[str, TaskScores]]) -> list[dict[str, Any]]:
+    """Paired tests on the test split: every model against the fine-tuned one and against the uniform merge."""
+    models = {label: Scores(label, tasks, {}, 0.0) for label, tasks in test.items()}
+    uniform = next((label for label in models if label.startswith("uniform")), "")
+    return [
+        {**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in compared(models, ("fine-tuned", uniform))
+    ]
+
+
 def run(given: argparse.Namespace) -> None:
     """Score what is missing, as long as time allows, and write the family's results."""
     from rich.console import Console
 
     deadline = time.monotonic() + 60 * given.minutes
     store = cache_folder() / "study" / f"{given.family}.jsonl"
-    limits = {TASKS[0]: given.limit, TASKS[1]: given.sums, TASKS[2]: given.limit}
+    limits = {
+        "tuning": {TASKS[0]: given.limit, TASKS[1]: given.sums, TASKS[2]: given.limit},
+        "test": {TASKS[0]: given.test_limit, TASKS[1]: given.test_sums, TASKS[2]: given.test_limit},
+    }
     overrides = ["evaluate.batch_size=32", *given.set]
     bench = Bench(
         given.recipe, overrides, store, Resources(1, 1 << 30), Silent(), Console(stderr=True), [f"{TASKS[0]}_tuning"]
@@ -144,14 +181,16 @@ def run(given: argparse.Namespace) -> None:
     every = models(bench, given.seeds)
     approaches = {label: approach for label, (approach, _, _) in every.items()}
     scores: dict[str, dict[str, Any]] = {"tuning": {}, "test": {}}
+    kept: dict[str, dict[str, dict[str, TaskScores]]] = {"tuning": {}, "test": {}}
 
     def score(split: str, labels: list[str], task: str) -> bool:
         name = f"{task}_tuning" if split == "tuning" else task
         for place, label in enumerate(labels):
             if time.monotonic() > deadline:
                 return False
-            found = bench.score(every[label][1], label, [name], len(labels) - place - 1, limits[task])
+            found = bench.score(every[label][1], label, [name], len(labels) - place - 1, limits[split][task])
             scores[split].setdefault(label, {}).update(table({label: found})[label])
+            kept[split].setdefault(label, {}).update(found.tasks)
             keep()
         return True
 
@@ -169,20 +208,28 @@ def run(given: argparse.Namespace) -> None:
             "chosen": chosen(scores["tuning"], approaches, given.loss),
             "allowed_loss": given.loss,
             "scores": scores,
+            "halves": half_tests(scores["tuning"], approaches),
+            "comparisons": verdicts(kept["test"]),
         }
         write_json(RESULTS / f"{given.family}.json", content)
 
     labels = list(every)
     drawn = [label for label in labels if label.startswith("random")]
-    fixed = [label for label in labels if label not in drawn]
-    on_test = ["aligned", "fine-tuned"]
+    halved = [label for label in labels if "half" in label and label not in drawn]
+    others = [label for label in labels if label not in drawn and label not in halved]
+    # What the page needs most comes first, in case time is short.
     done = score("tuning", labels, TASKS[0])
-    done = score("tuning", fixed, TASKS[1]) and done
-    on_test += [label for label in chosen(scores["tuning"], approaches, given.loss).values() if label not in on_test]
+    done = score("tuning", others, TASKS[1]) and done
+    on_test = ["aligned", "fine-tuned"]
+    on_test += [
+        label
+        for approach, label in chosen(scores["tuning"], approaches, given.loss).items()
+        if given.halves_on_test or "half" not in approach
+    ]
     for task in TASKS:
         done = score("test", on_test, task) and done
-    done = score("tuning", drawn, TASKS[1]) and done
-    done = score("tuning", fixed, TASKS[2]) and done
+    done = score("tuning", halved + drawn, TASKS[1]) and done
+    done = score("tuning", others + halved, TASKS[2]) and done
     if given.controls_on_test:
         for task in TASKS[:2]:
             done = score("test", drawn, task) and done
@@ -201,9 +248,14 @@ def main() -> None:
     one.add_argument("--seeds", type=int, default=10, help="random controls of each kind")
     one.add_argument("--minutes", type=float, default=1e6)
     one.add_argument("--loss", type=float, default=0.02, help="utility that may be lost, from 0 to 1")
-    one.add_argument("--controls-on-test", action="store_true")
+    one.add_argument("--test-limit", type=int, help="the same on the test split")
+    one.add_argument("--test-sums", type=int, default=150, help="the same on the test split")
+    one.add_argument("--halves-on-test", action="store_true", help="score the halves on the test split, too")
+    one.add_argument("--controls-on-test", action="store_true", help="and the random halves")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     one.set_defaults(call=run)
+    page = verbs.add_parser("report")
+    page.set_defaults(call=lambda given: write_page(RESULTS, HERE / "docs" / "evidence.md"))
     given = parser.parse_args()
     try:
         given.call(given)

@@ -23,15 +23,16 @@ from safemerge_recipes.blocks import Arena, Reader, torch_dtype
 from safemerge_recipes.checkpoint import same_bytes
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.execute import TaskRun
-from safemerge_recipes.graph import Apply, Copy, Graph, Sum, Task
+from safemerge_recipes.graph import Graph, Task
 from safemerge_recipes.header import TensorRef, header_bytes
 from safemerge_recipes.kernels import joined_factors
 from safemerge_recipes.low_rank import recompress, truncate
-from safemerge_recipes.methods import KERNELS, Slerp
+from safemerge_recipes.methods import Slerp
 from safemerge_recipes.names import is_block_matrix
 from safemerge_recipes.operands import LowRankStack, Rescaled, Rows
 from safemerge_recipes.plan import Plan
 from safemerge_recipes.roles import Family
+from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ class _Collected(TaskRun):
         self.blocks.append(values.float().clone())
 
 
-def _evaluated(task: Task, work: Sum | Apply, reader: Reader, arena: Arena) -> torch.Tensor:
+def _evaluated(task: Task, work: Sum | Apply | Prepare, reader: Reader, arena: Arena) -> torch.Tensor:
     """All values of a task's work, float32, in the tensor's shape."""
     import torch
 
@@ -71,16 +72,13 @@ def _evaluated(task: Task, work: Sum | Apply, reader: Reader, arena: Arena) -> t
     return torch.cat(run.blocks).view(task.slot.shape)
 
 
-def _update(work: Copy | Sum | Apply, reference: Weight) -> Sum | Apply:
+def _update(work: Work, reference: Weight) -> Sum | Apply | Prepare:
     """The work less the reference weight, symbolically, so that what cancels is never computed."""
     if isinstance(work, Copy):
         return Sum(Weight.of(Stored(work.source)) - reference)
     if isinstance(work, Sum):
         return Sum(work.weight - reference)
-    origin = work.origin - reference
-    if work.merge.method == "slerp" and origin.is_zero and _thin(work.x, work.y):
-        return work  # its coefficients are found from the factors
-    return Apply(origin, work.x, work.y, work.merge)
+    return replace(work, origin=work.origin - reference)
 
 
 def _thin(*weights: Weight) -> bool:
@@ -92,17 +90,16 @@ def _slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
     """Slerp of two low-rank updates as a sum: its coefficients follow from the factors' inner products."""
     import torch
 
-    kernel = KERNELS["slerp"](work.merge)
-    assert isinstance(kernel, Slerp)
-    x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in (work.x, work.y))
+    assert isinstance(work.kernel, Slerp)
+    x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in work.inputs)
 
     def inner(one: tuple[torch.Tensor, torch.Tensor] | None, other: tuple[torch.Tensor, torch.Tensor] | None) -> float:
         if one is None or other is None:  # zero
             return 0.0
         return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
 
-    first, second = kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
-    return exact(first) * work.x + exact(second) * work.y
+    first, second = work.kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
+    return exact(first) * work.inputs[0] + exact(second) * work.inputs[1]
 
 
 def _refuse_unfit(name: str, weight: Weight) -> None:
@@ -146,7 +143,7 @@ class AdapterWriter:
         """Takes up one tensor of the output."""
         task, reference = self.tasks[name], self.reference(name)
         work = _update(task.work, reference)
-        weights = (work.weight,) if isinstance(work, Sum) else (work.x, work.y)
+        weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
         if all(weight.is_zero for weight in weights):
             return
         base = reference.stored
@@ -154,7 +151,8 @@ class AdapterWriter:
             return
         for weight in weights:
             _refuse_unfit(name, weight)
-        if isinstance(work, Apply) and work.merge.method == "slerp" and _thin(*weights):
+        slerp = isinstance(work, Apply) and isinstance(work.kernel, Slerp) and work.origin.is_zero
+        if isinstance(work, Apply) and slerp and _thin(*weights):
             work = Sum(_slerp(work, self.reader, self.arena))
         if isinstance(work, Sum) and work.weight.low_rank:
             self.exact(name, work.weight)
@@ -175,9 +173,11 @@ class AdapterWriter:
             b, a, lost = recompress(b, a, self.rank)
         self.write(name, b, a, lost)
 
-    def approximate(self, name: str, task: Task, work: Sum | Apply) -> None:
+    def approximate(self, name: str, task: Task, work: Sum | Apply | Prepare) -> None:
         """A dense update, truncated to the wanted rank."""
-        weights = (work.weight,) if isinstance(work, Sum) else (work.x, work.y)
+        weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
+        if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
+            weights = tuple(weight for weight in weights if weight.low_rank)
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
         rank = self.rank or (sum(own) if _thin(*weights) else 0)
         if not rank:
@@ -208,7 +208,7 @@ class AdapterWriter:
         self.parts.ranks[module] = rank
         self.parts.notes[name] = {"rank": rank, "lost_energy": lost}
 
-    def tokens(self, name: str, work: Copy | Sum | Apply) -> bool:
+    def tokens(self, name: str, work: Work) -> bool:
         """Trained rows of the embedding pass through; True if the tensor is nothing else."""
         if not isinstance(work, Sum) or len(work.weight.terms) != 1:
             return False

@@ -103,6 +103,54 @@ class LowRank:
         return 8 * (self.b.numel + self.a.numel)
 
 
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """(Σᵢ bᵢ·Bᵢ)·(Σᵢ aᵢ·Aᵢ): LoRA factors of one rank combined one by one, as PEFT's `linear` does.
+
+    Attributes:
+        parts: (coefficient of B, coefficient of A, factors) of each adapter; the scale of the factors is in
+            the coefficients.
+        draw: (density, seed, tensor name) where elements of every factor are dropped at random first, the rest
+            divided by the density; None: all stay.
+    """
+
+    parts: tuple[tuple[float, float, LowRank], ...]
+    draw: tuple[float, int, str] | None = None
+    scale: float = 1.0
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the product is transposed; the same for all parts."""
+        return self.parts[0][2].transposed
+
+    @property
+    def rank(self) -> int:
+        """r, common to all parts."""
+        return self.parts[0][2].rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the product."""
+        return self.parts[0][2].shape
+
+    def describe(self, name: Naming) -> str:
+        """Factors, coefficients and draw."""
+        parts = ",".join(f"{b!r}:{a!r}:{low_rank.describe(name)}" for b, a, low_rank in self.parts)
+        return f"Blend({parts}|{self.draw!r})"
+
+    def memory(self, block: int) -> int:
+        """The factors of every part, twice."""
+        return sum(low_rank.memory(block) for _, _, low_rank in self.parts)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All factors."""
+        return tuple(ref for _, _, factors in self.parts for ref in factors.refs)
+
+
+Factored = (LowRank, Blend)
+"""The operands that are products of factors."""
+
 Number = int | float | Fraction
 
 
@@ -158,7 +206,7 @@ class Weight:
     @property
     def low_rank(self) -> bool:
         """Whether the sum holds nothing but LoRA products, so that its factors say everything."""
-        return bool(self.terms) and all(isinstance(operand, LowRank) for _, operand in self.terms)
+        return bool(self.terms) and all(isinstance(operand, Factored) for _, operand in self.terms)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError
 from safemerge_recipes.evaluate import Scores, expand
 from safemerge_recipes.execute import Resources
-from safemerge_recipes.graph import Graph, build_graph
+from safemerge_recipes.graph import Graph, build_graph, check_merges
 from safemerge_recipes.live import LiveModel, role_graph
 from safemerge_recipes.loading import LoadedRecipe, load_recipe
 from safemerge_recipes.measuring import Measurer
-from safemerge_recipes.plan import Plan, make_plan, survey
+from safemerge_recipes.plan import Plan, check_gates, make_plan, survey
 from safemerge_recipes.recipe import Evaluate, Role
 from safemerge_recipes.refusal import MATCHER_VERSION
 from safemerge_recipes.run import Prepared, Progress, prepare, resolve, settled
@@ -85,11 +85,16 @@ class Bench:
         recipe = settled(load_recipe(self.path, (*self.overrides, *overrides)))
         if recipe.sources != self.prepared.recipe.sources:
             raise RecipeError(f"{', '.join(overrides)}: changes the sources; expected one family in one sweep")
-        return make_plan(recipe, self.prepared.family, survey(recipe, self.prepared.family), self.measurer)
+        family, registry = self.prepared.family, self.prepared.registry
+        outlooks = survey(recipe, family, registry.metrics)
+        check_gates(outlooks, registry.selectors)
+        check_merges(outlooks, family, registry.methods)
+        return make_plan(recipe, family, outlooks, self.measurer, registry.metrics, registry.selectors)
 
     def graph(self, plan: Plan) -> Graph:
         """The work of a plan."""
-        return build_graph(plan, self.prepared.family, self.prepared.identities)
+        registry = self.prepared.registry
+        return build_graph(plan, self.prepared.family, self.prepared.identities, registry.methods, registry.brings)
 
     def role(self, role: Role) -> Graph:
         """The work of writing a source itself.
@@ -142,7 +147,7 @@ class Bench:
         return Scores(label, merged, parts[0].settings, round(sum(part.seconds for part in parts), 3))
 
     def _tell(self, label: str, patched: int, left: int | None) -> None:
-        text = f"{label}: scored in {self._spent / self._scored:.0f} s on average, {patched} tensors patched"
+        text = f"{label}: scored ({patched} tensors patched; {self._spent / self._scored:.0f} s a model)"
         if left:
             minutes = left * self._spent / self._scored / 60
             text += f"; {left} to go, about {minutes:.0f} min" if minutes >= 1 else f"; {left} to go"

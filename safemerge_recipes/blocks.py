@@ -24,10 +24,14 @@ COPY_CHUNK = 1 << 26
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name that may take part in arithmetic."""
+    """The torch dtype of a safetensors dtype name: of one that may take part in arithmetic, or be a mask."""
     import torch
 
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+        "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    }[name]  # fmt: skip
 
 
 class Arena:

@@ -46,8 +46,10 @@ ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which en
 
 def _load(recipe: Path, overrides: list[str] | None) -> LoadedRecipe:
     from safemerge_recipes.loading import load_recipe
+    from safemerge_recipes.registry import read_registry
 
-    return load_recipe(recipe, overrides or (), metrics=(), methods=())
+    registry = read_registry()
+    return load_recipe(recipe, overrides or (), metrics=registry.names("metrics"), methods=registry.names("methods"))
 
 
 def _bytes(text: str) -> int:
@@ -174,6 +176,53 @@ def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
     loaded = _load(recipe, set_)
     rules = len(loaded.recipe.rules)
     print(f"{recipe}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
+
+
+@app.command()
+def controls(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Default: RECIPE-controls beside it.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="How many random controls of each kind.")] = 3,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Write a recipe's controls: as many tensors at random (also by module type), the others, all, none."""
+    from safemerge_recipes.control_recipes import control_recipes, write_recipes
+    from safemerge_recipes.run import resolve
+
+    memory = _bytes(max_memory)
+    loaded = _load(recipe, set_)
+    prepared, _ = _prepare(resolve(loaded), device, workers, memory)
+    folder = Path.cwd() / output if output else loaded.directory / f"{loaded.path.stem}-controls"
+    for path in write_recipes(control_recipes(loaded, prepared.plan, folder, seeds), folder):
+        print(path)
+
+
+@app.command()
+def plugins(json_: JsonOption = False) -> None:
+    """List the metrics, selectors and merge methods that recipes may name, and where each comes from."""
+    from safemerge_recipes.registry import KINDS, read_registry
+
+    registry = read_registry()
+    entries = [entry for kind in KINDS for entry in registry.entries[kind].values()]
+    for entry in entries:
+        entry.load()
+    if json_:
+        rows = [{"kind": e.kind, "name": e.name, "origin": e.origin, "target": e.target} for e in entries]
+        sys.stdout.write(json.dumps(rows) + "\n")
+        return
+    width = max(len(entry.name) for entry in entries)
+    for kind in KINDS:
+        print(f"{kind}:")
+        for entry in registry.entries[kind].values():
+            print(f"  {entry.name:<{width}}  {entry.origin}  {entry.target}")
+    if origin := registry.origin("methods", "mergekit:"):
+        print(f"  {'mergekit:<any of its methods>':<{width}}  {origin}")
 
 
 @app.command()

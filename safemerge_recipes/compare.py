@@ -6,7 +6,7 @@ Turns each into scores; knows nothing of printing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluate import Scores, evaluate, expand
 from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.loading import load_recipe
+from safemerge_recipes.manifest import read_record, restamp
 from safemerge_recipes.scoring import MERGED, attach, document, threads
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def evaluate_folder(
     scores = evaluate(folder, names, device=device, name=name, threads=threads(), **options)
     content = document({name: scores}, ())
     if ours:
-        attach(folder, content, json.loads((folder / PLAN_FILE).read_text()), provenance_in(folder))
+        attach(folder, content, read_record(folder / PLAN_FILE), provenance_in(folder))
         console.print(f"Put the scores into {folder}", markup=False)
     return content
 
@@ -148,7 +149,7 @@ def provenance_in(folder: Path) -> dict[str, Any]:
         CheckError: The folder is no finished output.
     """
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_record(folder / MANIFEST_FILE)
         text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
         given = load_recipe(folder / RECIPE_FILE).recipe.sources.roles()
         sources = {}
@@ -181,11 +182,9 @@ def render_again(folder: Path) -> None:
     """
     from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE
     from safemerge_recipes.run import render_documents
-    from safemerge_recipes.scoring import refresh_manifest
 
     provenance = provenance_in(folder)
-    plan = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
-    scores_file = folder / SCORES_FILE
-    scores: Mapping[str, Any] | None = json.loads(scores_file.read_text()) if scores_file.exists() else None
-    render_documents(folder, plan, None if scores is None else dict(scores), provenance)
-    refresh_manifest(folder, (REPORT_FILE, "README.md"))
+    plan = read_record(folder / PLAN_FILE)
+    scores = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
+    render_documents(folder, plan, scores, provenance)
+    restamp(folder, (REPORT_FILE, "README.md"))

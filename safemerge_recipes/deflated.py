@@ -16,7 +16,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.measure import Moments, Streamed, gram_moment, normal_probes, orthonormal, square_sum
+from safemerge_recipes.measure import (
+    Moments,
+    Streamed,
+    gram_moment,
+    inner_product,
+    normal_probes,
+    orthonormal,
+    square_sum,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +54,11 @@ def interval(fixed: tuple[float, float], samples: tuple[torch.Tensor, torch.Tens
     return math.expm1(min(quantile * spread, 50.0))
 
 
+def _half_width(samples: torch.Tensor) -> float:
+    """Half-width of the interval of a mean of float64 samples."""
+    return QUANTILE * float(samples.std()) / math.sqrt(len(samples))
+
+
 def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
     """The moments of V and Δ, `(d_out, d_in)`, with intervals for ρ and ρ₀. Sums of squares are float64."""
     import torch
@@ -63,13 +76,14 @@ def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
     image = torch.zeros(v.rows, RANK, dtype=v.dtype, device=device)  # S = V·right
     gram_rows = torch.zeros(2 * RANK, v.columns, dtype=v.dtype, device=device)
     inner = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # SᵀΔ
-    delta_square = 0.0
+    delta_square = product = 0.0
     for (rows, block), (_, d_block) in zip(v, delta, strict=True):  # pass 2
         both = block @ torch.cat([right, outside], dim=1)
         image[rows] = both[:, :RANK]
         gram_rows += both.T @ block
         inner += both[:, :RANK].T @ d_block
         delta_square += square_sum(d_block)
+        product += inner_product(block, d_block)
     gram, gram_error = gram_moment(gram_rows, RANK, QUANTILE)
 
     q64, r64 = torch.linalg.qr(image.double())
@@ -108,4 +122,6 @@ def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
     return Moments(
         overlap, squared, delta_square, v_square, gram,
         rho_error=min(1.0, rho * relative) if rho else 1.0, null_error=null * gram_error / 2, d_out=v.rows,
+        inner=product, overlap_error=_half_width(overlap_samples), image_error=_half_width(image_samples),
+        numel=v.rows * v.columns,
     )  # fmt: skip

@@ -13,18 +13,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader, torch_dtype, write_bytes, write_tensor
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
 from safemerge_recipes.finite import non_finite
-from safemerge_recipes.graph import Apply, Copy, Graph, Sum, Task
+from safemerge_recipes.graph import Graph, Task
 from safemerge_recipes.journal import Journal
 from safemerge_recipes.kernels import Evaluator, as_interpolation, blocks, has_factors, working_dtype
-from safemerge_recipes.methods import KERNELS
 from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.shards import Layout
+from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Tools
 
 if TYPE_CHECKING:
     import torch
@@ -227,6 +227,8 @@ class TaskRun:
                 self._interpolate(*pair)
             else:
                 self._sum(work.weight)
+        elif isinstance(work, Prepare):
+            self._prepare(work)
         else:
             self._apply(work)
         return self.digest.hexdigest()
@@ -282,45 +284,55 @@ class TaskRun:
             (values,) = evaluate(first, last)
             self._emit(values)
 
+    def _prepare(self, work: Prepare) -> None:
+        shape = self.task.slot.shape
+        columns = shape[-1]
+        tools = Tools(self.reader, self.arena, self.room)
+        rows = work.transform.prepare(self.task.slot.name, work.inputs, shape, tools)
+        dtype = working_dtype(work.origin, *work.inputs)
+        origin = None if work.origin.is_zero else Evaluator((work.origin,), self.reader, self.arena, "sum", dtype)
+        for first, last in blocks(shape, True):
+            values = rows(first // columns, last // columns).reshape(-1)
+            self._emit(values if origin is None else origin(first, last)[0].add_(values))
+
     def _apply(self, work: Apply) -> None:
-        kernel = KERNELS[work.merge.method](work.merge)
-        slot = self.task.slot
-        weights = (work.x, work.y, work.origin)
+        kernel, slot = work.kernel, self.task.slot
+        weights = (*work.inputs, work.origin)
         dtype = working_dtype(*weights)
         ranges = list(blocks(slot.shape, any(map(has_factors, weights))))
         numel = ranges[-1][1]
-        pair = Evaluator(weights[:2], self.reader, self.arena, "pair", dtype)
-        hold = 2 * numel * dtype.itemsize <= self.room
-        kept = [self.arena.take(f"held {side}", numel, dtype) for side in ("x", "y")] if hold else []
-        held: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        inputs = Evaluator(work.inputs, self.reader, self.arena, "inputs", dtype)
+        hold = len(work.inputs) * numel * dtype.itemsize <= self.room
+        kept = [self.arena.take(f"held {n}", numel, dtype) for n in range(len(work.inputs))] if hold else []
+        held: list[tuple[Any, ...]] = []
 
-        def passes(every: int = 1) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        def passes(every: int = 1) -> Iterator[tuple[Any, ...]]:
             if held:
                 yield from held
                 return
             for first, last in ranges if hold else ranges[::every]:
                 if self.stop.is_set():
                     raise StoppedError
-                x, y = pair(first, last)
+                found = inputs(first, last)
                 if hold:
-                    x, y = (whole[first:last].copy_(block) for whole, block in zip(kept, (x, y), strict=True))
-                    held.append((first, x, y))
-                yield first, x, y
+                    found = tuple(w[first:last].copy_(block) for w, block in zip(kept, found, strict=True))
+                    held.append((first, *found))
+                yield first, *found
 
         state = kernel.scan(slot.name, numel, passes, self.arena)
         if work.origin.is_zero:
-            for first, x, y in passes():
-                self._emit(kernel.apply(state, first, x, y, self.arena))
+            for first, *found in passes():
+                self._emit(kernel.apply(state, first, *found, self.arena))
         elif held:
-            origin = Evaluator(weights[2:], self.reader, self.arena, "origin", dtype)
-            for (first, x, y), (_, last) in zip(held, ranges, strict=True):
-                merged = kernel.apply(state, first, x, y, self.arena)
+            origin = Evaluator(weights[-1:], self.reader, self.arena, "origin", dtype)
+            for (first, *found), (_, last) in zip(held, ranges, strict=True):
+                merged = kernel.apply(state, first, *found, self.arena)
                 self._emit(merged.add_(origin(first, last)[0]))
         else:
             every = Evaluator(weights, self.reader, self.arena, "all", dtype)
             for first, last in ranges:
-                x, y, origin_block = every(first, last)
-                self._emit(kernel.apply(state, first, x, y, self.arena).add_(origin_block))
+                *found, origin_block = every(first, last)
+                self._emit(kernel.apply(state, first, *found, self.arena).add_(origin_block))
 
 
 def execute(

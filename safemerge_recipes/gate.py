@@ -1,229 +1,144 @@
 """The gate: measured tensors in, decisions with reasons out. Pure; reads nothing.
 
-A candidate is a tensor, or a group of tensors decided together, with its value and the half-width of the
-interval the value is known to. `unsettled` names the candidates whose interval leaves the decision open;
-once those are measured exactly, `decide` gives the decisions that exact measurement of all would give.
+Holds the built-in metrics and the rule for tensors where a metric is undefined; how candidates are chosen is
+the selectors' business. `unsettled` names the candidates whose interval leaves the decision open; once those
+are measured exactly, `decide` gives the decisions that exact measurement of all would give.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.errors import PlanError
 from safemerge_recipes.measure import Moments
-from safemerge_recipes.names import module_type
-from safemerge_recipes.patterns import compile_patterns
 from safemerge_recipes.recipe import Gate
+from safemerge_recipes.selectors import SELECTORS, Candidate, Decision, Question, Selector, ask
+
+__all__ = ["METRICS", "Candidate", "Decision", "Metric", "candidate", "check", "decide", "unsettled"]
+
+Metric = Callable[[Moments, int], tuple[float | None, float]]
+"""(moments of a tensor or group, gate.rank) -> (value or None where undefined, half-width of its interval)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One decision to make. `value` None: the metric is undefined (`why`) or was not measured."""
-
-    name: str
-    value: float | None
-    error: float = 0.0
-    why: str | None = None
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return (self.value or 0.0) - self.error
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return (self.value or 0.0) + self.error
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Whether a tensor is merged, and why."""
-
-    merge: bool
-    reason: str
-
-
-def _rho(m: Moments, rank: int) -> tuple[float | None, float]:
+def rho(m: Moments, rank: int) -> tuple[float | None, float]:
+    """ρ = cos(VVᵀΔ, Δ), the paper's (arXiv 2503.17239), in [0, 1]."""
     return m.rho, m.rho_error
 
 
-def _rho_ratio(m: Moments, rank: int) -> tuple[float | None, float]:
+def rho_ratio(m: Moments, rank: int) -> tuple[float | None, float]:
+    """ρ/ρ₀: how many times what an update unrelated to V would show, ρ₀ ≈ √(‖V‖⁴/‖VᵀV‖²/d_out)."""
     if m.rho is None or not m.rho_null:
         return None, 0.0
     ratio = m.rho / m.rho_null
-    relative = (m.rho_error / m.rho if m.rho else 0.0) + m.null_error / m.rho_null
-    return ratio, ratio * relative
+    return ratio, (m.rho_error + ratio * m.null_error) / max(m.rho_null - m.null_error, 1e-300)
 
 
-def _norm_ratio(m: Moments, rank: int) -> tuple[float | None, float]:
+def cosine(m: Moments, rank: int) -> tuple[float | None, float]:
+    """cos(Δ, V) in [−1, 1]: whether fine-tuning went along with alignment or against it."""
+    if m.degenerate:
+        return None, 0.0
+    return max(-1.0, min(1.0, m.inner / (math.sqrt(m.delta) * math.sqrt(m.v)))), 0.0
+
+
+def residual(m: Moments, rank: int) -> tuple[float | None, float]:
+    """1 − ‖U_kᵀΔ‖²/‖Δ‖² in [0, 1]: energy of Δ outside the k leading left singular directions of V."""
+    if m.degenerate:
+        return None, 0.0
+    return max(0.0, 1 - m.inside / m.delta), m.inside_error / m.delta
+
+
+def norm_ratio(m: Moments, rank: int) -> tuple[float | None, float]:
+    """‖Δ‖/‖V‖."""
     return (None, 0.0) if m.degenerate else (math.sqrt(m.delta / m.v), 0.0)
 
 
-METRICS: Mapping[str, Callable[[Moments, int], tuple[float | None, float]]] = {
-    "rho": _rho,
-    "rho_ratio": _rho_ratio,
-    "norm_ratio": _norm_ratio,
+def e_diem(m: Moments, rank: int) -> tuple[float | None, float]:
+    """(d − √(2n)) / √(2n(1 − 1/π)) with d = ‖CΔ − Δ‖, C = VVᵀ/‖V‖, n elements: SPLoRA's distance, a surrogate.
+
+    SPLoRA (arXiv 2506.18931) standardises d by its mean and variance over samples of layers, which its published
+    code replaces by these values for n elements where it is given none; the order within one shape is the same.
+    """
+    if m.degenerate:
+        return None, 0.0
+    square = m.image / m.v - 2 * m.overlap / math.sqrt(m.v) + m.delta
+    error = m.image_error / m.v + 2 * m.overlap_error / math.sqrt(m.v)
+    d = math.sqrt(max(0.0, square))
+    half = max(math.sqrt(max(0.0, square + error)) - d, d - math.sqrt(max(0.0, square - error)))
+    spread = math.sqrt(2 * m.numel * (1 - 1 / math.pi))
+    return (d - math.sqrt(2 * m.numel)) / spread, half / spread
+
+
+METRICS: Mapping[str, Metric] = {
+    "rho": rho,
+    "rho_ratio": rho_ratio,
+    "cosine": cosine,
+    "residual": residual,
+    "norm_ratio": norm_ratio,
+    "e_diem": e_diem,
 }
-"""Built-in metrics: moments of a tensor or group -> (value, half-width of its interval)."""
+"""The built-in metrics."""
 
 
-def candidate(name: str, moments: Moments | None, gate: Gate) -> Candidate:
+def candidate(name: str, moments: Moments | None, gate: Gate, metrics: Mapping[str, Metric] = METRICS) -> Candidate:
     """The candidate of a tensor or group under the gate's metric."""
     if moments is None:
         return Candidate(name, None)
-    value, error = METRICS[gate.metric](moments, gate.rank)
-    return Candidate(name, value, error, moments.degenerate if value is None else None)
+    value, error = metrics[gate.metric](moments, gate.rank)
+    why = (moments.degenerate or "it cannot be computed") if value is None else None
+    return Candidate(name, value, error, why)
 
 
-def _sign(gate: Gate) -> int:
-    return 1 if gate.direction == "below" else -1
+def check(gate: Gate, names: Sequence[str], selectors: Mapping[str, Selector] = SELECTORS) -> None:
+    """Refuses, before anything is measured, what the selector cannot do with so many candidates.
+
+    Raises:
+        PlanError: more are to be chosen than there are.
+        RecipeError: patterns match nothing, or a plugin's selector is not known.
+    """
+    selector, question = ask(gate, [Candidate(name, None) for name in names], selectors)
+    selector.check(question)
 
 
-def _ranked(gate: Gate, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """From first to last to be chosen; ties by name."""
-    return sorted(candidates, key=lambda c: (_sign(gate) * (c.value or 0.0), c.name))
+def _split(gate: Gate, candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """(those the selector decides on, those whose metric is undefined)."""
+    if not gate.needs_metric:
+        return list(candidates), []
+    return [c for c in candidates if c.why is None], [c for c in candidates if c.why is not None]
 
 
-def _families(selector: Any, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """The candidates that are ranked against each other."""
-    if getattr(selector, "per", None) != "module":
-        return [list(candidates)]
-    found: dict[str, list[Candidate]] = {}
-    for one in candidates:
-        found.setdefault(module_type(one.name), []).append(one)
-    return list(found.values())
+def _ask(
+    gate: Gate, candidates: Sequence[Candidate], selectors: Mapping[str, Selector]
+) -> tuple[Selector, Question, list[Candidate]]:
+    regular, undefined = _split(gate, candidates)
+    return *ask(gate, regular, selectors), undefined
 
 
-def _count(kind: str, value: Any, members: int, gate: Gate) -> int:
-    if kind == "fraction":
-        return math.ceil(value * members - 1e-9)
-    if value > members:
-        raise PlanError(
-            f"gate.{kind}: {value} tensors are to be chosen, only {members} are gated; lower it or widen gate.scope"
-        )
-    return int(value)
+def unsettled(gate: Gate, candidates: Sequence[Candidate], selectors: Mapping[str, Selector] = SELECTORS) -> set[str]:
+    """The names of candidates whose interval does not settle the decisions."""
+    selector, question, _ = _ask(gate, candidates, selectors)
+    return selector.unsettled(question)
 
 
-def _chosen(gate: Gate, kind: str, value: Any, selector: Any, candidates: Sequence[Candidate]) -> dict[str, str]:
-    """Chosen candidate -> reason."""
-    word, above = gate.metric, gate.direction == "above"
-    if kind in ("tau", "at_most"):
-        sign = {("tau", False): "<", ("tau", True): ">", ("at_most", False): "≤", ("at_most", True): "≥"}[kind, above]
-        holds = {"<": float.__lt__, ">": float.__gt__, "≤": float.__le__, "≥": float.__ge__}[sign]
-        limit = float(value)
-        return {
-            c.name: f"{word} {c.value:.4g} {sign} {kind} {limit:g}"
-            for c in candidates
-            if c.value is not None and holds(c.value, limit)
-        }
-    if kind in ("lowest", "fraction"):
-        end = "highest" if above else "lowest"
-        chosen: dict[str, str] = {}
-        for members in _families(selector, candidates):
-            count = _count(kind, value, len(members), gate)
-            for place, one in enumerate(_ranked(gate, members)[:count]):
-                chosen[one.name] = f"{word} {one.value:.4g} is {end} {place + 1} of {len(members)} ({count} merge)"
-        return chosen
-    if kind == "random":
-        return dict.fromkeys(_drawn(value, candidates), f"drawn at random (seed {value.seed})")
-    if kind in ("names", "names_file"):
-        matcher = compile_patterns(value)
-        return {c.name: f"named by gate.{kind}" for c in candidates if matcher(c.name)}
-    if kind == "always":
-        return {c.name: "always" for c in candidates}
-    return {}
-
-
-def _drawn(value: Any, candidates: Sequence[Candidate]) -> list[str]:
-    """`count` names at random. Per module type: counts proportional to the types' sizes, largest remainders first."""
-    draw = random.Random(value.seed)
-    if value.count > len(candidates):
-        raise PlanError(f"gate.random: {value.count} tensors are to be drawn, only {len(candidates)} are gated")
-    groups = _families(value, sorted(candidates, key=lambda c: c.name))
-    total = len(candidates) or 1
-    shares = [value.count * len(group) / total for group in groups]
-    counts = [int(share) for share in shares]
-    rest = sorted(range(len(groups)), key=lambda i: (counts[i] - shares[i], i))
-    for i in rest[: value.count - sum(counts)]:
-        counts[i] += 1
-    return [
-        name
-        for group, count in zip(groups, counts, strict=True)
-        for name in draw.sample([c.name for c in group], count)
-    ]
-
-
-def _selector(gate: Gate) -> tuple[str, Any, Any]:
-    """(kind, value, the object that holds it) of the selector that is in force, inside `complement` if there."""
-    kind, value = gate.selector
-    if kind == "complement":
-        inner_kind, inner = value.selector
-        return inner_kind, inner, value
-    return kind, value, gate
-
-
-def unsettled(gate: Gate, candidates: Sequence[Candidate]) -> set[str]:
-    """The names of candidates whose interval does not settle whether they are chosen."""
-    kind, value, selector = _selector(gate)
-    open_ = [c for c in candidates if c.error and c.value is not None]
-    if kind in ("tau", "at_most"):
-        return {c.name for c in open_ if c.low <= value <= c.high}
-    if kind not in ("lowest", "fraction") or not open_:
-        return set()
-    names: set[str] = set()
-    for members in _families(selector, [c for c in candidates if c.value is not None]):
-        count = _count(kind, value, len(members), gate)
-        ranked = _ranked(gate, members)
-        inside, outside = ranked[:count], ranked[count:]
-        if not inside or not outside:
-            continue
-        if gate.direction == "below":
-            last_in, first_out = max(c.high for c in inside), min(c.low for c in outside)
-            names |= {c.name for c in inside if c.error and c.high >= first_out}
-            names |= {c.name for c in outside if c.error and c.low <= last_in}
-        else:
-            last_in, first_out = min(c.low for c in inside), max(c.high for c in outside)
-            names |= {c.name for c in inside if c.error and c.low <= first_out}
-            names |= {c.name for c in outside if c.error and c.high >= last_in}
-    return names
-
-
-def decide(gate: Gate, candidates: Sequence[Candidate]) -> dict[str, Decision]:
-    """A decision for every candidate.
+def decide(
+    gate: Gate, candidates: Sequence[Candidate], selectors: Mapping[str, Selector] = SELECTORS
+) -> dict[str, Decision]:
+    """A decision for every candidate, in their order.
 
     Raises:
         PlanError: more candidates are to be chosen than there are, or a degenerate one is an error.
         RecipeError: `names` names nothing.
     """
-    kind, value, selector = _selector(gate)
-    regular = [c for c in candidates if c.why is None or not gate.needs_metric]
-    chosen = _chosen(gate, kind, value, selector, regular)
-    if kind in ("names", "names_file") and not chosen:
-        raise RecipeError(f"gate.{kind}: matches none of the {len(candidates)} gated tensors; check the patterns")
-    complement = gate.selector[0] == "complement"
-    return {c.name: _decision(gate, c, kind, value, chosen, complement) for c in candidates}
-
-
-def _decision(gate: Gate, c: Candidate, kind: str, value: Any, chosen: Mapping[str, str], complement: bool) -> Decision:
-    if c.why is not None and gate.needs_metric:
-        if gate.degenerate == "error":
-            raise PlanError(f"{c.name}: {c.why}, so {gate.metric} is undefined, and gate.degenerate is `error`")
-        return Decision(gate.degenerate == "merge", f"{c.why}, {gate.metric} is undefined: {gate.degenerate}")
-    if c.name in chosen:
-        return Decision(not complement, ("complement of: " if complement else "") + chosen[c.name])
-    return Decision(complement, ("complement: " if complement else "") + _why_not(gate, c, kind, value))
-
-
-def _why_not(gate: Gate, c: Candidate, kind: str, value: Any) -> str:
-    above = gate.direction == "above"
-    if kind in ("tau", "at_most"):
-        sign = {("tau", False): "≥", ("tau", True): "≤", ("at_most", False): ">", ("at_most", True): "<"}[kind, above]
-        return f"{gate.metric} {c.value:.4g} {sign} {kind} {value:g}"
-    if kind in ("lowest", "fraction"):
-        return f"{gate.metric} {c.value:.4g} is not among the {'highest' if above else 'lowest'}"
-    return {"random": "not drawn", "never": "never"}.get(kind, f"not named by gate.{kind}")
+    selector, question, undefined = _ask(gate, candidates, selectors)
+    if undefined and gate.degenerate == "error":
+        c = undefined[0]
+        raise PlanError(f"{c.name}: {c.why}, so {gate.metric} is undefined, and gate.degenerate is `error`")
+    selector.check(question)
+    found = {
+        **selector.decide(question),
+        **{
+            c.name: Decision(gate.degenerate == "merge", f"{c.why}, {gate.metric} is undefined: {gate.degenerate}")
+            for c in undefined
+        },
+    }
+    return {c.name: found[c.name] for c in candidates}

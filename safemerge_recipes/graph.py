@@ -7,61 +7,26 @@ them in any order, on any number of workers, and get the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from safemerge_recipes.algebra import Stored, Weight
+from safemerge_recipes.catalogue import METHODS, Method, Sides
 from safemerge_recipes.checkpoint import FileIdentity
-from safemerge_recipes.errors import PlanError, SourceError
-from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES, TensorRef
+from safemerge_recipes.errors import RecipeError, SourceError
+from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES
 from safemerge_recipes.kernels import BLOCK, as_interpolation
-from safemerge_recipes.methods import FORMS, KERNELS
-from safemerge_recipes.plan import Plan, TensorPlan
-from safemerge_recipes.recipe import Merge
-from safemerge_recipes.roles import Family, delta_or_zero
+from safemerge_recipes.methods import Ties
+from safemerge_recipes.plan import Outlook, Plan, TensorPlan
+from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
+from safemerge_recipes.transforms import Project, SvdK
+from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
-ENGINE = 1
+__all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
+
+ENGINE = 2
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Write the stored bytes of `source` unchanged."""
-
-    source: TensorRef
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is read."""
-        return (self.source,)
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """Evaluate `weight` and round it to the output dtype."""
-
-    weight: Weight
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is read."""
-        return self.weight.refs
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    """Evaluate origin + kernel(x, y) and round it to the output dtype."""
-
-    origin: Weight
-    x: Weight
-    y: Weight
-    merge: Merge
-
-    @property
-    def refs(self) -> tuple[TensorRef, ...]:
-        """What is read."""
-        return tuple(dict.fromkeys((*self.origin.refs, *self.x.refs, *self.y.refs)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +34,7 @@ class Task:
     """Produces one output tensor at its slot. `key` names its result: equal keys mean equal bytes."""
 
     slot: Slot
-    work: Copy | Sum | Apply
+    work: Work
     key: str
 
     @property
@@ -96,31 +61,73 @@ class Graph:
         return sum(self.layout.sizes)
 
 
-def _merged(tensor: TensorPlan, family: Family) -> Sum | Apply:
-    assert tensor.policy is not None  # merged tensors are gated ones
-    merge, name = tensor.policy.merge, tensor.name
-    aligned = family.weight("aligned", name)
-    if merge.space == "weights":
-        origin, x = Weight(), family.weight("finetuned", name)
-        y = family.weight("safety", name) if "safety" in family.models else Weight()
+def sides_of(name: str, family: Family) -> Sides:
+    """What a method may use of one tensor."""
+    weights = {role: model.weights[name] for role, model in family.models.items()}
+    return Sides(name, family.inventory[name].shape, weights, family.masks)
+
+
+def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[str, Method] = METHODS) -> None:
+    """Puts together the work of every tensor that may be merged, so that what cannot be is refused now.
+
+    Reads headers only; meant for the time before anything is measured.
+
+    Raises:
+        RecipeError: a source is missing, or a method is not known or not available.
+        SourceError: a source or a mask does not fit the method.
+    """
+    found: dict[str, Method] = {}
+    for outlook in outlooks:
+        if outlook.policy is None or outlook.policy.gate.selector[0] == "never":
+            continue
+        merge = outlook.policy.merge
+        if merge.method not in found:
+            found[merge.method] = find_method(merge.method, methods)
+        sides = sides_of(outlook.name, family)
+        for role in found[merge.method].needs:
+            sides.need(role)
+        _check_layout(outlook.name, found[merge.method].work(merge, sides), family)
+
+
+def _check_layout(name: str, work: Work, family: Family) -> None:
+    """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
+    if not isinstance(work, Prepare) or not isinstance(work.transform, Project | SvdK):
+        return
+    stacked = len(family.inventory[name].shape) != 2
+    if stacked or (name in family.input_first and isinstance(work.transform, Project)):
+        how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
+        raise RecipeError(
+            f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
+            "give such tensors another method, or keep them, in `rules`"
+        )
+
+
+def find_method(name: str, methods: Mapping[str, Method]) -> Method:
+    """The method of that name. Raises RecipeError when there is none, or mergekit is not installed."""
+    if name not in methods:
+        raise RecipeError(
+            f"merge.method: {name!r} is not known; expected one of {', '.join(methods)} or mergekit:<method>"
+        )
+    return methods[name]
+
+
+def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> Work:
+    work: Work
+    if tensor.action == "merge":
+        assert tensor.policy is not None  # merged tensors are gated ones
+        merge = tensor.policy.merge
+        work = find_method(merge.method, methods).work(merge, sides_of(tensor.name, family))
+        _check_layout(tensor.name, work, family)
     else:
-        origin, x, y = aligned, family.delta("finetuned", name), delta_or_zero(family, "safety", name)
-    if merge.method in FORMS:
-        v = family.v(name) or Weight()
-        return Sum(origin + FORMS[merge.method](merge, x, y, v))
-    if merge.method in KERNELS:
-        return Apply(origin, x, y, merge)
-    raise PlanError(f"merge.method: {merge.method!r} is not available; expected one of {', '.join([*FORMS, *KERNELS])}")
-
-
-def _work(tensor: TensorPlan, family: Family) -> Copy | Sum | Apply:
-    work = _merged(tensor, family) if tensor.action == "merge" else Sum(family.weight(tensor.take, tensor.name))
+        work = Sum(family.weight(tensor.take, tensor.name))
     if isinstance(work, Sum):
         stored = work.weight.stored
         if stored is not None and stored.dtype == tensor.dtype:
             return Copy(stored)
+    masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
     for ref in work.refs:
-        if ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES:
+        packed = ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES
+        if packed and ref not in masks:
             raise SourceError(
                 f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
                 "packed numbers are never converted; expected the same in every source, or a rule that keeps the "
@@ -134,7 +141,7 @@ def describe(weight: Weight, identity: Mapping[str, str]) -> str:
     return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
 
 
-def _key(tensor: TensorPlan, work: Copy | Sum | Apply, identity: Mapping[str, str]) -> str:
+def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str) -> str:
     import xxhash
 
     if isinstance(work, Copy):
@@ -142,16 +149,31 @@ def _key(tensor: TensorPlan, work: Copy | Sum | Apply, identity: Mapping[str, st
     elif isinstance(work, Sum):
         text = describe(work.weight, identity)
     else:
-        sums = [describe(weight, identity) for weight in (work.origin, work.x, work.y)]
-        text = f"{tensor.name}|{work.merge.method}{work.merge.parameters()!r}|{'|'.join(sums)}"
+        assert tensor.policy is not None  # nothing else is more than a sum
+        merge = tensor.policy.merge
+        sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
+        text = f"{tensor.name}|{origin}|{merge.method}{merge.parameters()!r}|{'|'.join(sums)}"
     return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
 
-def build_graph(plan: Plan, family: Family, identities: tuple[FileIdentity, ...]) -> Graph:
+def build_graph(
+    plan: Plan,
+    family: Family,
+    identities: tuple[FileIdentity, ...],
+    methods: Mapping[str, Method] = METHODS,
+    origin_of: Callable[[str], str] = lambda method: "",
+) -> Graph:
     """The tasks of a plan. Reads nothing.
 
+    Args:
+        plan: the decisions.
+        family: the sources.
+        identities: of every file that is read.
+        methods: merge methods by name.
+        origin_of: the distribution and version that brings a method; part of what names a result.
+
     Raises:
-        PlanError: a method is not available.
+        RecipeError: a method is not known.
         SourceError: a tensor that must be computed is stored in a dtype that is only copied.
     """
     aligned = family.inventory
@@ -162,8 +184,9 @@ def build_graph(plan: Plan, family: Family, identities: tuple[FileIdentity, ...]
     identity = {one.path: one.key for one in identities}
     tasks = []
     for tensor in plan.tensors:
-        work = _work(tensor, family)
-        tasks.append(Task(layout.slots[tensor.name], work, _key(tensor, work, identity)))
+        work = _work(tensor, family, methods)
+        origin = origin_of(tensor.policy.merge.method) if tensor.policy and tensor.action == "merge" else ""
+        tasks.append(Task(layout.slots[tensor.name], work, _key(tensor, work, identity, origin)))
     return Graph(layout, tuple(tasks))
 
 
@@ -185,8 +208,11 @@ def task_memory(task: Task) -> int:
         if as_interpolation(work.weight, task.slot.dtype):
             return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
         return block * (3 * width + 8) + work.weight.memory(block)
-    slots = 18 if KERNELS else 0  # three sums of two buffers each, the kernel's scratch, temporaries
-    collected = (  # as pieces, joined, and partitioned
-        3 * int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if work.merge.method == "ties" else 0
-    )
-    return block * slots * width + collected + sum(weight.memory(block) for weight in (work.origin, work.x, work.y))
+    factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
+    if isinstance(work, Prepare):
+        return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
+    slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
+    ties = isinstance(work.kernel, Ties)
+    # as pieces, joined, and partitioned
+    collected = 3 * int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if ties else 0
+    return block * slots * width + collected + factors

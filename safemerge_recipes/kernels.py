@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
-from safemerge_recipes.algebra import LowRank, Stored, Weight
+from safemerge_recipes.algebra import Blend, Factored, LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import TensorRef
 
@@ -76,7 +76,7 @@ class Evaluator:
             [
                 (float(coefficient), cast("Computed", operand).open(reader, arena, f"{slot}:{number}.{place}", dtype))
                 for place, (coefficient, operand) in enumerate(weight)
-                if not isinstance(operand, Stored | LowRank)
+                if not isinstance(operand, Stored) and not isinstance(operand, Factored)
             ]
             for number, weight in enumerate(weights)
         ]
@@ -125,19 +125,52 @@ def joined_factors(
 
     left, right = [], []
     for coefficient, operand in weight:
-        if isinstance(operand, LowRank):
+        if isinstance(operand, Factored):
             b, a = factors(operand, reader, dtype, device)
             left.append(b)
             right.append(a * (float(coefficient) * operand.scale))
     return (torch.cat(left, dim=1), torch.cat(right, dim=0)) if left else None
 
 
-def factors(operand: LowRank, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(
+    operand: LowRank | Blend, reader: Reader, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(left, right) with left @ right == B·A or its transpose, without the scale, in `dtype`."""
+    if isinstance(operand, Blend):
+        b, a = blended(operand, reader, dtype, device)
+    else:
+        b, a = stored_factors(operand, reader, dtype, device)
+    return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
+
+
+def stored_factors(
+    operand: LowRank, reader: Reader, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, A) as stored, in `dtype`."""
     b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
     first, step = operand.columns
-    b = b[:, first::step] if step > 1 else b
-    return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
+    return (b[:, first::step] if step > 1 else b), a
+
+
+def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ bᵢ·Bᵢ, Σ aᵢ·Aᵢ) as stored, before any transposition, in `dtype`: a LoRA of scale 1."""
+    from safemerge_recipes.methods import Draw
+
+    sums = []
+    for factor in ("b", "a"):
+        total = None
+        for side, (on_b, on_a, low_rank) in enumerate(operand.parts):
+            b, a = stored_factors(low_rank, reader, dtype, device)
+            one = b * on_b if factor == "b" else a * on_a
+            if operand.draw is not None:
+                density, seed, name = operand.draw
+                draw = Draw(density, seed)
+                kept = draw.keep(f"{name}:lora_{factor.upper()}", 0, one.numel(), Arena(device))[side]
+                one = one * kept.view(one.shape) * draw.rescale
+            total = one if total is None else total + one
+        assert total is not None  # a blend has parts
+        sums.append(total)
+    return sums[0], sums[1]
 
 
 def as_interpolation(weight: Weight, dtype: str) -> tuple[TensorRef, TensorRef, float] | None:

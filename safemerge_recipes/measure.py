@@ -9,7 +9,6 @@ squares and everything of size r × r float64. Knows nothing of thresholds or re
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.kernels import Evaluator, joined_factors, working_dtype
+from safemerge_recipes.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram, seeded_normal
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,13 @@ class Moments:
         gram: ‖VᵀV‖².
         rho_error: half-width of ρ's interval; 0 where ρ is exact to rounding.
         null_error: half-width of ρ₀'s interval; 0 where it is exact to rounding.
+        d_out: rows of the tensor.
+        inner: ⟨V, Δ⟩.
+        inside: ‖U_kᵀΔ‖² for the k leading left singular directions of V; 0 unless asked for.
+        inside_error: half-width of its interval.
+        overlap_error: half-width of the overlap's own interval.
+        image_error: half-width of the image's own interval.
+        numel: elements of the tensor.
     """
 
     overlap: float
@@ -61,6 +68,12 @@ class Moments:
     rho_error: float = 0.0
     null_error: float = 0.0
     d_out: int = 0
+    inner: float = 0.0
+    inside: float = 0.0
+    inside_error: float = 0.0
+    overlap_error: float = 0.0
+    image_error: float = 0.0
+    numel: int = 0
 
     @property
     def degenerate(self) -> str | None:
@@ -81,7 +94,14 @@ class Moments:
         return min(1.0, self.v / math.sqrt(self.gram * self.d_out)) if self.gram else None
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        total = Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        if not total.rho_error:
+            return total
+        # ρ's own interval is narrower than what its parts allow, but only the parts' intervals add up.
+        high = total.overlap + total.overlap_error
+        low = math.sqrt(max(total.image - total.image_error, 0.0)) * math.sqrt(total.delta)
+        error = min(1.0, high / low) - (total.rho or 0.0) if low else 1.0
+        return replace(total, rho_error=max(error, total.rho_error))
 
 
 class Streamed:
@@ -111,6 +131,11 @@ class Streamed:
                 held.append((slice(first, last), block))
             yield slice(first, last), block
         self._held = held
+
+    def part(self, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last), in memory of their own."""
+        (block,) = self._evaluate(first * self.columns, last * self.columns)
+        return block.view(-1, self.columns).clone()
 
     def panel(self, columns: slice) -> torch.Tensor:
         """All rows of some columns, `(rows, len(columns))`. Reads the whole matrix again unless it is held."""
@@ -145,6 +170,8 @@ def _both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Mo
         v=float(hg.trace()),
         gram=float((hg * hg.T).sum()),
         d_out=bv.shape[0],
+        inner=float((cross * (av @ ad.T)).sum()),
+        numel=bv.shape[0] * av.shape[1],
     )
 
 
@@ -168,16 +195,14 @@ def _low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena, room: in
         v=float(hg.trace()),
         gram=float((hg * hg.T).sum()),
         d_out=bv.shape[0],
+        inner=float((k * av).sum()),
+        numel=bv.shape[0] * av.shape[1],
     )
 
 
 def normal_probes(name: str, columns: int, count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     """Standard normal probes `(columns, count)`, the same for the same tensor name everywhere."""
-    import torch
-
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    draw = torch.randn(columns, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    return draw.to(device=device, dtype=dtype)
+    return seeded_normal(name, columns, count).to(device=device, dtype=dtype)
 
 
 def orthonormal(x: torch.Tensor) -> torch.Tensor:
@@ -218,13 +243,13 @@ def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, 
     outside = probes[:, NULL_PROBES:]
     factors = torch.cat([m, right, outside - right @ (right.T @ outside)], dim=1)
     image_gram = torch.zeros(rank, rank, dtype=torch.float64, device=arena.device)
-    gram_rows = torch.zeros(2 * NULL_PROBES, matrix.columns, dtype=matrix.dtype, device=arena.device)
+    gram_rows = torch.zeros(factors.shape[1] - rank, matrix.columns, dtype=matrix.dtype, device=arena.device)
     for _, block in matrix:
         images = block @ factors
         image = images[:, :rank].double()
         image_gram += image.T @ image
         gram_rows += images[:, rank:].T @ block
-    gram, gram_error = gram_moment(gram_rows, NULL_PROBES, NULL_QUANTILE)
+    gram, gram_error = gram_moment(gram_rows, right.shape[1], NULL_QUANTILE)
     g, m = a @ a.T, m.double()
     moments = Moments(
         overlap=float((m.T @ m * g).sum()),
@@ -233,6 +258,8 @@ def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, 
         v=v_square,
         gram=gram,
         d_out=matrix.rows,
+        inner=float((m * a.T).sum()),
+        numel=matrix.rows * matrix.columns,
     )
     return replace(moments, null_error=(moments.rho_null or 0.0) * gram_error / 2)  # ρ₀ ∝ gram^(−1/2)
 
@@ -241,9 +268,11 @@ def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
     """Both dense, exactly: products on the smaller side of V, `PANEL` columns at a time."""
     import torch
 
-    overlap = image = gram = 0.0
-    v_square = sum(square_sum(block) for _, block in v)
-    delta_square = sum(square_sum(block) for _, block in delta)
+    overlap = image = gram = v_square = delta_square = inner = 0.0
+    for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
+        v_square += square_sum(v_block)
+        delta_square += square_sum(d_block)
+        inner += inner_product(v_block, d_block)
     side = min(v.rows, v.columns)
     for first in range(0, side, PANEL):
         part = slice(first, min(first + PANEL, side))
@@ -269,7 +298,67 @@ def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
                 projected = s @ block
                 image += square_sum(projected)
                 overlap += float((projected * block[part]).sum(dim=-1).double().sum())
-    return Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows)
+    return Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns)
+
+
+def left_directions(
+    name: str, v: Weight, rank: int, reader: Reader, arena: Arena, room: int, exact: bool = False
+) -> Leading:
+    """The leading left singular directions of V: exact from its factors or its Gram matrix, else by iteration."""
+    import torch
+
+    if v.low_rank:
+        b, a = _factors(v, reader, arena)
+        q, r = torch.linalg.qr(b)
+        left, values, _ = torch.linalg.svd(r @ torch.linalg.qr(a.T).R.T, full_matrices=False)
+        real = values[:rank] > NEGLIGIBLE * values[:1]
+        return Leading((q @ left[:, :rank])[:, real], values[:rank][real], 0.0)
+    matrix = Streamed(v, reader, arena, "v", room)
+    if not exact and min(matrix.rows, matrix.columns) > SMALL:
+        return leading(matrix, rank, name, arena.device)
+    side = min(matrix.rows, matrix.columns)
+    gram = torch.zeros(side, side, dtype=torch.float64, device=arena.device)
+    if matrix.columns <= matrix.rows:
+        for _, block in matrix:
+            wide = block.double()
+            gram.addmm_(wide.T, wide)
+        right, values = leading_of_gram(gram, rank)
+        left = torch.cat([block.double() @ right for _, block in matrix])
+        left /= left.norm(dim=0)
+    else:
+        for first in range(0, matrix.columns, PANEL):
+            panel = matrix.panel(slice(first, min(first + PANEL, matrix.columns))).double()
+            gram.addmm_(panel, panel.T)
+        left, values = leading_of_gram(gram, rank)
+    return Leading(left, values, 0.0)
+
+
+def energy_inside(
+    name: str, v: Weight, delta: Weight, rank: int, reader: Reader, arena: Arena, room: int, exact: bool
+) -> tuple[float, float]:
+    """‖U_kᵀΔ‖² for the `rank` leading left singular directions of V, and the half-width of its interval."""
+    import torch
+
+    found = left_directions(name, v, rank, reader, arena, room, exact)
+    if delta.low_rank:
+        b, a = _factors(delta, reader, arena)
+        inside, total = found.left.T @ b, float((b.T @ b * (a @ a.T)).sum())
+        energy = float((inside.T @ inside * (a @ a.T)).sum())
+    else:
+        matrix = Streamed(delta, reader, arena, "delta", 0)
+        narrow = found.left.to(matrix.dtype)
+        product = torch.zeros(narrow.shape[1], matrix.columns, dtype=matrix.dtype, device=arena.device)
+        total = 0.0
+        for rows, block in matrix:
+            product.addmm_(narrow[rows].T, block)
+            total += square_sum(block)
+        energy = square_sum(product)
+    return energy, found.error * total  # |‖PΔ‖² − ‖P̃Δ‖²| ≤ ‖P − P̃‖·‖Δ‖², the sine of the largest angle
+
+
+def inner_product(x: torch.Tensor, y: torch.Tensor) -> float:
+    """⟨x, y⟩, summed like `square_sum`."""
+    return float((x * y).sum(dim=-1).double().sum())
 
 
 def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
@@ -289,7 +378,14 @@ def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
 
 
 def measure(
-    name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int, effort: Effort = "sketch"
+    name: str,
+    v: Weight,
+    delta: Weight,
+    reader: Reader,
+    arena: Arena,
+    room: int,
+    effort: Effort = "sketch",
+    rank: int = 0,
 ) -> Moments:
     """The moments of one tensor, `(d_out, d_in)`; a stack of matrices is measured as one tall matrix.
 
@@ -301,8 +397,9 @@ def measure(
         arena: the worker's buffers.
         room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
             no result.
-        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to
-            rounding); elsewhere ρ is exact anyway, and `exact` makes ρ₀ so too.
+        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to rounding); elsewhere
+            ρ is exact anyway, and `exact` makes ρ₀ so too.
+        rank: also measure the energy of Δ inside so many leading left singular directions of V; 0: do not.
 
     Raises:
         SourceError: V or Δ holds NaN or infinite values.
@@ -328,6 +425,9 @@ def measure(
             from safemerge_recipes.deflated import deflated
 
             found = deflated(name, left, right, arena.device)
+    if rank and found.degenerate is None and all(map(math.isfinite, (found.v, found.delta))):
+        inside, error = energy_inside(name, v, delta, rank, reader, arena, room, effort == "exact")
+        found = replace(found, inside=inside, inside_error=error)
     if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
         raise SourceError(_not_finite(name, v, delta, reader, arena))
     return found

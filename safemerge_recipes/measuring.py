@@ -24,7 +24,7 @@ from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.provenance import recall, remember
 from safemerge_recipes.roles import Family
 
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Version of the measuring: changes whenever the same operands would give other numbers."""
 
 
@@ -69,16 +69,16 @@ class Measurer:
             found = [(one, (transposed(v), transposed(delta))) for one, (v, delta) in found]
         return found
 
-    def _key(self, name: str, effort: Effort) -> str:
+    def _key(self, name: str, effort: Effort, rank: int) -> str:
         v, delta = self._operands(name)
         turned = name in self.family.input_first
-        text = f"{name}|{effort}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        text = f"{name}|{effort}|{rank}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __call__(self, names: Sequence[str], effort: Effort) -> Mapping[str, Moments]:
+    def __call__(self, names: Sequence[str], effort: Effort, rank: int = 0) -> Mapping[str, Moments]:
         """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
         found: dict[str, Moments] = {}
-        keys = {name: self._key(name, effort) for name in names}
+        keys = {name: self._key(name, effort, rank) for name in names}
         todo = []
         for name in names:
             known = self._known.get(keys[name])
@@ -87,15 +87,17 @@ class Measurer:
             else:
                 todo.append(name)
         if todo:
-            found.update(self._measure(todo, effort))
+            found.update(self._measure(todo, effort, rank))
             self._known |= {keys[name]: asdict(found[name]) for name in todo}
             if self._cache_key:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], effort: Effort) -> dict[str, Moments]:
+    def _measure(self, names: Sequence[str], effort: Effort, rank: int) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
-        needs = {name: max(measure_memory(*pair) for _, pair in self._matrices(name)) for name in names}
+        matrices = {name: self._matrices(name) for name in names}
+        exact = effort == "exact"
+        needs = {name: max(measure_memory(*pair, rank, exact) for _, pair in matrices[name]) for name in names}
         budget = self.resources
         workers = fit_workers(needs.items(), budget.workers, budget.memory)
         share = (budget.memory - SLACK) // workers
@@ -105,7 +107,7 @@ class Measurer:
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
                 room = share - needs[name]
-                parts = [measure(one, *pair, reader, arena, room, effort) for one, pair in self._matrices(name)]
+                parts = [measure(one, *pair, reader, arena, room, effort, rank) for one, pair in matrices[name]]
                 found[name] = reduce(add, parts)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():

@@ -14,7 +14,8 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.deflated import RANK
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Apply, Graph, Task, task_memory
-from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK
+from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK, SMALL
+from safemerge_recipes.spectrum import leading_memory
 
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""
@@ -37,8 +38,11 @@ def room_of(task: Task, share: int) -> int:
     return max(0, share - task_memory(task))
 
 
-def measure_memory(v: Weight, delta: Weight) -> int:
-    """Bytes that measuring one tensor needs, without what may be held between passes."""
+def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = False) -> int:
+    """Bytes that measuring one tensor needs, without what may be held between passes.
+
+    `directions`: how many leading singular directions of V are found besides; `exact`: from its Gram matrix.
+    """
     rank = sum(op.rank for _, op in (*v, *delta) if hasattr(op, "rank"))
     shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
     columns = shape[-1]
@@ -48,11 +52,16 @@ def measure_memory(v: Weight, delta: Weight) -> int:
     if v.low_rank and delta.low_rank:
         return factors
     blocks = 2 * block * (4 * 3 + 8) + PRODUCTS + v.memory(block) + delta.memory(block)
+    spectrum = 0
+    if directions and not v.low_rank:
+        spectrum = leading_memory(rows, columns, directions)
+        if exact or min(rows, columns) <= SMALL:  # the Gram matrix, its eigenvectors and the solver's own
+            spectrum += 4 * 8 * min(rows, columns) ** 2 + 8 * max(rows, columns) * min(PANEL, rows, columns)
     if v.low_rank or delta.low_rank:
-        return blocks + factors + 8 * columns * (2 * rank + 6 * NULL_PROBES)
+        return blocks + factors + max(8 * columns * (2 * rank + 6 * NULL_PROBES), spectrum)
     sketch = 4 * RANK * (14 * columns + 12 * rows)
     panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns)
-    return blocks + max(sketch, panels)
+    return blocks + max(sketch, panels, spectrum)
 
 
 def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:

@@ -20,7 +20,7 @@ text{font:12px system-ui,sans-serif;fill:#1b1f24}.t{fill:#57606a}.h{font-weight:
 .w{stroke:#57606a}.point{fill:#58a6ff}.control{stroke:#768390}.reference{fill:#adbac7}.chosen{fill:#f778ba}
 .front{stroke:#58a6ff}}
 """
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 420, 56, 44, 20, 150
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 420, 56, 44, 36, 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def heat_map(cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequ
                 tag("rect", x=float(left + 120 * i), y=float(at), width=114.0, height=float(row_high - 2), fill=colour,
                     fill_opacity=str(strength))
             )  # fmt: skip
-            parts.append(words(left + 120 * i + 57, at + 13, f"{value:+.3f}", anchor="middle"))
+            parts.append(words(left + 120 * i + 57, at + 13, f"{value:+.3f}", "n", "middle"))
     return _file(width, 32 + row_high * len(cells), label, "".join(parts))
 
 

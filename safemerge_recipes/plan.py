@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safemerge_recipes.errors import PlanError, RecipeError
-from safemerge_recipes.gate import METRICS, Candidate, Decision, candidate, decide, unsettled
+from safemerge_recipes.gate import METRICS, Candidate, Decision, Metric, candidate, check, decide, unsettled
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.measure import Effort, Moments
 from safemerge_recipes.names import block_of, is_block_matrix, module_of, module_type
 from safemerge_recipes.patterns import Matcher, compile_patterns
 from safemerge_recipes.recipe import Gate, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.roles import Family
+from safemerge_recipes.selectors import SELECTORS, Selector
 
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-Measure = Callable[[Sequence[str], Effort], Mapping[str, Moments]]
-"""(tensor names, effort) -> moments by name: the one way in which planning reads tensor data."""
+Measure = Callable[[Sequence[str], Effort, int], Mapping[str, Moments]]
+"""(tensor names, effort, leading directions of V or 0) -> moments: the one way in which planning reads data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
     return None
 
 
-def survey(recipe: Recipe, family: Family) -> tuple[Outlook, ...]:
+def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRICS) -> tuple[Outlook, ...]:
     """What is gated and by which policy, from headers alone.
 
     Raises:
@@ -168,9 +169,9 @@ def survey(recipe: Recipe, family: Family) -> tuple[Outlook, ...]:
             why = _scope(scopes[policy.rule], name, ref)
             if why is None and delta.is_zero and policy.gate.scope is None:
                 why = "fine-tuning did not change it"
-            if why is None and policy.gate.metric not in METRICS:
+            if why is None and policy.gate.metric not in metrics:
                 raise RecipeError(
-                    f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(METRICS)}"
+                    f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(metrics)}"
                 )
             outlook = Outlook(name, ref.shape, dtype, policy if why is None else None, why or "")
         outlooks.append(outlook)
@@ -199,26 +200,35 @@ def _sum(parts: Sequence[Moments | None]) -> Moments | None:
 
 
 def _decide_policy(
-    policy: Policy, names: list[str], measure: Measure | None
+    policy: Policy,
+    names: list[str],
+    measure: Measure | None,
+    metrics: Mapping[str, Metric],
+    selectors: Mapping[str, Selector],
 ) -> tuple[dict[str, Decision], dict[str, Candidate], dict[str, Moments]]:
     """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
     gate = policy.gate
     groups = _groups(gate, names)
-    efforts: list[Effort] = ["exact"] if gate.precision == "exact" else ["sketch", "exact"]
+    # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
+    efforts: list[Effort] = (
+        ["exact"] if gate.precision == "exact" or gate.granularity != "tensor" else ["sketch", "exact"]
+    )
+    # A plugin's metric may look at anything, also at the energy inside the leading directions.
+    rank = gate.rank if gate.metric == "residual" or gate.metric not in METRICS else 0
     moments: dict[str, Moments] = {}
     wanted = names
     while True:
         if measure and wanted and efforts:
-            moments.update(measure(wanted, efforts.pop(0)))
+            moments.update(measure(wanted, efforts.pop(0), rank))
         candidates = {
-            group: candidate(group, _sum([moments.get(name) for name in members]), gate)
+            group: candidate(group, _sum([moments.get(name) for name in members]), gate, metrics)
             for group, members in groups.items()
         }
-        open_ = unsettled(gate, list(candidates.values()))
+        open_ = unsettled(gate, list(candidates.values()), selectors)
         wanted = [name for group in groups if group in open_ for name in groups[group]]
         if not efforts or not wanted:
             break
-    decisions = decide(gate, list(candidates.values()))
+    decisions = decide(gate, list(candidates.values()), selectors)
     spread = {name: group for group, members in groups.items() for name in members}
     return (
         {name: decisions[group] for name, group in spread.items()},
@@ -227,7 +237,34 @@ def _decide_policy(
     )
 
 
-def make_plan(recipe: Recipe, family: Family, outlooks: Sequence[Outlook], measure: Measure | None) -> Plan:
+def check_gates(outlooks: Sequence[Outlook], selectors: Mapping[str, Selector] = SELECTORS) -> None:
+    """Refuses, before anything is measured, selectors that cannot be satisfied by what is gated.
+
+    Raises:
+        PlanError: more tensors are to be chosen than are gated.
+        RecipeError: patterns name nothing that is gated.
+    """
+    for policy, names in _by_policy(outlooks):
+        check(policy.gate, list(_groups(policy.gate, names)), selectors)
+
+
+def _by_policy(outlooks: Sequence[Outlook]) -> list[tuple[Policy, list[str]]]:
+    """The gated tensors under each policy that has any."""
+    found: dict[int | None, tuple[Policy, list[str]]] = {}
+    for outlook in outlooks:
+        if outlook.policy is not None:
+            found.setdefault(outlook.policy.rule, (outlook.policy, []))[1].append(outlook.name)
+    return list(found.values())
+
+
+def make_plan(
+    recipe: Recipe,
+    family: Family,
+    outlooks: Sequence[Outlook],
+    measure: Measure | None,
+    metrics: Mapping[str, Metric] = METRICS,
+    selectors: Mapping[str, Selector] = SELECTORS,
+) -> Plan:
     """Decides every tensor.
 
     Args:
@@ -235,22 +272,19 @@ def make_plan(recipe: Recipe, family: Family, outlooks: Sequence[Outlook], measu
         family: its sources.
         outlooks: what `survey` found.
         measure: how tensors are measured; None where there is no base and so no V.
+        metrics: metrics by name.
+        selectors: selectors by key or, plugins' ones, by name.
 
     Raises:
         PlanError: the selector cannot be satisfied, or a degenerate tensor is an error.
         SourceError: a source that a merge needs is missing, or weights are not finite.
     """
-    by_policy: dict[int | None, list[str]] = {}
-    policy_of: dict[int | None, Policy] = {}
-    for outlook in outlooks:
-        if outlook.policy is not None:
-            by_policy.setdefault(outlook.policy.rule, []).append(outlook.name)
-            policy_of[outlook.policy.rule] = outlook.policy
+    by_policy = _by_policy(outlooks)
     decisions: dict[str, Decision] = {}
     candidates: dict[str, Candidate] = {}
     moments: dict[str, Moments] = {}
-    for rule, names in by_policy.items():
-        found = _decide_policy(policy_of[rule], names, measure)
+    for policy, names in by_policy:
+        found = _decide_policy(policy, names, measure, metrics, selectors)
         decisions.update(found[0])
         candidates.update(found[1])
         moments.update(found[2])

@@ -36,7 +36,7 @@ from safemerge_recipes.patterns import compile_patterns
 Role = Literal["base", "aligned", "finetuned", "safety"]
 
 SELECTORS = (
-    "tau", "at_most", "lowest", "fraction", "random", "complement", "names", "names_file", "always", "never",
+    "tau", "at_most", "lowest", "fraction", "random", "complement", "names", "names_file", "always", "never", "plugin",
 )  # fmt: skip
 """The keys of a gate of which exactly one is given."""
 
@@ -88,6 +88,9 @@ METHOD_SOURCES: Mapping[str, tuple[Role, ...]] = {
 }
 """The roles a built-in method needs besides `aligned` and `finetuned`; see also `merge_sources`."""
 
+FACTOR_METHODS = ("linear", "dare_linear")
+"""Built-in methods that know `space: factors`."""
+
 LOW_RANK_METHODS = frozenset({"linear", "slerp", "task_arithmetic", "project", "replace", "drop"})
 """Methods whose result has an exact small rank when their deltas do."""
 
@@ -128,8 +131,28 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
 
 
+def _check_options(options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def check(value: object) -> None:
+        if isinstance(value, str):
+            _check_text(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"found {value}; expected a finite number")
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                check(key)
+                check(part)
+        elif isinstance(value, list):
+            for part in value:
+                check(part)
+
+    check(options)
+    return options
+
+
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_text)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=0, le=10_000_000)]
+Options = Annotated[dict[str, JsonValue], Field(max_length=100), AfterValidator(_check_options)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 Patterns = Annotated[
     tuple[Text, ...],
@@ -290,12 +313,27 @@ class Sources(_Model):
 class Random(_Model):
     """A random choice of tensors, as a control."""
 
-    count: int = Field(ge=0, le=10_000_000)
-    """How many tensors are chosen."""
+    count: Count | Annotated[dict[Text, Count], Field(min_length=1, max_length=10_000)]
+    """How many tensors are chosen; or how many of each module type, such as `{self_attn.q_proj: 3}`."""
     seed: Seed = 0
     """Seed of the choice."""
     per: Literal["module"] | None = None
     """`module` keeps for each module type the count that an even spread gives it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Random:
+        if self.per is not None and not isinstance(self.count, int):
+            raise ValueError("found `per` beside counts of module types; expected it only beside one number")
+        return self
+
+
+class PluginSelector(_Model):
+    """A selector that a plugin registers."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,99}$")]
+    """Its name; `safemerge plugins` lists them."""
+    options: Options = {}
+    """Its parameters, by name."""
 
 
 class _Selectors(_Model):
@@ -317,6 +355,8 @@ class _Selectors(_Model):
     """Merge every gated tensor."""
     never: Literal[True] | None = None
     """Merge nothing."""
+    plugin: PluginSelector | None = None
+    """Merge what a plugin's selector picks."""
     per: Literal["module"] | None = None
     """`module` ranks within each module type; only beside `lowest` or `fraction`."""
 
@@ -439,7 +479,8 @@ class Mask(_Model):
     path: Text
     """A safetensors file with a tensor of the same name and shape for every merged tensor."""
     threshold: float | None = None
-    """Elements with a value above it are replaced. null: the file holds 0 and 1."""
+    """Elements with a value above it are replaced. null: the file holds 0 (keep) to 1 (replace); values in
+    between mix."""
     invert: bool = False
     """Replace the other elements instead."""
     fill: Literal["safety", "aligned", "zero"] = "safety"
@@ -459,9 +500,10 @@ class MergeChange(_Model):
     lambda_: Weight = Field(default=1.0, alias="lambda")
     """Factor of the merged delta (TIES)."""
     normalize: bool | Annotated[str, Field(pattern=r"^(frobenius|spectral|rank:[1-9][0-9]{0,4})$")] | None = None
-    """`ties`: whether the sum is divided by the weights that agree (default true). `project`: the norm that
-    VVᵀ is divided by, `frobenius` (default, the published form) or `spectral`, or `rank:k`, the exact
-    projection on the k leading directions of V."""
+    """`ties`: whether the sum is divided by the weights that agree (default true). `project`: `frobenius`, C =
+    VVᵀ/‖V‖_F (default, the published form; its effect depends on the scale of V), `spectral`, C = VVᵀ/‖VVᵀ‖₂
+    (nothing grows, whatever the scale), or `rank:k`, the orthogonal projection on the k leading left
+    directions of V."""
     rescale: Literal["density", "l1"] = "density"
     """What makes up for dropped elements: 1/density (the paper's) or the L1 norm (mergekit's)."""
     seed: Seed = 0
@@ -480,8 +522,8 @@ class MergeChange(_Model):
     """The elements to replace (`mask`)."""
     space: Literal["delta", "weights", "factors"] = "delta"
     """What the method sees: the deltas; the weights W_finetuned and W_safety, as mergekit would; or
-    (adapters, `linear`) the factors A and B one by one, as PEFT does."""
-    options: Annotated[dict[str, JsonValue], Field(max_length=100)] = {}
+    (adapters, `linear` and `dare_linear`) the factors A and B one by one, as PEFT does."""
+    options: Options = {}
     """Parameters of `mergekit:*` and of a plugin's method, by name."""
 
     @field_validator("method")
@@ -490,25 +532,6 @@ class MergeChange(_Model):
         if ":" in name and not name.startswith("mergekit:"):
             raise ValueError(f'found "{name}"; expected mergekit:<method> where there is a colon')
         return name if ":" in name else _check_known("method", name, METHOD_PARAMETERS, info)
-
-    @field_validator("options")
-    @classmethod
-    def _writable(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        def check(value: object) -> None:
-            if isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"found {value}; expected a finite number")
-            elif isinstance(value, dict):
-                for key, part in value.items():
-                    check(key)
-                    check(part)
-            elif isinstance(value, list):
-                for part in value:
-                    check(part)
-
-        check(options)
-        return options
 
 
 class Merge(MergeChange):
@@ -536,8 +559,11 @@ class Merge(MergeChange):
             wanted = "frobenius, spectral or rank:k" if projects else "true or false"
             found = str(self.normalize).lower()
             problems.add(("normalize",), f"found {found}; expected {wanted} for method {self.method}")
-        if self.space == "factors" and self.method != "linear" and self.method in METHOD_PARAMETERS:
-            problems.add(("space",), f"found factors for method {self.method}; expected it only for linear")
+        if self.space == "factors" and self.method not in FACTOR_METHODS and self.method in METHOD_PARAMETERS:
+            wanted = " and ".join(FACTOR_METHODS)
+            problems.add(("space",), f"found factors for method {self.method}; expected it only for {wanted}")
+        if self.space == "factors" and self.rescale == "l1" and "rescale" in used:
+            problems.add(("rescale",), "found l1 with space factors; expected density, as PEFT does", self.rescale)
         if self.method == "mask" and self.mask is None:
             problems.add(("mask",), "missing; expected a mapping with `path` for method mask")
         problems.check("Merge")
@@ -636,7 +662,7 @@ def _change_merge(merge: Merge, change: MergeChange | None) -> Merge:
         # `normalize` and `options` mean something else to each method.
         used = [key for key in method_parameters(method) if key not in ("normalize", "options")]
         values = {key: value for key, value in values.items() if key in used}
-        if values.get("space") == "factors" and method != "linear":
+        if values.get("space") == "factors" and method not in FACTOR_METHODS:
             del values["space"]
     return Merge.model_validate({**values, **given})
 

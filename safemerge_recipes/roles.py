@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safemerge_recipes.adapter import Adapter, apply_adapter, open_adapter
-from safemerge_recipes.algebra import ZERO, Stored, Weight
+from safemerge_recipes.algebra import Stored, Weight
 from safemerge_recipes.checkpoint import Checkpoint, FileIdentity, open_checkpoint, same_bytes
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.masks import open_masks
 from safemerge_recipes.orientation import input_first
 from safemerge_recipes.recipe import Recipe, Role
 from safemerge_recipes.reconcile import Side, reconcile
@@ -48,6 +49,7 @@ class Family:
 
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
     config, `input_first` names the matrices that are stored `(d_in, d_out)`.
+    `masks` holds the tensors of the recipe's mask files, by the path it writes and by name.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -57,6 +59,7 @@ class Family:
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     input_first: frozenset[str] = frozenset()
     embedding: str | None = None
+    masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -72,9 +75,15 @@ class Family:
             return None
         return self.weight("aligned", name) - self.weight("base", name)
 
+    @property
+    def mask_files(self) -> tuple[str, ...]:
+        """Every mask file, each once."""
+        return tuple(dict.fromkeys(ref.path for tensors in self.masks.values() for ref in tensors.values()))
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """Every weight file that may be read, each once, as it is now."""
         files = dict.fromkeys(file for model in self.models.values() for file in model.files)
+        files.update(dict.fromkeys(self.mask_files))
         return tuple(FileIdentity.of(file) for file in files)
 
 
@@ -187,10 +196,5 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
     return Family(
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
-        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config),
+        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
     )  # fmt: skip
-
-
-def delta_or_zero(family: Family, role: Role, name: str) -> Weight:
-    """The role's delta, zero where the recipe does not give the role."""
-    return family.delta(role, name) if role in family.models else ZERO

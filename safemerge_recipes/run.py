@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,15 +32,17 @@ from safemerge_recipes.folder import (
     write_file,
     write_json,
 )  # fmt: skip
-from safemerge_recipes.graph import ENGINE, Graph, build_graph, task_memory
+from safemerge_recipes.graph import ENGINE, Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.header import read_header
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.loading import LoadedRecipe, dump_recipe, read_names
 from safemerge_recipes.manifest import make_manifest
+from safemerge_recipes.masks import mask_path
 from safemerge_recipes.memory import fit_workers, projected_peak
-from safemerge_recipes.plan import Plan, make_plan, survey
+from safemerge_recipes.plan import Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.provenance import Digests, check_unchanged, remember_digest, versions
 from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.registry import Registry, read_registry
 from safemerge_recipes.resume import finished, reusable, unseal
 from safemerge_recipes.roles import Family, open_family
 from safemerge_recipes.sources import Folder
@@ -75,6 +77,8 @@ class Resolved:
     family: Family
     identities: tuple[FileIdentity, ...]
     side_files: Mapping[str, Path]
+    outlooks: tuple[Outlook, ...]
+    registry: Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Prepared:
     peak_memory: int
     timings: Mapping[str, float]
     side_files: Mapping[str, Path]
+    registry: Registry
 
     def plan_json(self) -> dict[str, Any]:
         """The content of safemerge_plan.json."""
@@ -151,11 +156,15 @@ def resolve(loaded: LoadedRecipe) -> Resolved:
     """Finds, fetches and opens the sources. Reads headers only.
 
     Raises:
-        SafemergeError: a source is missing, unsound, or does not fit the others.
+        SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
     """
     recipe = settled(loaded)
     family = open_family(recipe, loaded.directory)
-    return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family))
+    registry = read_registry()
+    outlooks = survey(recipe, family, registry.metrics)
+    check_gates(outlooks, registry.selectors)
+    check_merges(outlooks, family, registry.methods)
+    return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family), outlooks, registry)
 
 
 def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
@@ -164,9 +173,8 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
     Raises:
         SafemergeError: the plan cannot be made or carried out; nothing has been written.
     """
-    recipe, family = resolved.recipe, resolved.family
+    recipe, family, outlooks, registry = resolved.recipe, resolved.family, resolved.outlooks, resolved.registry
     opened = time.perf_counter()
-    outlooks = survey(recipe, family)
     measurer = None
     if "base" in family.models and any(outlook.policy for outlook in outlooks):
         from safemerge_recipes.measuring import Measurer
@@ -181,16 +189,16 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
         )
         progress.phase("measure", nbytes)
         measurer = Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
-    plan = make_plan(recipe, family, outlooks, measurer)
+    plan = make_plan(recipe, family, outlooks, measurer, registry.metrics, registry.selectors)
     measured = time.perf_counter()
-    graph = build_graph(plan, family, resolved.identities)
+    graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
     workers = fit_workers(needs, resources.workers, resources.memory)
     peak = projected_peak(graph, workers, resources.memory, measurer.peak if measurer else 0)
     timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
     return Prepared(
         recipe, resolved.directory, family, resolved.identities, plan, graph,
-        replace(resources, workers=workers), peak, timings, resolved.side_files,
+        replace(resources, workers=workers), peak, timings, resolved.side_files, registry,
     )  # fmt: skip
 
 
@@ -211,6 +219,10 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
             source[key] = os.path.relpath(root, output)
             if not source[key].startswith("."):
                 source[key] = f"./{source[key]}"
+    for part in (values, *values.get("rules", ())):
+        mask = (part.get("merge") or {}).get("mask")
+        if mask:
+            mask["path"] = os.path.relpath(mask_path(prepared.directory, mask["path"]), output)
     values.get("output", {}).pop("path", None)
     return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
 
@@ -354,7 +366,10 @@ def _document(
     for role, model in prepared.family.models.items():
         for file in model.files:
             roles.setdefault(file, []).append(role)
-    labels = {file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()}
+    labels: dict[str, tuple[Sequence[str], str]] = {
+        file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()
+    }
+    labels |= {file: (["mask"], Path(file).name) for file in prepared.family.mask_files if file not in labels}
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,

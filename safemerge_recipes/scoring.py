@@ -6,16 +6,17 @@ is printed goes to the console given; files of the output folder are replaced wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import Metric, Scores, evaluate, expand
-from safemerge_recipes.folder import MANIFEST_FILE, REPORT_FILE, SCORES_FILE, write_json
+from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE, write_json
 from safemerge_recipes.loading import LoadedRecipe
+from safemerge_recipes.manifest import read_manifest, restamp
 from safemerge_recipes.recipe import Evaluate, Role
 from safemerge_recipes.run import Prepared, provenance_of, render_documents
 from safemerge_recipes.statistics import Difference, compare, holm, wilson
@@ -155,27 +156,23 @@ def print_verdicts(content: Mapping[str, Any], console: Console) -> None:
 
 
 def print_table(content: Mapping[str, Any], console: Console) -> None:
-    """Prints one line a task and metric, one column a model, with 95 % intervals."""
-    from rich.table import Table
-
-    models = list(content["models"])
-    grid = Table(box=None, pad_edge=False)
-    grid.add_column("task")
-    for model in models:
-        grid.add_column(model, justify="right")
-    rows = dict.fromkeys((task, m) for scores in content["models"].values() for task in scores for m in scores[task])
-    for task, metric in rows:
-        cells = (_cell(content["models"][model].get(task, {}).get(metric)) for model in models)
-        grid.add_row(f"{task}: {metric}", *cells)
-    console.print(grid, markup=False)
+    """Prints every task and metric, a line a model, with 95 % intervals."""
+    models = content["models"]
+    width = max(map(len, models), default=0)
+    for task, metric in dict.fromkeys((t, m) for tasks in models.values() for t in tasks for m in tasks[t]):
+        console.print(f"{task}: {metric}", style="bold", markup=False)
+        for model, tasks in models.items():
+            entry = tasks.get(task, {}).get(metric)
+            if entry is not None:
+                console.print(f"  {model:<{width}}  {_cell(entry)}", markup=False, soft_wrap=True)
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
-    if entry is None or entry["value"] is None:
-        return "-"
+def _cell(entry: Mapping[str, Any]) -> str:
+    if entry["value"] is None:
+        return "no value"
     if entry["low"] is None:
-        return f"{entry['value']:.3f}"
-    return f"{entry['value']:.1%} [{100 * entry['low']:.0f}, {100 * entry['high']:.0f}]"
+        return f"{entry['value']:.3f}  n = {entry['n']}"
+    return f"{entry['value']:>6.1%}  {100 * entry['low']:.1f} to {100 * entry['high']:.1f}  n = {entry['n']}"
 
 
 def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
@@ -199,6 +196,7 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
     settings = loaded.recipe.evaluate
     assert settings is not None  # the caller asks for scores only where the recipe does
     expand(settings.tasks)
+    _check_output_is(prepared, output)
     live = LiveModel(prepared, output, device=_device(prepared))
     scores: dict[str, Scores] = {}
     for name in (MERGED, *settings.compare):
@@ -212,6 +210,17 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
     return content
 
 
+def _check_output_is(prepared: Prepared, output: Path) -> None:
+    kept = read_manifest(output).tensors
+    wanted = {task.slot.name: task.key for task in prepared.graph.tasks}
+    different = [name for name, key in wanted.items() if name not in kept or kept[name][0] != key]
+    if different:
+        raise CheckError(
+            f"{output}: {len(different)} tensors are not what the recipe gives now, first {different[0]!r}; "
+            "expected its own output: run it again with --force"
+        )
+
+
 def _device(prepared: Prepared) -> str:
     device = prepared.resources.device
     return device if device.startswith("cuda") else "auto"
@@ -221,16 +230,4 @@ def attach(output: Path, content: dict[str, Any], plan: dict[str, Any], provenan
     """Writes the scores into a finished folder: their file, report and card anew, the manifest's entries last."""
     write_json(output / SCORES_FILE, content)
     render_documents(output, plan, content, provenance)
-    refresh_manifest(output, (SCORES_FILE, REPORT_FILE, "README.md"))
-
-
-def refresh_manifest(output: Path, names: Sequence[str]) -> None:
-    """Brings the manifest's entries of small files up to date, in one replacement."""
-    path = output / MANIFEST_FILE
-    manifest = json.loads(path.read_bytes())
-    entries = {entry["file"]: entry for entry in manifest["outputs"]}
-    for name in names:
-        data = (output / name).read_bytes()
-        entries[name] = {"file": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    manifest["outputs"] = [entries[name] for name in sorted(entries)]
-    write_json(path, manifest)
+    restamp(output, (SCORES_FILE, REPORT_FILE, "README.md"))

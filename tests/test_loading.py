@@ -70,7 +70,7 @@ def test_the_example_loads():
             "{tau: 0.5}",
             "{zork: 0.5}",
             "r.yaml:15 rules.0.gate.zork: unknown key; expected one of tau, "
-            "at_most, lowest, fraction, random, names, names_file, always, never, per, complement, metric, "
+            "at_most, lowest, fraction, random, names, names_file, always, never, plugin, per, complement, metric, "
             "direction, granularity, scope, degenerate, precision, rank",
         ),
         ("metric: rho", "metrc: rho", 'r.yaml:8 gate.metrc: unknown key; did you mean "metric"?'),

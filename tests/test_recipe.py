@@ -101,7 +101,7 @@ def test_exactly_one_selector():
     )
     assert problems(Gate.model_validate, {})[""] == (
         "found no selector; expected exactly one of tau, at_most, lowest, fraction, random, complement, "
-        "names, names_file, always, never"
+        "names, names_file, always, never, plugin"
     )
     assert "expected exactly one" in problems(Gate.model_validate, {"complement": {}})["complement"]
     nested = {"complement": {"complement": {"tau": 1}}}

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 
@@ -69,6 +70,7 @@ def test_scores_are_in_the_documents_and_the_manifest_fits_the_folder(output):
     for entry in manifest["outputs"]:
         data = (output / entry["file"]).read_bytes()
         assert (entry["size"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    run("verify", output)
     assert {(c["model"], c["reference"]) for c in content["comparisons"]} == {
         ("merged", "finetuned"),
         ("merged", "aligned"),
@@ -119,3 +121,48 @@ def test_intervals():
     assert interval(mean) == pytest.approx((0.4 - 0.196, 0.4 + 0.196))
     assert interval(Metric(None, None, 0)) == (None, None)
     assert interval(Metric(12.5, None, 3)) == (None, None)
+
+
+def test_report_and_evaluate_work_on_the_finished_folder(output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    (copy / "README.md").unlink()
+    run("report", copy)
+    assert (copy / "README.md").read_text() == (output / "README.md").read_text()
+    run("verify", copy)
+    capsys.readouterr()
+    run("evaluate", copy, "--tasks", "safemerge_qa", "--limit", 2, "--json", "--device", "cpu")
+    content = json.loads(capsys.readouterr().out)
+    assert content["models"]["merged"]["safemerge_qa"]["acc"]["n"] == 2
+    assert content == json.loads((copy / "safemerge_scores.json").read_text())
+    run("report", tmp_path, code=6)
+    assert "safemerge_manifest.json" in capsys.readouterr().err
+
+
+def test_an_output_of_another_recipe_is_not_scored_as_this_one(family, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path))
+    run("evaluate", family, "--output", output, "--set", "merge.alpha=0.4", "--device", "cpu", code=6)
+    assert "3 tensors are not what the recipe gives now" in capsys.readouterr().err
+
+
+def test_compare_takes_folders_recipes_and_scores(family, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path))
+    base = family.parent / "base"
+    models = (
+        family,
+        f"kept={output / 'safemerge_scores.json'}",
+        f"written={output}",
+        f"{base}+{family.parent / 'alignment'}",
+    )
+    tasks = ("--tasks", "safemerge_refusal,safemerge_arithmetic", "--limit", 4)
+    run("compare", *models, *tasks, "--reference", "finetuned", "--json", "--device", "cpu")
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert list(found) == [
+        "base", "aligned", "finetuned", "safety", "merged", "kept merged", "kept aligned", "kept finetuned", "written",
+        "alignment",
+    ]  # fmt: skip
+    assert found["merged"] == found["kept merged"] == found["written"]
+    assert found["aligned"] == found["kept aligned"]
+    run("compare", base, base, *tasks, code=2)
+    assert "a second model named 'base'" in capsys.readouterr().err
