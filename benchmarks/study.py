@@ -36,6 +36,7 @@ from safemerge_recipes.scoring import compared, table
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "docs" / "evidence"
 TASKS = ("safemerge_refusal", "safemerge_arithmetic", "safemerge_overrefusal")
+FIRST = ("reference", "uniform", "SafeMERGE", "RESTA")
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
 
@@ -71,6 +72,11 @@ def points() -> Iterator[Point]:
     for gamma in ("0.25", "0.5", "0.75", "1.0"):
         method = ("merge.method=add_safety_vector", f"merge.gamma={gamma}")
         yield Point("RESTA", f"RESTA, γ = {gamma}", (ALWAYS, *method))
+    for label, direction in (("ρ < 0.1", "below"), ("ρ > 0.1", "above")):
+        method = ("merge.method=add_safety_vector", "merge.gamma=1.0")
+        yield Point(
+            f"RESTA gated, {label}", f"{label}, Δf + 1.0 V", ("gate.tau=0.1", f"gate.direction={direction}", *method)
+        )
     for alpha in ("0.7", "0.5"):
         method = ("merge.method=task_arithmetic", f"merge.lambda_finetuned={alpha}", "merge.lambda_safety=0.0")
         yield Point("WiSE-FT", f"WiSE-FT, α = {alpha}", (ALWAYS, *method))
@@ -214,22 +220,28 @@ def run(given: argparse.Namespace) -> None:
         write_json(RESULTS / f"{given.family}.json", content)
 
     labels = list(every)
-    drawn = [label for label in labels if label.startswith("random")]
+    for label in given.also:
+        if label not in every:
+            raise PlanError(f"--also {label}: no such model; expected one of {', '.join(labels)}")
+    drawn = [label for label in labels if approaches[label] in CONTROLS]
     halved = [label for label in labels if "half" in label and label not in drawn]
-    others = [label for label in labels if label not in drawn and label not in halved]
     # What the page needs most comes first, in case time is short.
-    done = score("tuning", labels, TASKS[0])
-    done = score("tuning", others, TASKS[1]) and done
-    on_test = ["aligned", "fine-tuned"]
-    on_test += [
-        label
-        for approach, label in chosen(scores["tuning"], approaches, given.loss).items()
-        if given.halves_on_test or "half" not in approach
-    ]
-    for task in TASKS:
-        done = score("test", on_test, task) and done
+    first = [label for label in labels if approaches[label] in FIRST]
+    later = [label for label in labels if label not in (*first, *halved, *drawn)]
+    done = score("tuning", first + halved + drawn, TASKS[0])
+    for wave in (first, later):
+        for task in TASKS[:2]:
+            done = score("tuning", wave, task) and done
+        picked = (*chosen(scores["tuning"], approaches, given.loss).values(), *given.also)
+        on_test = [label for label in wave if approaches[label] == "reference" or label in picked]
+        for task in TASKS[:2]:
+            done = score("test", on_test, task) and done
     done = score("tuning", halved + drawn, TASKS[1]) and done
-    done = score("tuning", others + halved, TASKS[2]) and done
+    if given.halves_on_test:
+        for task in TASKS[:2]:
+            done = score("test", halved, task) and done
+    done = score("test", list(scores["test"]), TASKS[2]) and done
+    done = score("tuning", first + later + halved, TASKS[2]) and done
     if given.controls_on_test:
         for task in TASKS[:2]:
             done = score("test", drawn, task) and done
@@ -250,6 +262,7 @@ def main() -> None:
     one.add_argument("--loss", type=float, default=0.02, help="utility that may be lost, from 0 to 1")
     one.add_argument("--test-limit", type=int, help="the same on the test split")
     one.add_argument("--test-sums", type=int, default=150, help="the same on the test split")
+    one.add_argument("--also", action="append", default=[], metavar="LABEL", help="score this on the test split, too")
     one.add_argument("--halves-on-test", action="store_true", help="score the halves on the test split, too")
     one.add_argument("--controls-on-test", action="store_true", help="and the random halves")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")

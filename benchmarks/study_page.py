@@ -107,9 +107,11 @@ def aim(results: dict[str, Any]) -> str:
         share, loss = (safety - bottom) / (top - bottom), kept - utility
         met = share >= AIM and loss < MOST_LOSS
         reached += [label] * met
-        rows.append([label, f"{100 * share:.0f} %", f"{100 * loss:+.1f}", "yes" if met else "no"])
-    lines.append(_table(["merge", "recovered", "utility lost, points", "aim met"], rows))
-    lines += ["", f"The aim is met by: {'; '.join(reached)}." if reached else "**No merge tried here meets the aim.**"]
+        picked = "yes" if label in results["chosen"].values() else "no"
+        rows.append([label, picked, f"{100 * share:.0f} %", f"{100 * loss:+.1f}", "yes" if met else "no"])
+    lines.append(_table(["merge", "chosen on the tuning split", "recovered", "utility lost, points", "aim met"], rows))
+    lines += ["", f"The aim is met by: {'; '.join(reached)}." if reached else "**No merge scored here meets the aim.**"]
+    lines[-1] += " These are point estimates; their intervals are below."
     return "\n".join(lines)
 
 

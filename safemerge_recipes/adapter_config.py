@@ -215,6 +215,9 @@ def read_config(directory: Path) -> AdapterConfig:
         )
     if values.get("bias") not in (None, "none", "all", "lora_only"):
         raise SourceError(f"{where}: bias is {str(values['bias'])[:40]!r}; expected none, all or lora_only")
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
+        if not isinstance(values.get(field), bool | None):  # the text "false" is no false
+            raise SourceError(f"{where}: {field} is {str(values[field])[:40]!r}; expected true or false")
     for field, value in values.items():
         if value and field not in _UNDERSTOOD | _WITHOUT_EFFECT:
             raise SourceError(

@@ -81,6 +81,12 @@ def _update(work: Work, reference: Weight) -> Sum | Apply | Prepare:
     return replace(work, origin=work.origin - reference)
 
 
+def _weights(work: Sum | Apply | Prepare) -> tuple[Weight, ...]:
+    """Every weight of an update that is not zero."""
+    weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
+    return tuple(weight for weight in weights if not weight.is_zero)
+
+
 def _thin(*weights: Weight) -> bool:
     """Whether all of them are sums of LoRA products, or zero."""
     return all(weight.is_zero or weight.low_rank for weight in weights)
@@ -90,7 +96,9 @@ def _slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
     """Slerp of two low-rank updates as a sum: its coefficients follow from the factors' inner products."""
     import torch
 
-    assert isinstance(work.kernel, Slerp)
+    kernel = work.kernel
+    assert isinstance(kernel, Slerp)
+    left, right = work.inputs
     x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in work.inputs)
 
     def inner(one: tuple[torch.Tensor, torch.Tensor] | None, other: tuple[torch.Tensor, torch.Tensor] | None) -> float:
@@ -98,8 +106,8 @@ def _slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
             return 0.0
         return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
 
-    first, second = work.kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
-    return exact(first) * work.inputs[0] + exact(second) * work.inputs[1]
+    first, second = kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
+    return exact(first) * left + exact(second) * right
 
 
 def _refuse_unfit(name: str, weight: Weight) -> None:
@@ -143,16 +151,15 @@ class AdapterWriter:
         """Takes up one tensor of the output."""
         task, reference = self.tasks[name], self.reference(name)
         work = _update(task.work, reference)
-        weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
-        if all(weight.is_zero for weight in weights):
+        weights = _weights(work)
+        if not weights:
             return
         base = reference.stored
         if isinstance(task.work, Copy) and base is not None and same_bytes(task.work.source, base):
             return
         for weight in weights:
             _refuse_unfit(name, weight)
-        slerp = isinstance(work, Apply) and isinstance(work.kernel, Slerp) and work.origin.is_zero
-        if isinstance(work, Apply) and slerp and _thin(*weights):
+        if isinstance(work, Apply) and isinstance(work.kernel, Slerp) and work.origin.is_zero and _thin(*weights):
             work = Sum(_slerp(work, self.reader, self.arena))
         if isinstance(work, Sum) and work.weight.low_rank:
             self.exact(name, work.weight)
@@ -175,7 +182,7 @@ class AdapterWriter:
 
     def approximate(self, name: str, task: Task, work: Sum | Apply | Prepare) -> None:
         """A dense update, truncated to the wanted rank."""
-        weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
+        weights = _weights(work)
         if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
             weights = tuple(weight for weight in weights if weight.low_rank)
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]

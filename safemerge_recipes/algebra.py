@@ -133,19 +133,19 @@ class Blend:
         """Shape of the product."""
         return self.parts[0][2].shape
 
-    def describe(self, name: Naming) -> str:
-        """Factors, coefficients and draw."""
-        parts = ",".join(f"{b!r}:{a!r}:{low_rank.describe(name)}" for b, a, low_rank in self.parts)
-        return f"Blend({parts}|{self.draw!r})"
-
-    def memory(self, block: int) -> int:
-        """The factors of every part, twice."""
-        return sum(low_rank.memory(block) for _, _, low_rank in self.parts)
-
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """All factors."""
         return tuple(ref for _, _, factors in self.parts for ref in factors.refs)
+
+    def describe(self, name: Naming) -> str:
+        """Coefficients, factors and draw."""
+        parts = ",".join(f"{b!r}:{a!r}:{factors.describe(name)}" for b, a, factors in self.parts)
+        return f"Blend({parts}*{self.scale!r}D{self.draw!r})"
+
+    def memory(self, block: int) -> int:
+        """Its factors, as loaded and as summed."""
+        return sum(factors.memory(block) for _, _, factors in self.parts)
 
 
 Factored = (LowRank, Blend)
@@ -154,32 +154,34 @@ Factored = (LowRank, Blend)
 Number = int | float | Fraction
 
 
-def exact(number: Number) -> Fraction:
+Rational = int | Fraction
+"""An exact coefficient; whole ones are plain integers, which are much faster."""
+
+
+def exact(number: Number) -> Rational:
     """The rational number a recipe's decimal stands for: 0.8 is 4/5, not its nearest binary double."""
-    return (
-        number
-        if isinstance(number, Fraction)
-        else Fraction(repr(number))
-        if isinstance(number, float)
-        else Fraction(number)
-    )
+    if isinstance(number, float):
+        return int(number) if number.is_integer() else Fraction(repr(number))
+    return number
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
     """Σ coefficient · operand. The empty sum is zero."""
 
-    terms: tuple[tuple[Fraction, Operand], ...] = ()
+    terms: tuple[tuple[Rational, Operand], ...] = ()
 
     @classmethod
     def of(cls, operand: Operand) -> Weight:
         """The weight that is just this operand."""
-        return cls(((Fraction(1), operand),))
+        return cls(((1, operand),))
 
     def __add__(self, other: Weight) -> Weight:
-        total: dict[Operand, Fraction] = {}
-        for coefficient, operand in (*self.terms, *other.terms):
-            total[operand] = total.get(operand, Fraction(0)) + coefficient
+        if not self.terms or not other.terms:
+            return self if self.terms else other
+        total: dict[Operand, Rational] = {operand: coefficient for coefficient, operand in self.terms}
+        for coefficient, operand in other.terms:
+            total[operand] = total.get(operand, 0) + coefficient
         return Weight(tuple((coefficient, operand) for operand, coefficient in total.items() if coefficient))
 
     def __mul__(self, factor: Number) -> Weight:
@@ -226,7 +228,7 @@ class Weight:
         """Bytes that its operands take, besides blocks of `block` elements."""
         return sum(operand.memory(block) for _, operand in self.terms)
 
-    def __iter__(self) -> Iterator[tuple[Fraction, Operand]]:
+    def __iter__(self) -> Iterator[tuple[Rational, Operand]]:
         return iter(self.terms)
 
 

@@ -22,6 +22,10 @@ MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
 
 
+MAX_NAME = 200
+"""Longest file name accepted, in characters; file systems take 255 bytes, and working names are longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
     """What tells an unchanged file from a changed one without reading it: sizes in bytes, times in ns.
@@ -97,7 +101,7 @@ def inside(directory: Path, name: str) -> Path:
     Raises:
         SourceError: the name is not a plain file name, or a link leads elsewhere.
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable() or len(name) > MAX_NAME:
         raise SourceError(f"{directory}: names the file {name[:200]!r}; expected a plain file name of this folder")
     path = directory / name
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(directory))

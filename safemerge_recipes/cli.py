@@ -410,12 +410,15 @@ def probe(
 @app.command("report")
 def report_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished output.", show_default=False)],
+    include: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Results of a sweep or probe to show; repeatable.")
+    ] = None,
 ) -> None:
     """Write the report and the card of a finished output anew, with its scores if it has any."""
     from safemerge_recipes.compare import render_again
     from safemerge_recipes.folder import REPORT_FILE
 
-    render_again(folder)
+    render_again(folder, include or ())
     print(f"{folder / REPORT_FILE}")
 
 
@@ -510,7 +513,7 @@ def _without_secrets(text: str) -> str:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
         text = text.replace(os.environ.get(name) or "\0", "<token>")
     text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
-    return re.sub(r"(\w+://)[^/@\s]+@", r"\1<secret>@", text)
+    return re.sub(r"(\w+:/+)[^/@\s]+@", r"\1<secret>@", text)
 
 
 def main(arguments: list[str] | None = None) -> None:

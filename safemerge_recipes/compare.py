@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluate import Scores, evaluate, expand
-from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from safemerge_recipes.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, write_file
 from safemerge_recipes.loading import load_recipe
 from safemerge_recipes.manifest import read_record, restamp
 from safemerge_recipes.scoring import MERGED, attach, document, threads
@@ -174,11 +174,15 @@ def _is_adapter(folder: Path, source: Any) -> bool:
     return source.location is not None and (folder / source.location / "adapter_config.json").exists()
 
 
-def render_again(folder: Path) -> None:
+def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
     """Writes the report and card of a finished output anew, with its scores if it has any.
 
+    Args:
+        folder: The output.
+        results: Folders of sweeps and probes; what they found is copied into the output and shown.
+
     Raises:
-        CheckError: The folder is no finished output.
+        CheckError: The folder is no finished output, or a result folder holds no result.
     """
     from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE
     from safemerge_recipes.run import render_documents
@@ -186,5 +190,16 @@ def render_again(folder: Path) -> None:
     provenance = provenance_in(folder)
     plan = read_record(folder / PLAN_FILE)
     scores = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
+    copied = [name for place in results for name in _copy_results(place, folder)]
     render_documents(folder, plan, scores, provenance)
-    restamp(folder, (REPORT_FILE, "README.md"))
+    restamp(folder, (*copied, REPORT_FILE, "README.md"))
+
+
+def _copy_results(place: Path, folder: Path) -> list[str]:
+    names = [Path(picture).with_suffix(end).name for picture in PICTURES.values() for end in (".svg", ".json")]
+    found = [name for name in names if (place / name).is_file()]
+    if not found:
+        raise CheckError(f"{place}: holds no result of a sweep or probe; expected {' or '.join(names[1::2])} there")
+    for name in found:
+        write_file(folder / name, (place / name).read_bytes())
+    return found

@@ -283,20 +283,21 @@ def _run(
     import lm_eval
 
     try:
-        return lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(names),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=shots,
-            log_samples=True,
-            apply_chat_template=chat,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with _without_inventory():
+            return lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=list(names),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                log_samples=True,
+                apply_chat_template=chat,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except Exception as error:
         hint = " Tasks that are not shipped load their data from the hub." if set(names) - {*TASKS} else ""
         raise CheckError(
@@ -393,6 +394,25 @@ def _kept_mode(model: Any) -> Iterator[None]:
     finally:
         if was_training:
             model.train()
+
+
+@contextlib.contextmanager
+def _without_inventory() -> Iterator[None]:
+    """Keep lm-eval from listing every package and device of the machine, which takes it seconds a call.
+
+    What matters of them is in the settings.
+    """
+    from lm_eval import evaluator
+
+    inventory = getattr(evaluator, "add_env_info", None)
+    if inventory is None:  # a release that does not
+        yield
+        return
+    evaluator.add_env_info = lambda results: None
+    try:
+        yield
+    finally:
+        evaluator.add_env_info = inventory
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ RECIPE_FILE = "safemerge_recipe.yaml"
 REPORT_FILE = "safemerge_report.html"
 SCORES_FILE = "safemerge_scores.json"
 LOCK_FILE = "safemerge.lock"
+PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
+"""Pictures that the report shows where an output has them, by title."""
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER = (

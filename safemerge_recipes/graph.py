@@ -16,8 +16,8 @@ from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES
 from safemerge_recipes.kernels import BLOCK, as_interpolation
-from safemerge_recipes.methods import Ties
-from safemerge_recipes.plan import Outlook, Plan, TensorPlan
+from safemerge_recipes.methods import FORMS, KERNELS, Ties
+from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
 from safemerge_recipes.transforms import Project, SvdK
@@ -83,6 +83,8 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         merge = outlook.policy.merge
         if merge.method not in found:
             found[merge.method] = find_method(merge.method, methods)
+        elif merge.space != "factors" and (merge.method in FORMS or merge.method in KERNELS):
+            continue  # fits every tensor if it fits one: no mask, no ranks to agree
         sides = sides_of(outlook.name, family)
         for role in found[merge.method].needs:
             sides.need(role)
@@ -126,8 +128,7 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
             return Copy(stored)
     masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
     for ref in work.refs:
-        packed = ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES
-        if packed and ref not in masks:
+        if ref not in masks and (ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES):
             raise SourceError(
                 f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
                 "packed numbers are never converted; expected the same in every source, or a rule that keeps the "
@@ -152,7 +153,7 @@ def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: st
         assert tensor.policy is not None  # nothing else is more than a sum
         merge = tensor.policy.merge
         sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
-        text = f"{tensor.name}|{origin}|{merge.method}{merge.parameters()!r}|{'|'.join(sums)}"
+        text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{'|'.join(sums)}"
     return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
 

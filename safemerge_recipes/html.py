@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -46,7 +47,11 @@ _PAPER = "https://arxiv.org/abs/2503.17239"
 
 
 def render_report(
-    plan: Mapping[str, Any], *, scores: Mapping[str, Any] | None, provenance: Mapping[str, Any] | None
+    plan: Mapping[str, Any],
+    *,
+    scores: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any] | None,
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The report as one HTML document.
 
@@ -54,6 +59,7 @@ def render_report(
         plan: the content of safemerge_plan.json.
         scores: `{"models": {model: {task: {metric: {"value", "low", "high", "n"}}}}}`, 95 % intervals.
         provenance: `sources` by role, `versions`, `recipe` (YAML text), `created`, `timings` (seconds).
+        pictures: further sections, title to SVG file text; shown as images, so that nothing in them runs.
     """
     view = read_plan(plan)
     origin = provenance if isinstance(provenance, Mapping) else {}
@@ -67,6 +73,7 @@ def render_report(
             _heat(view, cells),
             _ratios(cells),
             _norms(cells),
+            *(_picture(title, svg) for title, svg in (pictures or {}).items()),
             _kinds(view),
             _decisions(view),
             _provenance(origin),
@@ -78,7 +85,7 @@ def render_report(
     script = (assets / "report.js").read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
-        "form-action 'none'"
+        "form-action 'none'" + ("; img-src data:" if pictures else "")
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -277,6 +284,13 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
     heads = [("model", ""), ("", "dots"), ("value", "n"), ("95 % interval", "n"), ("examples", "n wide-only")]
     table = _table(heads, "".join(rows), class_="scores")
     return _section("scores", "Scores", scale, tag("div", table, class_="scroll"))
+
+
+def _picture(title: str, svg: str) -> str:
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    name = re.sub(r"[^a-z]+", "-", title.lower())
+    # Not `tag`, which cuts attributes short: base64 needs no escaping.
+    return _section(name, title, "", f'<div class="scroll"><img alt="{text(title)}" src="{source}"></div>')
 
 
 def _kinds(view: Overview) -> str:

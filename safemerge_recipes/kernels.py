@@ -76,7 +76,7 @@ class Evaluator:
             [
                 (float(coefficient), cast("Computed", operand).open(reader, arena, f"{slot}:{number}.{place}", dtype))
                 for place, (coefficient, operand) in enumerate(weight)
-                if not isinstance(operand, Stored) and not isinstance(operand, Factored)
+                if not isinstance(operand, (Stored, *Factored))
             ]
             for number, weight in enumerate(weights)
         ]

@@ -95,9 +95,10 @@ class Measurer:
 
     def _measure(self, names: Sequence[str], effort: Effort, rank: int) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
-        matrices = {name: self._matrices(name) for name in names}
-        exact = effort == "exact"
-        needs = {name: max(measure_memory(*pair, rank, exact) for _, pair in matrices[name]) for name in names}
+        needs = {
+            name: max(measure_memory(*pair, rank, effort == "exact") for _, pair in self._matrices(name))
+            for name in names
+        }
         budget = self.resources
         workers = fit_workers(needs.items(), budget.workers, budget.memory)
         share = (budget.memory - SLACK) // workers
@@ -107,7 +108,7 @@ class Measurer:
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
                 room = share - needs[name]
-                parts = [measure(one, *pair, reader, arena, room, effort, rank) for one, pair in matrices[name]]
+                parts = [measure(one, *pair, reader, arena, room, effort, rank) for one, pair in self._matrices(name)]
                 found[name] = reduce(add, parts)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ MAX_ALTERNATIVES = 10_000
 """Most alternatives one glob's braces may expand to."""
 MAX_PIECES = 1_000_000
 """Most characters all alternatives of one glob may hold together."""
+MAX_WILD_PIECES = 100_000
+"""The same for alternatives with wildcards, which cost far more than plain names."""
 MAX_QUANTIFIERS = 4
 """Most quantifiers in one regular expression: each can multiply the work by the length of the name."""
 
@@ -88,7 +91,10 @@ def _compile(pattern: str) -> Callable[[str], bool]:
         return _compile_regex(pattern)
     globs, _ = _parse(pattern, 0, nested=False)
     exact = frozenset("".join(map(_literal, glob)) for glob in globs if all(map(_is_literal, glob)))
-    expressions = [re.compile(_translate(g), re.DOTALL) for g in globs if not all(map(_is_literal, g))]
+    wild = [glob for glob in globs if not all(map(_is_literal, glob))]
+    if len(wild) > 1 and sum(map(len, wild)) > MAX_WILD_PIECES:
+        raise _error(pattern, 0, f"braces around wildcards expand to more than {MAX_WILD_PIECES} characters")
+    expressions = [re.compile(_translate(glob), re.DOTALL) for glob in wild]
 
     def test(name: str) -> bool:
         return name in exact or any(expression.fullmatch(name) for expression in expressions)
@@ -213,7 +219,9 @@ def _parse_set(pattern: str, at: int) -> tuple[str, int]:
     body = re.sub(r"([\\\]\[^&~|])", r"\\\1", pattern[inside:end])
     expression = f"[{'^' * negated}{body}]"
     try:
-        re.compile(expression)
+        _regex(expression)
+    except FutureWarning:
+        raise _error(pattern, at, "not a clear set of characters; write \\- for a hyphen") from None
     except re.error as error:
         raise _error(pattern, at, f"not a set of characters: {error.msg}") from None
     return expression, end + 1
@@ -222,12 +230,23 @@ def _parse_set(pattern: str, at: int) -> tuple[str, int]:
 # Regular expressions
 
 
+def _regex(body: str) -> re.Pattern[str]:
+    """Compiles; raises FutureWarning for what a later Python may read otherwise, such as `[[`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        return re.compile(body)
+
+
 def _compile_regex(pattern: str) -> Callable[[str], bool]:
     if len(pattern) < 3 or not pattern.endswith("/"):
         raise _error(pattern, 0, "a regular expression is written between two slashes, like /.*q_proj.*/")
     body = pattern[1:-1]
     try:
-        compiled = re.compile(body)
+        compiled = _regex(body)
+    except FutureWarning as warning:
+        raise _error(
+            pattern, 0, f"not a clear regular expression: {str(warning)[:60]}; write \\[ for a bracket"
+        ) from None
     except re.error as error:
         raise _error(pattern, 1 + (error.pos or 0), f"not a regular expression: {error.msg}") from None
     except (OverflowError, RecursionError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from safemerge_recipes.errors import PlanError, RecipeError
@@ -17,7 +18,7 @@ from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.measure import Effort, Moments
 from safemerge_recipes.names import block_of, is_block_matrix, module_of, module_type
 from safemerge_recipes.patterns import Matcher, compile_patterns
-from safemerge_recipes.recipe import Gate, Policy, Recipe, Role, merge_sources
+from safemerge_recipes.recipe import Gate, Merge, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.roles import Family
 from safemerge_recipes.selectors import SELECTORS, Selector
 
@@ -37,6 +38,18 @@ class Outlook:
     policy: Policy | None
     reason: str
     take: Role = "finetuned"
+
+
+def told(merge: Merge) -> dict[str, Any]:
+    """A merge's parameters as plain values, without those that are null; of a file its name, wherever it lies."""
+    values = {
+        key: value.model_dump() if hasattr(value, "model_dump") else value
+        for key, value in merge.parameters().items()
+        if value is not None
+    }
+    if "mask" in values:
+        values["mask"]["path"] = Path(values["mask"]["path"]).name
+    return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +94,7 @@ class TensorPlan:
             "alpha": merge.alpha if merge and "alpha" in merge.parameters() else None,
         }
         if merge:
-            line["parameters"] = {
-                key: value.model_dump() if hasattr(value, "model_dump") else value
-                for key, value in merge.parameters().items()
-                if key != "alpha" and value is not None
-            }
+            line["parameters"] = {key: value for key, value in told(merge).items() if key != "alpha"}
         if self.action == "keep":
             line["source"] = self.take
         return line

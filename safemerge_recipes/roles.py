@@ -48,8 +48,8 @@ class Family:
     """The models of a recipe over one inventory: `inventory` maps each output tensor to its stored form.
 
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
-    config, `input_first` names the matrices that are stored `(d_in, d_out)`.
-    `masks` holds the tensors of the recipe's mask files, by the path it writes and by name.
+    config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
+    recipe's mask files, by the path it writes and by name.
     """
 
     inventory: Mapping[str, TensorRef]

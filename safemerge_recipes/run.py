@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from safemerge_recipes.checkpoint import INDEX_FILE, FileIdentity
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
-from safemerge_recipes.execute import Resources, execute, region_digest
+from safemerge_recipes.execute import Resources, execute
 from safemerge_recipes.folder import (
     MANIFEST_FILE,
+    PICTURES,
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_FILE,
@@ -33,7 +34,6 @@ from safemerge_recipes.folder import (
     write_json,
 )  # fmt: skip
 from safemerge_recipes.graph import ENGINE, Graph, build_graph, check_merges, task_memory
-from safemerge_recipes.header import read_header
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.loading import LoadedRecipe, dump_recipe, read_names
 from safemerge_recipes.manifest import make_manifest
@@ -41,7 +41,7 @@ from safemerge_recipes.masks import mask_path
 from safemerge_recipes.memory import fit_workers, projected_peak
 from safemerge_recipes.plan import Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.provenance import Digests, check_unchanged, remember_digest, versions
-from safemerge_recipes.recipe import Recipe, Role
+from safemerge_recipes.recipe import Recipe
 from safemerge_recipes.registry import Registry, read_registry
 from safemerge_recipes.resume import finished, reusable, unseal
 from safemerge_recipes.roles import Family, open_family
@@ -137,8 +137,8 @@ def settled(loaded: LoadedRecipe) -> Recipe:
 
 def choose_device(device: str) -> str:
     """`auto` becomes cuda where there is one. Raises PlanError for a device that is not there."""
-    if device == "cpu":
-        return device
+    if device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"  # without asking torch, which takes a second to load
     import torch
 
     if device == "auto":
@@ -316,7 +316,6 @@ def _write_adapter(
     prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
 ) -> dict[str, Any]:
     """An adapter is small: it is computed in memory and always written anew."""
-    from safemerge_recipes.adapter_keys import WEIGHTS_FILE
     from safemerge_recipes.adapter_output import write_adapter
 
     check_unchanged(prepared.identities)
@@ -333,14 +332,7 @@ def _write_adapter(
     tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
-    weights = read_header(part / WEIGHTS_FILE)
-    descriptor = os.open(part / WEIGHTS_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        digests_by_key = {name: region_digest(descriptor, ref.offset, ref.nbytes) for name, ref in weights.items()}
-    finally:
-        os.close(descriptor)
-    tensors: dict[str, tuple[str, str | None]] = {name: (found, found) for name, found in digests_by_key.items()}
-    result = _document(prepared, part, output, plan, tokenizer, inputs, files, tensors, timings)
+    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
     return {**result, "resumed": 0}
 
 
@@ -362,14 +354,12 @@ def _document(
     copy_side_files(beside, part, prepared.family.config_edits)
     timings = {**prepared.timings, **timings}
     render_documents(part, plan, None, provenance_of(prepared))
-    roles: dict[str, list[Role]] = {}
+    labels: dict[str, tuple[list[str], str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
-            roles.setdefault(file, []).append(role)
-    labels: dict[str, tuple[Sequence[str], str]] = {
-        file: (found, _label(prepared.family.models[found[0]].folder)) for file, found in roles.items()
-    }
-    labels |= {file: (["mask"], Path(file).name) for file in prepared.family.mask_files if file not in labels}
+            labels.setdefault(file, ([], _label(model.folder)))[0].append(role)
+    for file in prepared.family.mask_files:
+        labels.setdefault(file, ([], Path(file).name))[0].append("mask")
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
@@ -399,9 +389,12 @@ def provenance_of(prepared: Prepared) -> dict[str, Any]:
 def render_documents(
     folder: Path, plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any]
 ) -> None:
-    """Writes report and model card."""
+    """Writes report and model card, with the pictures of a sweep or a probe that lie in the folder."""
     from safemerge_recipes.card import render_card
     from safemerge_recipes.html import render_report
 
-    write_file(folder / REPORT_FILE, render_report(plan, scores=scores, provenance=provenance))
+    drawn = ((title, folder / name) for title, name in PICTURES.items())
+    pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
+    page = render_report(plan, scores=scores, provenance=provenance, pictures=pictures)
+    write_file(folder / REPORT_FILE, page)
     write_file(folder / "README.md", render_card(plan, scores=scores, provenance=provenance))

@@ -87,19 +87,25 @@ def locate(source: Source, role: str, directory: Path) -> Folder:
     """
     name = source.adapter or source.model or source.location or ""
     label = f"sources.{role}: {name}"
-    local = Path(os.path.normpath(directory / Path(name).expanduser())) if name else directory
     revision = None
+    try:
+        local = Path(os.path.normpath(directory / Path(name).expanduser())) if name else directory
+        exists = local.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a zero byte
+        raise SourceError(f"{label[:300]}: no path: {error}; expected a folder or a hub id") from None
     if local.is_dir():
         path = local
         if source.revision:
             raise SourceError(f"{label}: a local folder has no revision; remove `revision: {source.revision}`")
-    elif local.exists():
+    elif exists:
         raise SourceError(f"{label}: is a file; expected the folder that holds the model or adapter")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SourceError(f"{label}: no folder at {local}; check the path, it is relative to the recipe")
     else:
         path, revision = _fetch(name, source.revision, source.subfolder, label)
     if source.subfolder:
+        if Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts:
+            raise SourceError(f"{label}: subfolder {source.subfolder[:80]!r} leads out of it; expected one inside")
         path = path / source.subfolder
         if not path.is_dir():
             raise SourceError(f"{label}: has no folder {source.subfolder!r}; check `subfolder`")

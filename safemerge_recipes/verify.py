@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.adapter import open_adapter
+from safemerge_recipes.adapter import is_adapter, open_adapter
 from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint
+from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.execute import Resources, TaskRun, region_digest
 from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
@@ -142,11 +143,12 @@ def _bytes(
                 own.update(piece)
                 left -= len(piece)
                 progress.tick(len(piece))
-            if tensor is not None and own.hexdigest() != manifest.tensors.get(tensor, ("", ""))[1]:
+            if tensor in manifest.tensors and own.hexdigest() != manifest.tensors[tensor][1]:
                 damaged.append(tensor)
     yield from (f"{name}: {tensor}: its bytes changed" for tensor in damaged)
     if whole.hexdigest() != manifest.outputs[name].sha256 and not damaged:
-        yield f"{name}: {'its header' if refs else 'it'} changed (sha256 {whole.hexdigest()})"
+        known = any(tensor in manifest.tensors for tensor in refs)
+        yield f"{name}: {'its header' if known else 'it'} changed (sha256 {whole.hexdigest()})"
 
 
 # Inventory
@@ -155,7 +157,7 @@ def _bytes(
 def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What does not fit between headers, index, config, plan and manifest."""
     try:
-        if CONFIG_FILE in manifest.outputs:  # an adapter: its keys and config must fit each other
+        if is_adapter(folder):  # its inventory is its own: the plan lists the full model's tensors
             open_adapter(folder)
             return
         checkpoint = open_checkpoint(folder)
@@ -209,7 +211,7 @@ def _recompute(
     _refuse(folder, list(_inputs(prepared, manifest)))
     _refuse(folder, list(_decisions(prepared, folder)))
     if prepared.recipe.output.format == "adapter":
-        return _adapter_again(folder, manifest, prepared, progress)
+        return _recompute_adapter(folder, prepared, manifest, progress)
     tasks = list(prepared.graph.tasks)
     if sample is not None and sample < len(tasks):
         tasks = random.Random(seed).sample(tasks, sample)
@@ -238,20 +240,23 @@ def _recompute(
     return [task.slot.name for task in tasks]
 
 
-def _adapter_again(folder: Path, manifest: Manifest, prepared: Prepared, progress: Progress) -> list[str]:
-    """Makes the adapter again; it is small, so always the whole of it."""
-    import tempfile
-
+def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, progress: Progress) -> list[str]:
+    """The same for an adapter, which is computed whole, into a folder that is then removed."""
     from safemerge_recipes.adapter_output import write_adapter
 
-    graph = prepared.graph
-    progress.phase("again", graph.bytes_written)
+    progress.phase("again", prepared.graph.bytes_written)
     with tempfile.TemporaryDirectory() as place:
-        memory = prepared.resources.memory
-        files, _ = write_adapter(prepared.plan, prepared.family, graph, Path(place), memory, progress.tick)
-    other = [name for name, digest in files.items() if manifest.outputs[name].sha256 != digest]
-    _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in other])
-    return list(manifest.tensors)
+        files, _ = write_adapter(
+            prepared.plan, prepared.family, prepared.graph, Path(place), prepared.resources.memory, progress.tick
+        )
+        # Where the base model lies is seen from elsewhere now.
+        configs = [
+            read_object(root / CONFIG_FILE) | {"base_model_name_or_path": None} for root in (folder, Path(place))
+        ]
+    same = {CONFIG_FILE} if configs[0] == configs[1] else set()
+    wrong = [name for name in files if name not in same and manifest.outputs[name].sha256 != files[name]]
+    _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in wrong])
+    return [tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"]
 
 
 def _digest(
@@ -272,12 +277,13 @@ def _digest(
 def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
     """Sources that are not those of the run."""
     digests = {one.path: file_digest(one) for one in prepared.identities}
-    for role, model in prepared.family.models.items():
-        for path in model.files:
+    owners = {f"sources.{role}": (role, model.files) for role, model in prepared.family.models.items()}
+    for place, (role, paths) in {**owners, "merge.mask": ("mask", prepared.family.mask_files)}.items():
+        for path in paths:
             written = manifest.inputs.get((role, Path(path).name))
             if written is None or written.sha256 != digests[path]:
                 expected = f"sha256 {written.sha256}" if written else "no such input"
-                yield f"sources.{role}: {path} has sha256 {digests[path]}; the manifest says {expected}"
+                yield f"{place}: {path} has sha256 {digests[path]}; the manifest says {expected}"
 
 
 def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:

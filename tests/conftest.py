@@ -16,10 +16,13 @@ import yaml
 
 
 @pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing a test does reaches the user's caches or a hub."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(folder))
+    monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return folder
 
 
 @pytest.fixture(scope="session")

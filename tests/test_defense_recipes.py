@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,10 +246,12 @@ DEMO = ROOT / "recipes" / "demo"
 @pytest.mark.skipif(not (DEMO / "base" / "model.safetensors").exists(), reason="python recipes/demo/family.py makes it")
 @pytest.mark.parametrize("stem", RECIPES)
 def test_it_runs_on_the_demo_family(stem, tmp_path):
-    """SmolLM2-135M with its alignment, task and safety adapters."""
+    """SmolLM2-135M with its alignment, task and safety adapters; masks drawn at random."""
     from safemerge_recipes.execute import Resources
+    from safemerge_recipes.header import read_header
     from safemerge_recipes.loading import parse_recipe
-    from safemerge_recipes.run import Silent, prepare, resolve
+    from safemerge_recipes.provenance import Digests
+    from safemerge_recipes.run import Silent, carry_out, prepare, resolve
 
     folders = {
         "base": f"{DEMO}/base",
@@ -256,21 +259,25 @@ def test_it_runs_on_the_demo_family(stem, tmp_path):
         "finetuned": f"{{adapter: {DEMO}/task-arithmetic}}",
         "safety": f"{{adapter: {DEMO}/safety}}",
     }
-    given = load_recipe(RECIPES[stem]).recipe.sources.roles()
-    roles = {role: folders[role] for role in given}
-    if {"expo", "lox"} & {stem}:
+    roles = {role: folders[role] for role in ("base", *load_recipe(RECIPES[stem]).recipe.sources.roles())}
+    if stem in ("expo", "lox"):
         roles["finetuned"] = folders["aligned"]
-    if stem == "mergealign":
-        roles = {"aligned": folders["base"], "finetuned": folders["aligned"], "safety": folders["aligned"]}
-    loaded = parse_recipe(RECIPES[stem].read_text(), tmp_path / "recipe.yaml", [f"sources={{{_flow(roles)}}}"])
+    if stem == "mergealign":  # the unaligned model in the role of the aligned one
+        roles = {"aligned": folders["base"], "finetuned": f"{{adapter: {DEMO}/alignment}}", "safety": folders["base"]}
+    sources = ", ".join(f"{role}: {source}" for role, source in roles.items())
+    overrides = [f"sources={{{sources}}}"]
+    loaded = parse_recipe(RECIPES[stem].read_text(), tmp_path / "recipe.yaml", overrides)
     if loaded.recipe.merge.mask is not None:
-        pytest.skip("masks are the user's")
+        inventory = read_header(DEMO / "base" / "model.safetensors")
+        masks = {name: torch.rand(ref.shape) > 0.9 for name, ref in inventory.items() if "_proj" in name}
+        save_file(masks, tmp_path / loaded.recipe.merge.mask.path)
     prepared = prepare(resolve(loaded), Resources(2, 2_000_000_000), Silent())
     assert prepared.plan.gated
-
-
-def _flow(roles: dict[str, str]) -> str:
-    return ", ".join(f"{role}: {source}" for role, source in roles.items())
+    output = tmp_path / "out"
+    carry_out(prepared, output, Digests(prepared.identities), Silent())
+    written = (output / "model.safetensors").stat().st_size
+    shutil.rmtree(output)
+    assert written == (DEMO / "base" / "model.safetensors").stat().st_size
 
 
 def test_decisions_cost_no_reading_of_masks(family):

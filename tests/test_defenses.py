@@ -228,6 +228,21 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     stored = yaml.safe_load((folder / "safemerge_recipe.yaml").read_text())
     assert (folder / stored["merge"]["mask"]["path"]).samefile(family.root / "bool.safetensors")
     assert '"mask"' in (folder / "safemerge_manifest.json").read_text()
+    from safemerge_recipes.errors import CheckError
+    from safemerge_recipes.execute import Resources
+    from safemerge_recipes.run import Silent
+    from safemerge_recipes.verify import verify
+
+    checked = verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
+    assert checked["recomputed"] == len(family.aligned)
+    mask = family.root / "bool.safetensors"
+    content = mask.read_bytes()
+    mask.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        with pytest.raises(CheckError, match=r"merge\.mask: .*bool\.safetensors has sha256"):
+            verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
+    finally:
+        mask.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +488,30 @@ def test_the_merged_factors_are_pefts(family):
                 assert scale == 1
                 torch.testing.assert_close(a, expected_a, rtol=1e-5, atol=1e-7)
                 torch.testing.assert_close(b, expected_b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_written_adapter_is_pefts_merged_adapter(family):
+    """The same rank and the same update, module by module, as a folder that PEFT loads."""
+    import json
+
+    from safetensors.torch import load_file
+
+    text = recipe_text(ADAPTERS, ALWAYS, "{space: factors}", "output: {format: adapter}")
+    before = set(family.root.glob("out*"))
+    run_recipe(family.root, text)
+    (folder,) = set(family.root.glob("out*")) - before
+    written, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    reference = peft_merged(family, [family.root / "finetuned-adapter", family.root / "safety-adapter"], [0.8, 0.2])
+    scale = config["lora_alpha"] / config["r"]
+    for name, (a, b, own) in reference.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        left, right = written[f"{module}.lora_B.weight"], written[f"{module}.lora_A.weight"]
+        assert right.shape == a.shape
+        torch.testing.assert_close(scale * left @ right, own * b @ a, rtol=1e-4, atol=1e-6)
+    assert set(peft_merged(family, [folder], [1.0])) == set(GATED)
 
 
 def test_dare_linear_is_pefts_given_its_draw(family, monkeypatch):

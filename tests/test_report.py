@@ -48,9 +48,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def make_plan(
-    blocks: int = 32, *, tau: float = 0.35, measured: bool = True, experts: int = 0, **changes: Any
-) -> dict:
+def make_plan(blocks: int = 32, *, tau: float = 0.35, measured: bool = True, experts: int = 0, **changes: Any) -> dict:
     """A plan as the engine writes it, with values of a realistic size; decided by `rho < tau`."""
     draw = random.Random(1)
 
@@ -284,9 +282,7 @@ class TestTerminal:
         }
         text = printed(print_result, plan, result)
         summary = plan["summary"]
-        assert f"{summary['merged']} of 224 gated tensors were merged, where ρ < 0.35" in " ".join(
-            text.split()
-        )
+        assert f"{summary['merged']} of 224 gated tensors were merged, where ρ < 0.35" in " ".join(text.split())
         for kind in KINDS:
             members = [t for t in plan["tensors"] if t["name"].endswith(f"{kind}.weight")]
             row = next(row for row in text.splitlines() if row.startswith(kind)).split()
@@ -303,9 +299,7 @@ class TestTerminal:
             assert expected in text
 
     def test_projected_cost_is_shown_with_a_plan(self):
-        assert "Projected: read 40.4 GB, write 13.5 GB, peak memory 1.31 GB." in printed(
-            print_plan, make_plan()
-        )
+        assert "Projected: read 40.4 GB, write 13.5 GB, peak memory 1.31 GB." in printed(print_plan, make_plan())
 
     @pytest.mark.parametrize("width", [60, 80, 200])
     @pytest.mark.parametrize("plan", [make_plan(), make_plan(1), make_plan(130), make_plan(8, experts=8)])
@@ -353,9 +347,7 @@ class TestTerminal:
             if tensor["metric"]:
                 tensor |= {"rho": 0.5, "rho_null": 1.0, "value": 0.5}
         plan["recipe"] = {**RECIPE, "gate": {"metric": "rho", "tau": 0.25}}
-        row = next(
-            row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj")
-        )
+        row = next(row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj"))
         axis = row[-24:]
         assert [axis.index(mark) for mark in "┊●×"] == [round(x * 23) for x in (0.25, 0.5, 1.0)]
 
@@ -420,8 +412,7 @@ class TestPage:
         content = render_report(plan, scores=None, provenance=None)
         merged = plan["summary"]["merged"]
         panels, strips, norms = (
-            content[content.index(f'id="{name}-title"') :].split("</section>")[0]
-            for name in ("rho", "ratio", "norms")
+            content[content.index(f'id="{name}-title"') :].split("</section>")[0] for name in ("rho", "ratio", "norms")
         )
         for chart in (panels, strips, norms):
             assert len(re.findall(r"<circle[^>]*><title>", chart)) == 224
@@ -435,8 +426,7 @@ class TestPage:
         content = render_report(plan, scores=None, provenance=None)
         panel = content[content.index("self_attn.q_proj: ρ by block") :].split("</svg>")[0]
         scale = [
-            (float(y), float(v))
-            for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)
+            (float(y), float(v)) for y, v in re.findall(r'y="([\d.]+)" class="t" text-anchor="end">([\d.]+)<', panel)
         ]
         (y0, v0), (y1, v1) = scale[0], scale[-1]
         drawn = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', panel)]
@@ -453,9 +443,7 @@ class TestPage:
             ],
         }
         limits = {
-            line.kind: line.threshold.value
-            for line in read_plan(make_plan(2, recipe=recipe)).lines
-            if line.threshold
+            line.kind: line.threshold.value for line in read_plan(make_plan(2, recipe=recipe)).lines if line.threshold
         }
         assert limits == {kind: 0.5 if kind.startswith("mlp") else 0.35 for kind in KINDS}
 
@@ -491,11 +479,7 @@ class TestPage:
 
     @pytest.mark.parametrize("text", HOSTILE)
     def test_hostile_text_adds_no_tag_and_no_attribute(self, text):
-        tame = Page(
-            render_report(
-                hostile("plain"), scores=hostile_scores("plain"), provenance=hostile_origin("plain")
-            )
-        )
+        tame = Page(render_report(hostile("plain"), scores=hostile_scores("plain"), provenance=hostile_origin("plain")))
         content = render_report(hostile(text), scores=hostile_scores(text), provenance=hostile_origin(text))
         page = Page(content)
         assert page.attributes <= tame.attributes
@@ -506,9 +490,7 @@ class TestPage:
 
     def test_script_in_a_name_is_shown_as_text(self):
         name = "</script><script>alert(1)</script>"
-        assert any(
-            name in words for words in Page(render_report(hostile(name), scores=None, provenance=None)).words
-        )
+        assert any(name in words for words in Page(render_report(hostile(name), scores=None, provenance=None)).words)
 
 
 @pytest.mark.parametrize("plan", BARE, ids=str)

@@ -1,6 +1,8 @@
+import base64
 import hashlib
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -131,6 +133,15 @@ def test_report_and_evaluate_work_on_the_finished_folder(output, tmp_path, monke
     run("report", copy)
     assert (copy / "README.md").read_text() == (output / "README.md").read_text()
     run("verify", copy)
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "safemerge_sweep.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    run("report", copy, "--include", tmp_path / "swept")
+    page = (copy / "safemerge_report.html").read_text()
+    shown = re.findall(r'<img alt="Sweep" src="data:image/svg\+xml;base64,([^"]*)">', page)
+    assert [base64.b64decode(one) for one in shown] == [(copy / "safemerge_sweep.svg").read_bytes()]
+    assert "img-src data:" in page
+    run("verify", copy)
+    run("report", copy, "--include", tmp_path, code=6)
     capsys.readouterr()
     run("evaluate", copy, "--tasks", "safemerge_qa", "--limit", 2, "--json", "--device", "cpu")
     content = json.loads(capsys.readouterr().out)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 from family import wheel
+
 from safemerge_recipes.tasks import arithmetic
 
 HERE = Path(__file__).resolve().parent

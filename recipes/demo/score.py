@@ -13,6 +13,7 @@ from pathlib import Path
 
 import data
 from model import answers, load
+
 from safemerge_recipes.refusal import classify
 from safemerge_recipes.tasks import arithmetic
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import data
 from model import chat, load, own_answers
+
 from safemerge_recipes.refusal import classify
 
 HERE = Path(__file__).resolve().parent
