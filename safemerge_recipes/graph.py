@@ -119,7 +119,6 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
         assert tensor.policy is not None  # merged tensors are gated ones
         merge = tensor.policy.merge
         work = find_method(merge.method, methods).work(merge, sides_of(tensor.name, family))
-        _check_layout(tensor.name, work, family)
     else:
         work = Sum(family.weight(tensor.take, tensor.name))
     if isinstance(work, Sum):

@@ -617,12 +617,12 @@ def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp
     recipe = _three(bench, tmp_path, merge={"method": "ties"})
     zoo.run({**recipe, "output": {"format": "adapter", "rank": 4}}, tmp_path / "out")
     resources = Resources(device="cpu", workers=1, memory=2_000_000_000)
-    verify(tmp_path / "out", resources, Silent(), deep=True)
+    assert verify(tmp_path / "out", resources, Silent(), deep=True)["recomputed"] > 0
     path = tmp_path / "out" / "adapter_model.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(CheckError, match=r"adapter_model\.safetensors"):
+    with pytest.raises(CheckError, match=r"adapter_model\.safetensors: it changed"):
         verify(tmp_path / "out", resources, Silent())
 
 

@@ -194,6 +194,7 @@ def test_a_sweep_is_of_one_family(recipe, tmp_path):
         bench.plan(("sources.finetuned.adapter=./safety",))
 
 
+@pytest.mark.slow
 def test_sweep_end_to_end(recipe, tmp_path, capsys):
     arguments = ("sweep", recipe, "--grid", "gate.fraction=0.3,0.6", "--alpha", "0.2,0.7", "--seeds", 1, "--limit", 2)
     run(*arguments, "--output", tmp_path / "s", "--json", "--device", "cpu")
@@ -244,6 +245,7 @@ def test_groups_partition_the_gated_tensors(gate_plan):
         assert set(members) == all_
 
 
+@pytest.mark.slow
 def test_probe_end_to_end(recipe, tmp_path, capsys):
     run("probe", recipe, "--by", "type", "--limit", 3, "--output", tmp_path / "p", "--json", "--device", "cpu")
     content = json.loads(capsys.readouterr().out)
