@@ -183,6 +183,8 @@ class AdapterWriter:
     def approximate(self, name: str, task: Task, work: Sum | Apply | Prepare) -> None:
         """A dense update, truncated to the wanted rank."""
         weights = _weights(work)
+        if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
+            weights = tuple(weight for weight in weights if weight.low_rank)
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
         rank = self.rank or (sum(own) if _thin(*weights) else 0)
         if not rank:

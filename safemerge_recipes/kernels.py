@@ -139,10 +139,17 @@ def factors(
     if isinstance(operand, Blend):
         b, a = blended(operand, reader, dtype, device)
     else:
-        b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
-        first, step = operand.columns
-        b = b[:, first::step] if step > 1 else b
+        b, a = stored_factors(operand, reader, dtype, device)
     return (a.T.contiguous(), b.T.contiguous()) if operand.transposed else (b, a)
+
+
+def stored_factors(
+    operand: LowRank, reader: Reader, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, A) as stored, in `dtype`."""
+    b, a = load(reader, operand.b, dtype, device), load(reader, operand.a, dtype, device)
+    first, step = operand.columns
+    return (b[:, first::step] if step > 1 else b), a
 
 
 def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +160,8 @@ def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> 
     for factor in ("b", "a"):
         total = None
         for side, (on_b, on_a, low_rank) in enumerate(operand.parts):
-            one = load(reader, getattr(low_rank, factor), dtype, device) * (on_b if factor == "b" else on_a)
+            b, a = stored_factors(low_rank, reader, dtype, device)
+            one = b * on_b if factor == "b" else a * on_a
             if operand.draw is not None:
                 density, seed, name = operand.draw
                 draw = Draw(density, seed)
