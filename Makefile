@@ -17,10 +17,10 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 test: install           ## the everyday suite, minutes
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n auto
 
 test-all: install       ## everything, with what takes gigabytes or long
-	$(RUN)/python -m pytest -m ""
+	$(RUN)/python -m pytest -n auto -m ""
 
 lint: install
 	$(RUN)/ruff check .
