@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.algebra import Weight, exact
 from safemerge_recipes.blocks import Arena
@@ -21,6 +21,8 @@ from safemerge_recipes.recipe import Merge
 
 if TYPE_CHECKING:
     import torch
+
+    from safemerge_recipes.work import Kernel
 
 LEVELS = 1 << 16
 """Distinct draws of a DARE choice: densities are kept to 1/65536, and rescaled by what was really kept."""
@@ -78,16 +80,6 @@ FORMS: Mapping[str, Callable[[Merge, Weight, Weight, Weight], Weight]] = {
 
 
 # Kernels: everything else
-
-
-class Kernel(Protocol):
-    """A nonlinear method bound to its parameters. Frozen; a run's state is what `scan` returns."""
-
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> Any:
-        """Whatever `apply` needs to know of the whole tensor; makes as many passes as it must."""
-
-    def apply(self, state: Any, start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """The merged block. May overwrite x and y. Called in the order of the blocks."""
 
 
 @dataclass(frozen=True, slots=True)
