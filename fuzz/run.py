@@ -132,6 +132,8 @@ def by_coverage(name: str, cases: int, seed: int) -> None:
 
     def case(data: bytes) -> None:
         watch(data)
+        if watch.cases % 10_000 == 0:
+            print(f"{name}: {watch.cases} cases, {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
         if watch.cases == cases:
             print(json.dumps(watch.report(begun, "coverage")), flush=True)
             os._exit(0)

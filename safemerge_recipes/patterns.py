@@ -25,11 +25,11 @@ from safemerge_recipes.errors import RecipeError
 
 MAX_LENGTH = 1_000
 """Longest pattern, in characters."""
-MAX_ALTERNATIVES = 10_000
+MAX_ALTERNATIVES = 4_096
 """Most alternatives one glob's braces may expand to."""
-MAX_PIECES = 1_000_000
+MAX_PIECES = 200_000
 """Most characters all alternatives of one glob may hold together."""
-MAX_WILD_PIECES = 100_000
+MAX_WILD_PIECES = 20_000
 """The same for alternatives with wildcards, which cost far more than plain names."""
 MAX_QUANTIFIERS = 4
 """Most quantifiers in one regular expression: each can multiply the work by the length of the name."""
