@@ -270,7 +270,7 @@ def _compile_regex(pattern: str) -> Callable[[str], bool]:
 
 
 def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
-    """The number of quantifiers and of ways through all alternations; refuses what makes the matcher run for ever.
+    """The number of quantifiers and of steps on all ways through the alternations; refuses what could run for ever.
 
     Raises:
         ValueError: more than `MAX_QUANTIFIERS` quantifiers, or a quantified group that holds a quantifier or
@@ -280,7 +280,7 @@ def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
     branching = [False]  # for each open group: does it hold a quantifier or an alternation?
     closed: bool | None = None  # the same of the group that closed just before this place
     count, at = 0, 0
-    options, branches = [1], 1  # alternatives of each open group; their product over all groups
+    options, branches, choices = [1], 1, 0  # alternatives of each open group; their product, and how many groups
     while at < len(body):
         position, char = at, body[at]
         found = quantifier.match(body, at)
@@ -306,6 +306,7 @@ def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
                 at += 1
         elif char == ")":
             closed = branching.pop()
+            choices += options[-1] > 1
             branches *= options.pop()
             branching[-1] |= closed
             at += 1
@@ -327,4 +328,4 @@ def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
             options[-1] += char == "|"
             at += 1
         closed = None
-    return count, branches * options.pop()
+    return count, branches * options.pop() * max(1, choices)
