@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,19 @@ class Arena:
         self.device = device
         self._slots: dict[tuple[str, Any], torch.Tensor] = {}
 
-    def take(self, slot: str, numel: int, dtype: torch.dtype, device: str | None = None) -> torch.Tensor:
-        """A flat tensor of `numel` elements, contents undefined, valid until the slot is taken again."""
+    def take(
+        self,
+        slot: str,
+        numel: int,
+        dtype: torch.dtype,
+        device: str | None = None,
+        fill: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """A flat tensor of `numel` elements, valid until the slot is taken again.
+
+        Its contents are undefined, or what `fill` put there when the buffer was made: for constants that nobody
+        writes to.
+        """
         import torch
 
         where = device or self.device
@@ -51,6 +62,8 @@ class Arena:
             pinned = where == "cpu" and self.device != "cpu"  # staging memory for the GPU
             found = torch.empty(numel, dtype=dtype, device=where, pin_memory=pinned)
             self._slots[slot, dtype] = found
+            if fill is not None:
+                fill(found)
         return found[:numel]
 
 

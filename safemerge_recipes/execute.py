@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 HASH_CHUNK = 1 << 22
 """Bytes hashed at once."""
+FLUSH_CHUNK = 1 << 26
+"""Bytes after which the kernel is asked to begin writing to the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,15 @@ class Files:
             raise
         return file
 
+    def flush(self, shard: int, start: int, end: int) -> None:
+        """Begins to write a region to the disk and does not wait, so that less is left to do when sealing.
+
+        The advice is to forget the pages; the kernel first starts writing those that are not on the disk yet,
+        and keeps them.
+        """
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptors[shard], start, end - start, os.POSIX_FADV_DONTNEED)
+
     def seal(self, shard: int) -> None:
         """Flushes a file to the disk and gives it its final name."""
         os.fsync(self.descriptors[shard])
@@ -132,9 +143,14 @@ class Sealer(threading.Thread):
                 by_shard.setdefault(task.slot.shard, []).append(task)
             for shard, tasks in sorted(by_shard.items()):
                 digest = hashlib.sha256(self.files.layout.headers[shard])
+                flushed = 0
                 for task in sorted(tasks, key=lambda task: task.slot.offset):
                     self._wait(task.slot.name)
                     self._follow(task, digest)
+                    end = task.slot.offset + task.slot.nbytes
+                    if end - flushed >= FLUSH_CHUNK:
+                        self.files.flush(shard, flushed, end)
+                        flushed = end
                 self.files.seal(shard)
                 self.digests[self.files.layout.files[shard]] = digest.hexdigest()
         except StoppedError:
@@ -244,7 +260,7 @@ class TaskRun:
         out = values
         if values.dtype != self.dtype:
             out = self.arena.take("out", values.numel(), self.dtype).copy_(values)
-        if not bool(out.sum(dtype=values.dtype).isfinite()):
+        if not bool(out.sum().isfinite()):  # one cheap pass; what it suspects is counted
             self._refuse(values, out)
         view = write_tensor(self.file, out, self.at)
         self.digest.update(view)
@@ -300,39 +316,24 @@ class TaskRun:
         weights = (*work.inputs, work.origin)
         dtype = working_dtype(*weights)
         ranges = list(blocks(slot.shape, any(map(has_factors, weights))))
-        numel = ranges[-1][1]
         inputs = Evaluator(work.inputs, self.reader, self.arena, "inputs", dtype)
-        hold = len(work.inputs) * numel * dtype.itemsize <= self.room
-        kept = [self.arena.take(f"held {n}", numel, dtype) for n in range(len(work.inputs))] if hold else []
-        held: list[tuple[Any, ...]] = []
 
         def passes(every: int = 1) -> Iterator[tuple[Any, ...]]:
-            if held:
-                yield from held
-                return
-            for first, last in ranges if hold else ranges[::every]:
+            """Reads again what was read: from the page cache that costs less than keeping it as float32."""
+            for first, last in ranges[::every]:
                 if self.stop.is_set():
                     raise StoppedError
-                found = inputs(first, last)
-                if hold:
-                    found = tuple(w[first:last].copy_(block) for w, block in zip(kept, found, strict=True))
-                    held.append((first, *found))
-                yield first, *found
+                yield first, *inputs(first, last)
 
-        state = kernel.scan(slot.name, numel, passes, self.arena)
+        state = kernel.scan(slot.name, ranges[-1][1], passes, self.arena)
         if work.origin.is_zero:
             for first, *found in passes():
                 self._emit(kernel.apply(state, first, *found, self.arena))
-        elif held:
-            origin = Evaluator(weights[-1:], self.reader, self.arena, "origin", dtype)
-            for (first, *found), (_, last) in zip(held, ranges, strict=True):
-                merged = kernel.apply(state, first, *found, self.arena)
-                self._emit(merged.add_(origin(first, last)[0]))
-        else:
-            every = Evaluator(weights, self.reader, self.arena, "all", dtype)
-            for first, last in ranges:
-                *found, origin_block = every(first, last)
-                self._emit(kernel.apply(state, first, *found, self.arena).add_(origin_block))
+            return
+        every = Evaluator(weights, self.reader, self.arena, "all", dtype)
+        for first, last in ranges:
+            *found, origin = every(first, last)
+            self._emit(kernel.apply(state, first, *found, self.arena).add_(origin))
 
 
 def execute(

@@ -1,8 +1,8 @@
 """How much memory a run will need of its own, before it starts. Pure arithmetic, in bytes.
 
 "Own" is what comes on top of the idle footprint of Python and torch, and is not page cache. Measuring needs
-its blocks, its probes and panels; a task needs its blocks and factors; both may hold more between passes
-where the budget allows, never beyond it.
+its blocks, its probes and panels, and may hold a matrix between passes where the budget allows; a task needs
+its blocks and factors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.deflated import RANK
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.graph import Apply, Graph, Task, task_memory
+from safemerge_recipes.graph import Graph, Task, task_memory
 from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK, SMALL
 from safemerge_recipes.spectrum import leading_memory
 
@@ -84,14 +84,7 @@ def fit_workers(needs: Iterable[tuple[str, int]], workers: int, memory: int) -> 
     return max(1, min(workers, free // need)) if need else workers
 
 
-def projected_peak(graph: Graph, workers: int, memory: int, measured: int = 0) -> int:
+def projected_peak(graph: Graph, workers: int, measured: int = 0) -> int:
     """Bytes of its own that the run will need at most: the larger of measuring and writing."""
-    share = memory // workers
-    sizes = []
-    for task in graph.tasks:
-        own = task_memory(task)
-        if isinstance(task.work, Apply):
-            held = 2 * 4 * math.prod(task.slot.shape)
-            own += held if held <= room_of(task, share) else 0
-        sizes.append(own)
+    sizes = [task_memory(task) for task in graph.tasks]
     return SLACK + max(workers * max(sizes, default=0), measured)

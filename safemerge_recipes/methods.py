@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 LEVELS = 1 << 16
 """Distinct draws of a DARE choice: densities are kept to 1/65536, and rescaled by what was really kept."""
 
+SPREAD = 0x9E3779B9
+"""2³² over the golden ratio: spreads neighbouring counters apart before the key comes in."""
+
 Blocks = Callable[..., Iterator["tuple[int, torch.Tensor, torch.Tensor]"]]
 """A fresh pass over (first element, block of x, block of y). `every=n`: a glance at every n-th block is enough."""
 
@@ -97,10 +100,9 @@ class Slerp:
 
         xx = yy = xy = 0.0
         for _, x, y in blocks():
-            product = arena.take("product", x.numel(), x.dtype)
-            xx += float(torch.mul(x, x, out=product).sum())
-            yy += float(torch.mul(y, y, out=product).sum())
-            xy += float(torch.mul(x, y, out=product).sum())
+            xx += float(torch.dot(x, x))
+            yy += float(torch.dot(y, y))
+            xy += float(torch.dot(x, y))
         return self.coefficients(xx, yy, xy)
 
     def coefficients(self, xx: float, yy: float, xy: float) -> tuple[float, float]:
@@ -227,6 +229,13 @@ class Ties:
         return self.consensus(trim_x(x, arena), trim_y(y, arena), arena)
 
 
+def _count(x: torch.Tensor) -> None:
+    """Fills an int32 tensor with i·SPREAD modulo 2³²."""
+    import numpy as np
+
+    x.numpy().view(np.uint32)[:] = np.arange(x.numel(), dtype=np.uint32) * np.uint32(SPREAD)
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """DARE's random choice: each element stays with probability `density`, for x and y independently.
@@ -256,12 +265,12 @@ class Draw:
 
         key = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
         first, second = np.frombuffer(key[:8], np.uint32)
-        counter = arena.take("counter", count, torch.int32, device="cpu")
-        x = torch.arange(count, out=counter).numpy().view(np.uint32)
-        x += np.uint32(start % 2**32)
-        shifted = arena.take("shifted", count, torch.int32, device="cpu").numpy().view(np.uint32)
-        x *= np.uint32(0x9E3779B9)  # spreads neighbours apart before the key comes in
-        x += first
+        x, shifted = (
+            arena.take(slot, count, torch.int32, device="cpu").numpy().view(np.uint32) for slot in ("hash", "shifted")
+        )
+        origin = (start * SPREAD + int(first)) % 2**32
+        counters = arena.take("counters", count, torch.int32, device="cpu", fill=_count)
+        np.add(counters.numpy().view(np.uint32), np.uint32(origin), out=x)
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x ^= np.right_shift(x, np.uint32(shift), out=shifted)
             x *= np.uint32(factor)

@@ -194,7 +194,7 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
     graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
     workers = fit_workers(needs, resources.workers, resources.memory)
-    peak = projected_peak(graph, workers, resources.memory, measurer.peak if measurer else 0)
+    peak = projected_peak(graph, workers, measurer.peak if measurer else 0)
     timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
     return Prepared(
         recipe, resolved.directory, family, resolved.identities, plan, graph,

@@ -33,7 +33,7 @@ class Selection:
         self.keep, self.numel = keep, numel
         self.low, self.high = 0.0, math.inf
         self.trim: Trim | None = None
-        self._looked: list[torch.Tensor] = []
+        self._looked: list[np.ndarray] = []
         self._slack = SLACK
         self._around = (0.0, math.inf)  # the bracket, while `low` = `high` is one value tried inside it
         self._above = 0
@@ -43,13 +43,13 @@ class Selection:
     def look(self, x: torch.Tensor) -> None:
         """Takes every so-many-th element of a block into the sample."""
         stride = max(1, self.numel // LOOKS) | 1  # odd, so that it does not walk along columns
-        self._looked.append(x[::stride].abs())
+        self._looked.append(x[::stride].abs().cpu().numpy())
 
     def bracket(self) -> None:
         """Sets the magnitudes between which the threshold lies almost surely; wider at each further call."""
-        import torch
+        import numpy as np
 
-        ordered = torch.cat(self._looked).sort().values
+        ordered = np.sort(np.concatenate(self._looked))
         self._looked = [ordered]
         n, fraction = len(ordered), self.keep / self.numel
         slack = self._slack * math.sqrt(n * fraction * (1 - fraction)) + 2
@@ -58,7 +58,7 @@ class Selection:
         self.high = float(ordered[high]) if high < n else math.inf
         self._slack *= 8
         self._around = self.low, self.high
-        values, counts = ordered[max(low, 0) : high + 1].unique(return_counts=True)
+        values, counts = np.unique(ordered[max(low, 0) : high + 1], return_counts=True)
         if (low >= 0 or high < n) and 4 * int(counts.max()) >= int(counts.sum()):
             # Differences of rounded weights take few values; a common one is tried by counting alone.
             self.low = self.high = float(values[counts.argmax()])
@@ -96,7 +96,7 @@ class Selection:
             if self.low == 0 and self.high == math.inf:  # all was counted: the rest compares with nothing, it is NaN
                 self.trim = Trim(math.nan, math.inf)
             elif self.low == self.high and low < high:
-                value = self._looked[0].cpu().numpy().dtype.type(self.low)
+                value = self._looked[0].dtype.type(self.low)
                 up, down = float(np.nextafter(value, np.inf)), float(np.nextafter(value, -np.inf))
                 self.low, self.high = (up, high) if wanted < 1 else (low, down)
                 self._around = self.low, self.high
