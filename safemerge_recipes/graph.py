@@ -25,7 +25,7 @@ from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
 __all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
 
-ENGINE = 2
+ENGINE = 3
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
 
 
