@@ -57,6 +57,7 @@ class Bench:
     workers: int = 2
     max_memory: str = "2GB"
     mergekit_args: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def role(self, name: str) -> Path:
         """Return the folder of a role of the family."""
@@ -91,7 +92,14 @@ class Bench:
     def ours(self, recipe: Path, output: Path | None, *more: str, max_memory: str | None = None) -> list[str]:
         """Return the command line of the engine; without an output it is a dry run."""
         where = ["--output", str(output), "--force"] if output else ["--dry-run"]
-        limits = ["--workers", str(self.workers), "--max-memory", max_memory or self.max_memory]
+        limits = [
+            "--workers",
+            str(self.workers),
+            "--max-memory",
+            max_memory or self.max_memory,
+            "--device",
+            self.device,
+        ]
         return [*ENGINE, "run", str(recipe), *where, *limits, "--json", *more]
 
     def floor(self, roles: list[str], output: Path | None, like: str = "aligned") -> Contestant:

@@ -72,6 +72,7 @@ def options_given() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks/work", help="outputs, logs, caches")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-memory", default="2GB")
+    parser.add_argument("--device", default="cpu", help="where the engine computes: cpu, cuda (the peers stay)")
     parser.add_argument("--mergekit-args", default="", help="more options for mergekit-yaml, in one string")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds after which a child is killed")
     parser.add_argument("--label", help="name of the result files (default: the size, or quick)")
@@ -97,11 +98,12 @@ def main() -> int:
     family = make_family(options.size, data)
     bench = Bench(
         family, data, work, environment(work), ROOT, options.workers, options.max_memory,
-        tuple(options.mergekit_args.split()),
+        tuple(options.mergekit_args.split()), options.device,
     )  # fmt: skip
     record: dict[str, Any] = {
         "size": options.size, "rounds": options.rounds, "peer_rounds": options.peer_rounds,
-        "workers": options.workers, "max_memory": options.max_memory, "machine": machine(), "cases": [],
+        "workers": options.workers, "max_memory": options.max_memory, "device": options.device,
+        "machine": machine(), "cases": [],
     }  # fmt: skip
     for name in options.cases or CASES:
         print(f"\n{name}", flush=True)

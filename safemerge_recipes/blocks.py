@@ -40,6 +40,8 @@ class Arena:
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self._slots: dict[tuple[str, Any], torch.Tensor] = {}
+        self._sent: dict[str, Any] = {}  # staging buffer -> the event after its copy
+        self._turns: dict[str, int] = {}
 
     def take(
         self,
@@ -59,12 +61,32 @@ class Arena:
         where = device or self.device
         found = self._slots.get((slot, dtype))
         if found is None or found.numel() < numel:
-            pinned = where == "cpu" and self.device != "cpu"  # staging memory for the GPU
+            pinned = where == "cpu" and self.device.startswith("cuda")  # staging memory for the GPU
             found = torch.empty(numel, dtype=dtype, device=where, pin_memory=pinned)
             self._slots[slot, dtype] = found
             if fill is not None:
                 fill(found)
         return found[:numel]
+
+    def upload(self, slot: str, numel: int, dtype: torch.dtype, fill: Callable[[memoryview], None]) -> torch.Tensor:
+        """A tensor on the device whose bytes `fill` puts into staging memory of the host.
+
+        The copy is started, not waited for: two staging buffers take turns, so the next block is read while this
+        one travels. What is computed from it comes later on the same stream.
+        """
+        import torch
+
+        turn = self._turns[slot] = 1 - self._turns.get(slot, 1)
+        staging = f"{slot}:staging{turn}"
+        if staging in self._sent:
+            self._sent[staging].synchronize()
+        raw = self.take(staging, numel, dtype, device="cpu")
+        fill(raw.view(torch.uint8).numpy().data)
+        found = self.take(f"{slot}:device", numel, dtype).copy_(raw, non_blocking=True)
+        if self.device.startswith("cuda"):
+            self._sent[staging] = torch.cuda.Event()
+            self._sent[staging].record()
+        return found
 
 
 class Reader:
@@ -93,11 +115,12 @@ class Reader:
         """
         dtype = torch_dtype(ref.dtype)
         width = DTYPE_BITS[ref.dtype] // 8
-        raw = arena.take(slot, count, dtype, device="cpu")
-        self.read_bytes(ref.path, ref.offset + start * width, raw.view(_bytes()).numpy().data)
-        if arena.device == "cpu":
-            return raw
-        return arena.take(slot + ":device", count, dtype).copy_(raw)  # waits, so the staging buffer is free again
+        at = ref.offset + start * width
+        if arena.device != "cpu":
+            return arena.upload(slot, count, dtype, lambda view: self.read_bytes(ref.path, at, view))
+        raw = arena.take(slot, count, dtype)
+        self.read_bytes(ref.path, at, raw.view(_bytes()).numpy().data)
+        return raw
 
     def read_bytes(self, path: str, offset: int, view: memoryview) -> None:
         """Fills `view` from byte `offset` of the file; short reads are continued, an early end is an error."""

@@ -36,7 +36,7 @@ def run_parallel(
         torch.set_num_threads(1)  # parallel over tensors; also makes sums independent of the number of cores
         arena = Arena(device)
         try:
-            stream = torch.cuda.Stream(device) if device != "cpu" else None
+            stream = torch.cuda.Stream(device) if device.startswith("cuda") else None
             with torch.cuda.stream(stream):
                 while not stop.is_set():
                     work(queue.popleft(), arena)
