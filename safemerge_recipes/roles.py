@@ -155,10 +155,9 @@ def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRe
 def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: str) -> str | None:
     named = model.adapter.base if model.adapter else None
     below = models.get(on)  # type: ignore[call-overload]  # `on` is a role by the recipe's own check
-    if not named or below is None:
-        return None
-    own = {below.folder.label.rstrip("/"), str(below.folder.path), below.folder.path.name}
-    if named.rstrip("/") in own or Path(named).name in {Path(label).name for label in own}:
+    if not named or below is None or below.adapter or below.folder.revision is None:
+        return None  # a folder's name says nothing of the model in it; a hub id does
+    if Path(named).name == Path(below.folder.label.partition("@")[0]).name:
         return None
     return f"sources.{role}: the adapter was made for {named!r} and is applied to {on}, {below.folder.label!r}"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pico
 import pytest
+import torch
 import yaml
 
 
@@ -116,3 +117,16 @@ def merge(call: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: P
         return output, json.loads((output / "safemerge_plan.json").read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+    """One layer whose matrices take several blocks, and sides long enough for sketches."""
+    sizes = {"hidden_size": 320, "intermediate_size": 900, "num_hidden_layers": 1, "num_attention_heads": 10}
+    family = pico.make_family(tmp_path_factory.mktemp("wide"), "llama", torch.bfloat16, **sizes)
+    from peft import LoraConfig
+
+    for seed, role in enumerate(("finetuned", "safety")):
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["gate_proj", "down_proj", "q_proj"])
+        pico.write_adapter(family / f"{role}-lora", family / "aligned", seed, config)
+    return family

@@ -24,18 +24,6 @@ GPU = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_availabl
 METHODS = ["linear", "slerp", "ties", "dare_linear", "dare_ties", "project", "add_safety_vector"]
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
-    sizes = {"hidden_size": 320, "intermediate_size": 900, "num_hidden_layers": 1, "num_attention_heads": 10}
-    family = pico.make_family(tmp_path_factory.mktemp("wide"), "llama", torch.bfloat16, **sizes)
-    from peft import LoraConfig
-
-    for seed, role in enumerate(("finetuned", "safety")):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["gate_proj", "down_proj", "q_proj"])
-        pico.write_adapter(family / f"{role}-lora", family / "aligned", seed, config)
-    return family
-
-
 def _merged(recipe: dict[str, Any], output: Path, device: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     path = output.parent / f"{output.name}.yaml"
     path.write_text(json.dumps(recipe))

@@ -17,20 +17,17 @@ import pytest
 import torch
 import yaml
 
-METHODS = ["linear", "slerp", "ties", "dare_linear", "dare_ties"]
-
-
-@pytest.fixture(scope="session")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
-    """One layer whose matrices take several blocks, and sides long enough for sketches."""
-    sizes = {"hidden_size": 320, "intermediate_size": 900, "num_hidden_layers": 1, "num_attention_heads": 10}
-    family = pico.make_family(tmp_path_factory.mktemp("wide"), "llama", torch.bfloat16, **sizes)
-    from peft import LoraConfig
-
-    for seed, role in enumerate(("finetuned", "safety")):
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["gate_proj", "down_proj", "q_proj"])
-        pico.write_adapter(family / f"{role}-lora", family / "aligned", seed, config)
-    return family
+METHODS = [
+    "linear",
+    "slerp",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "project",
+    "svd_k",
+    "mergekit:breadcrumbs",
+    "mergekit:della",
+]
 
 
 def _weights(folder: Path) -> dict[str, bytes]:
