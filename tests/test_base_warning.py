@@ -37,3 +37,4 @@ def test_who_is_warned(
     loaded = load_recipe(tmp_path / "r.yaml")
     found = [one for one in open_family(loaded.recipe, loaded.directory).warnings if "was made for" in one]
     assert bool(found) == warns, found
+    assert all(named in one and aligned in one for one in found), found

@@ -328,15 +328,6 @@ def test_files_that_do_not_fit(bench: Bench, plain: Path, tmp_path: Path, change
         zoo.fold(bench.model("llama"), tmp_path / "adapter", tmp_path / "out")
 
 
-def test_an_adapter_of_another_model_is_a_warning_with_both_names(bench: Bench, plain: Path, tmp_path: Path) -> None:
-    adapter = _edited(plain, tmp_path / "adapter", base_model_name_or_path="org/another-model")
-    plan = zoo.fold(bench.model("llama"), adapter, tmp_path / "out")
-    (warning,) = plan["warnings"]
-    assert "org/another-model" in warning
-    assert str(bench.model("llama")) in warning
-    assert not zoo.fold(bench.model("llama"), plain, tmp_path / "right")["warnings"]
-
-
 def test_pickles_are_refused_with_a_safe_conversion(bench: Bench, plain: Path, tmp_path: Path) -> None:
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     shutil.copytree(bench.model("llama"), model)
