@@ -58,7 +58,9 @@ def full_merge(method: str, bench: Bench) -> Case:
             Contestant("ours", bench.ours(recipe, out / "ours"), out / "ours", warm=HELP),
             Contestant("mergekit", [*command, *bench.mergekit_args], out / "mergekit",
                        warm=[MERGEKIT, "--help"], peer=True),
+            bench.known(roles, recipe, out / "known"),
             bench.floor(roles, out / "floor"),
+            bench.floor(roles, out / "floor", promises=True),
         ],
         bench.files(*roles), partial(compare_checkpoints, out / "ours", out / "mergekit"),
     )  # fmt: skip
@@ -104,7 +106,9 @@ def adapters(bench: Bench) -> Case:
             Contestant("published", published, out / "published", warm=TORCH, peer=True),
             Contestant("peft (one adapter, no gate)", peft, out / "peft", peer=True,
                        warm=[*PYTHON, "-c", "import peft, transformers.models.llama.modeling_llama"]),
+            bench.known(folders, recipe, out / "known"),
             bench.floor(folders, out / "floor"),
+            bench.floor(folders, out / "floor", promises=True),
         ],
         bench.files(*folders), partial(compare_checkpoints, out / "ours", out / "published"),
     )  # fmt: skip

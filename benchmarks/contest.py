@@ -102,12 +102,19 @@ class Bench:
         ]
         return [*ENGINE, "run", str(recipe), *where, *limits, "--json", *more]
 
-    def floor(self, roles: list[str], output: Path | None, like: str = "aligned") -> Contestant:
+    def known(self, roles: list[str], recipe: Path, output: Path) -> Contestant:
+        """Return the engine where the inputs were hashed before, as in every later run and with the hub's files."""
+        hashed = [*PYTHON, "-m", "benchmarks.hashed", *(str(file) for file in self.files(*roles))]
+        return Contestant("ours, inputs known", self.ours(recipe, output), output, before=hashed)
+
+    def floor(self, roles: list[str], output: Path | None, like: str = "aligned", promises: bool = False) -> Contestant:
         """Return the floor for these inputs and one output of the size of a model."""
         command = [*PYTHON, "-m", "benchmarks.floor", "--threads", str(self.workers)]
         command += ["--inputs", *(str(self.role(role)) for role in roles)]
         if output:
             command += ["--output", str(output / "floor.bin"), "--like", str(self.role(like))]
+        if promises:
+            return Contestant("floor, hashed and on disk", [*command, "--promises"], output)
         return Contestant("floor", command, output)
 
     def files(self, *roles: str) -> list[Path]:

@@ -64,7 +64,7 @@ def _run_contestant(
     if contestant.output:
         shutil.rmtree(contestant.output, ignore_errors=True)
         # The floor writes one bare file into a folder that is there; a merge makes its own folder.
-        ready = contestant.output if contestant.name == "floor" else contestant.output.parent
+        ready = contestant.output if contestant.name.startswith("floor") else contestant.output.parent
         ready.mkdir(parents=True, exist_ok=True)
     log = bench.log(case.name, contestant.name)
     if contestant.before:
