@@ -18,21 +18,22 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.kernels import Evaluator, joined_factors, working_dtype
-from safemerge_recipes.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram, seeded_normal
+from safemerge_recipes.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram, normal
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 ROW_BLOCK = 1 << 20
-"""Elements of a row block of the streamed matrices."""
+"""Elements of a row block of the streamed matrices ..."""
+THIN_BLOCK = 1 << 18
+"""... and where products have but a few columns: its float32 form is 1 MiB and stays in a core's cache."""
+NULL_PROBES = {False: 8, True: 32}
+"""Random columns for ρ₀, by whether the metric looks at it."""
 PANEL = 1024
 """Columns of the exact d × d products held at once."""
 Effort = Literal["sketch", "exact"]
 """How hard a measurement tries."""
-NULL_PROBES = 8
-"""Leading directions of V, and random vectors for the rest, in the small sketch of ρ₀."""
-NULL_QUANTILE = 15.0
-"""Half-width of ρ₀'s interval in standard errors: t with 7 degrees of freedom, beyond 1 − 1e-6."""
 SMALL = 256
 """Matrices with a side up to this are always measured exactly: sketching them would cost as much."""
 
@@ -107,23 +108,31 @@ class Moments:
 class Streamed:
     """A weight as row blocks of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
 
-    def __init__(self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int) -> None:
+    def __init__(
+        self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int = 0, block: int = ROW_BLOCK
+    ) -> None:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
-        self.dtype = working_dtype(weight)
+        self.dtype, self._device = working_dtype(weight), arena.device
         self._evaluate = Evaluator((weight,), reader, arena, slot, self.dtype)
+        self._step = max(1, block // self.columns)
         self._hold = self.rows * self.columns * self.dtype.itemsize <= room
         self._held: list[tuple[slice, torch.Tensor]] = []
+
+    def lift(self, x: np.ndarray) -> torch.Tensor:
+        """The array as it goes into products with the blocks."""
+        import torch
+
+        return torch.from_numpy(x).contiguous().to(self._device, self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, block `(len(rows), columns)`); a block is valid until the next one unless held."""
         if self._held:
             yield from self._held
             return
-        step = max(1, ROW_BLOCK // self.columns)
         held = []
-        for first in range(0, self.rows, step):
-            last = min(first + step, self.rows)
+        for first in range(0, self.rows, self._step):
+            last = min(first + self._step, self.rows)
             (block,) = self._evaluate(first * self.columns, last * self.columns)
             block = block.view(-1, self.columns)
             if self._hold:
@@ -145,8 +154,10 @@ class Streamed:
 
 
 def square_sum(x: torch.Tensor) -> float:
-    """‖x‖²: products in the tensor's dtype, summed pairwise in blocks, total in float64."""
-    return float((x * x).sum(dim=-1).double().sum())
+    """‖x‖²: each row's norm in the tensor's dtype, total in float64."""
+    import torch
+
+    return float(torch.linalg.vector_norm(x, dim=-1).double().square().sum())
 
 
 def _factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,51 +169,11 @@ def _factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor
     return pair
 
 
-def _both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
-    (bv, av), (bd, ad) = _factors(v, reader, arena), _factors(delta, reader, arena)
-    gv, hv, gd, cross = av @ av.T, bv.T @ bv, ad @ ad.T, bv.T @ bd
-    inner = gv @ cross  # VᵀΔ = A_vᵀ·cross·A_d and VVᵀΔ = B_v·inner·A_d
-    hg = hv @ gv
-    return Moments(
-        overlap=float((cross.T @ inner * gd).sum()),
-        image=float((inner.T @ hv @ inner * gd).sum()),
-        delta=float((bd.T @ bd * gd).sum()),
-        v=float(hg.trace()),
-        gram=float((hg * hg.T).sum()),
-        d_out=bv.shape[0],
-        inner=float((cross * (av @ ad.T)).sum()),
-        numel=bv.shape[0] * av.shape[1],
-    )
-
-
-def _low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int) -> Moments:
-    import torch
-
-    bv, av = _factors(v, reader, arena)
-    matrix = Streamed(delta, reader, arena, "delta", 0)
-    narrow = bv.to(matrix.dtype)
-    k = torch.zeros(bv.shape[1], matrix.columns, dtype=torch.float64, device=arena.device)
-    square = 0.0
-    for rows, block in matrix:
-        k += (narrow[rows].T @ block).double()
-        square += square_sum(block)
-    gv, hv = av @ av.T, bv.T @ bv
-    inner, hg = gv @ k, hv @ gv
-    return Moments(
-        overlap=float((k * inner).sum()),
-        image=float((inner * (hv @ inner)).sum()),
-        delta=square,
-        v=float(hg.trace()),
-        gram=float((hg * hg.T).sum()),
-        d_out=bv.shape[0],
-        inner=float((k * av).sum()),
-        numel=bv.shape[0] * av.shape[1],
-    )
-
-
 def normal_probes(name: str, columns: int, count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     """Standard normal probes `(columns, count)`, the same for the same tensor name everywhere."""
-    return seeded_normal(name, columns, count).to(device=device, dtype=dtype)
+    import torch
+
+    return torch.from_numpy(normal(name, columns, count)).to(device=device, dtype=dtype)
 
 
 def orthonormal(x: torch.Tensor) -> torch.Tensor:
@@ -223,45 +194,6 @@ def gram_moment(rows: torch.Tensor, exact: int, quantile: float) -> tuple[float,
     samples = rows[exact:].double().square().sum(dim=1)
     total = square_sum(rows[:exact]) + float(samples.mean())
     return total, quantile * float(samples.std()) / math.sqrt(len(samples)) / total if total else 0.0
-
-
-def _dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, room: int) -> Moments:
-    """V streamed twice, Δ from its factors: ρ exact, ρ₀ from a small sketch that shares the passes."""
-    import torch
-
-    matrix = Streamed(v, reader, arena, "v", room)
-    b, a = _factors(delta, reader, arena)
-    rank, narrow = b.shape[1], b.to(matrix.dtype)
-    probes = normal_probes(name, matrix.columns, 2 * NULL_PROBES, matrix.dtype, arena.device)
-    product = torch.zeros(rank + NULL_PROBES, matrix.columns, dtype=matrix.dtype, device=arena.device)
-    v_square = 0.0
-    for rows, block in matrix:
-        product += torch.cat([narrow[rows], block @ probes[:, :NULL_PROBES]], dim=1).T @ block
-        v_square += square_sum(block)
-    m = product[:rank].T  # VᵀB
-    right = orthonormal(product[rank:].T)  # leads V's right space, so that little is left to chance
-    outside = probes[:, NULL_PROBES:]
-    factors = torch.cat([m, right, outside - right @ (right.T @ outside)], dim=1)
-    image_gram = torch.zeros(rank, rank, dtype=torch.float64, device=arena.device)
-    gram_rows = torch.zeros(factors.shape[1] - rank, matrix.columns, dtype=matrix.dtype, device=arena.device)
-    for _, block in matrix:
-        images = block @ factors
-        image = images[:, :rank].double()
-        image_gram += image.T @ image
-        gram_rows += images[:, rank:].T @ block
-    gram, gram_error = gram_moment(gram_rows, right.shape[1], NULL_QUANTILE)
-    g, m = a @ a.T, m.double()
-    moments = Moments(
-        overlap=float((m.T @ m * g).sum()),
-        image=float((image_gram * g).sum()),
-        delta=float((b.T @ b * g).sum()),
-        v=v_square,
-        gram=gram,
-        d_out=matrix.rows,
-        inner=float((m * a.T).sum()),
-        numel=matrix.rows * matrix.columns,
-    )
-    return replace(moments, null_error=(moments.rho_null or 0.0) * gram_error / 2)  # ρ₀ ∝ gram^(−1/2)
 
 
 def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
@@ -361,16 +293,6 @@ def inner_product(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x * y).sum(dim=-1).double().sum())
 
 
-def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
-    """‖W‖² of a weight, float64 total."""
-    if weight.is_zero:
-        return 0.0
-    if weight.low_rank:
-        b, a = _factors(weight, reader, arena)
-        return float((b.T @ b * (a @ a.T)).sum())
-    return sum(square_sum(block) for _, block in Streamed(weight, reader, arena, "delta", 0))
-
-
 def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
     """‖VᵀV‖² of a dense V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
     matrix = Streamed(v, reader, arena, "v", room)
@@ -386,6 +308,7 @@ def measure(
     room: int,
     effort: Effort = "sketch",
     rank: int = 0,
+    null: bool = False,
 ) -> Moments:
     """The moments of one tensor, `(d_out, d_in)`; a stack of matrices is measured as one tall matrix.
 
@@ -398,23 +321,26 @@ def measure(
         room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
             no result.
         effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to rounding); elsewhere
-            ρ is exact anyway, and `exact` makes ρ₀ so too.
+            ρ is exact anyway.
         rank: also measure the energy of Δ inside so many leading left singular directions of V; 0: do not.
+        null: whether ρ₀ matters: measure it, too, with that effort; else only roughly.
 
     Raises:
         SourceError: V or Δ holds NaN or infinite values.
     """
+    from safemerge_recipes import thin
+
     if v.is_zero or delta.is_zero:
-        squares = [square_norm(weight, reader, arena) for weight in (delta, v)]
+        squares = [thin.square_norm(weight, reader, arena) for weight in (delta, v)]
         return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
     small = min(v.shape[-1], math.prod(v.shape[:-1])) <= SMALL
     if v.low_rank and delta.low_rank:
-        found = _both_low_rank(v, delta, reader, arena)
+        found = thin.both_low_rank(v, delta, reader, arena)
     elif v.low_rank:
-        found = _low_rank_v(v, delta, reader, arena, room)
+        found = thin.low_rank_v(v, delta, reader, arena)
     elif delta.low_rank:
-        found = _dense_v(name, v, delta, reader, arena, room)
-        if (effort == "exact" or small) and found.gram:
+        found = thin.dense_v(name, v, delta, reader, arena, null)
+        if null and effort == "exact" and found.null_error:
             found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
     else:
         left = Streamed(v, reader, arena, "v", room // 2)

@@ -20,11 +20,13 @@ from safemerge_recipes.graph import describe
 from safemerge_recipes.measure import Effort, Moments, measure
 from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
 from safemerge_recipes.operands import member, transposed
+from safemerge_recipes.plain import one_blas_thread
 from safemerge_recipes.pool import StoppedError, run_parallel
 from safemerge_recipes.provenance import recall, remember
 from safemerge_recipes.roles import Family
+from safemerge_recipes.thin import needs_torch
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Version of the measuring: changes whenever the same operands would give other numbers."""
 
 
@@ -47,11 +49,11 @@ class Measurer:
         self._known: dict[str, dict[str, float]] = known if isinstance(known, dict) else {}
 
     def _make_key(self) -> str:
-        import torch
+        from importlib.metadata import version
 
         roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
         files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})  # type: ignore[index]
-        return f"{ARITHMETIC}|{torch.__version__}|{self.resources.device}|{files}"
+        return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{self.resources.device}|{files}"
 
     def _operands(self, name: str) -> tuple[Weight, Weight]:
         v = self.family.v(name)
@@ -69,16 +71,18 @@ class Measurer:
             found = [(one, (transposed(v), transposed(delta))) for one, (v, delta) in found]
         return found
 
-    def _key(self, name: str, effort: Effort, rank: int) -> str:
+    def _key(self, name: str, effort: Effort, rank: int, null: bool) -> str:
         v, delta = self._operands(name)
         turned = name in self.family.input_first
-        text = f"{name}|{effort}|{rank}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        text = f"{name}|{effort}|{rank}|{null}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    def __call__(self, names: Sequence[str], effort: Effort, rank: int = 0) -> Mapping[str, Moments]:
-        """Moments of the named tensors; the rest of the argument is as in `measure.measure`."""
+    def __call__(
+        self, names: Sequence[str], effort: Effort, rank: int = 0, null: bool = False
+    ) -> Mapping[str, Moments]:
+        """Moments of the named tensors; the other arguments are as in `measure.measure`."""
         found: dict[str, Moments] = {}
-        keys = {name: self._key(name, effort, rank) for name in names}
+        keys = {name: self._key(name, effort, rank, null) for name in names}
         todo = []
         for name in names:
             known = self._known.get(keys[name])
@@ -87,17 +91,18 @@ class Measurer:
             else:
                 todo.append(name)
         if todo:
-            found.update(self._measure(todo, effort, rank))
+            found.update(self._measure(todo, effort, rank, null))
             self._known |= {keys[name]: asdict(found[name]) for name in todo}
             if self._cache_key:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], effort: Effort, rank: int) -> dict[str, Moments]:
+    def _measure(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> dict[str, Moments]:
         operands = {name: self._operands(name) for name in names}
+        matrices = {name: self._matrices(name) for name in names}
         needs = {
-            name: max(measure_memory(*pair, rank, effort == "exact") for _, pair in self._matrices(name))
-            for name in names
+            name: max(measure_memory(*pair, rank, effort == "exact", null) for _, pair in parts)
+            for name, parts in matrices.items()
         }
         budget = self.resources
         workers = fit_workers(needs.items(), budget.workers, budget.memory)
@@ -108,15 +113,20 @@ class Measurer:
             def work(name: str, arena: Arena) -> None:
                 v, delta = operands[name]
                 room = share - needs[name]
-                parts = [measure(one, *pair, reader, arena, room, effort, rank) for one, pair in self._matrices(name)]
+                parts = [measure(one, *pair, reader, arena, room, effort, rank, null) for one, pair in matrices[name]]
                 found[name] = reduce(add, parts)
                 self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
                 if stop.is_set():
                     raise StoppedError
 
             stop = threading.Event()
-            run_parallel(names, work, workers, budget.device, stop)
-        held = max((min(share, needs[n] + 8 * _numel(operands[n][0])) for n in names), default=0)
+            thin = rank == 0 and not (null and effort == "exact")
+            light = thin and not any(
+                needs_torch(*pair, budget.device) for parts in matrices.values() for _, pair in parts
+            )
+            with one_blas_thread():
+                run_parallel(names, work, workers, budget.device, stop, light=light)
+        held = max((needs[n] if light else min(share, needs[n] + 8 * _numel(operands[n][0])) for n in names), default=0)
         self.peak = max(self.peak, workers * held)
         return found
 

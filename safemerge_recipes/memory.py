@@ -14,7 +14,7 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.deflated import RANK
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Graph, Task, task_memory
-from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK, SMALL
+from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK, SMALL, THIN_BLOCK
 from safemerge_recipes.spectrum import leading_memory
 
 SLACK = 24_000_000
@@ -38,16 +38,19 @@ def room_of(task: Task, share: int) -> int:
     return max(0, share - task_memory(task))
 
 
-def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = False) -> int:
+def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = False, null: bool = False) -> int:
     """Bytes that measuring one tensor needs, without what may be held between passes.
 
-    `directions`: how many leading singular directions of V are found besides; `exact`: from its Gram matrix.
+    `directions`: how many leading singular directions of V are found besides; `exact`: from its Gram matrix;
+    `null`: whether ρ₀ is measured with the same care.
     """
     rank = sum(op.rank for _, op in (*v, *delta) if hasattr(op, "rank"))
     shape = v.shape if v.terms else delta.shape if delta.terms else (1, 1)
     columns = shape[-1]
     rows = math.prod(shape) // max(1, columns)
-    block = min(rows * columns, max(ROW_BLOCK, columns))
+    low_rank = v.low_rank or delta.low_rank
+    wide = exact and (null or not low_rank)  # d × d products
+    block = min(rows * columns, max(ROW_BLOCK if directions or wide or not low_rank else THIN_BLOCK, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
@@ -57,10 +60,11 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
         spectrum = leading_memory(rows, columns, directions)
         if exact or min(rows, columns) <= SMALL:  # the Gram matrix, its eigenvectors and the solver's own
             spectrum += 4 * 8 * min(rows, columns) ** 2 + 8 * max(rows, columns) * min(PANEL, rows, columns)
-    if v.low_rank or delta.low_rank:
-        return blocks + factors + max(8 * columns * (2 * rank + 6 * NULL_PROBES), spectrum)
-    sketch = 4 * RANK * (14 * columns + 12 * rows)
     panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns)
+    if low_rank:
+        products = 4 * (5 * columns + 3 * rows) * (rank + NULL_PROBES[null])
+        return blocks + factors + max(products, spectrum, panels if wide else 0)
+    sketch = 4 * RANK * (14 * columns + 12 * rows)
     return blocks + max(sketch, panels, spectrum)
 
 

@@ -24,8 +24,9 @@ from safemerge_recipes.selectors import SELECTORS, Selector
 
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-Measure = Callable[[Sequence[str], Effort, int], Mapping[str, Moments]]
-"""(tensor names, effort, leading directions of V or 0) -> moments: the one way in which planning reads data."""
+Measure = Callable[[Sequence[str], Effort, int, bool], Mapping[str, Moments]]
+"""(tensor names, effort, leading directions of V or 0, whether ρ₀ matters) -> moments: the one way in which
+planning reads data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,12 +224,13 @@ def _decide_policy(
         ["exact"] if gate.precision == "exact" or gate.granularity != "tensor" else ["sketch", "exact"]
     )
     # A plugin's metric may look at anything, also at the energy inside the leading directions.
-    rank = gate.rank if gate.metric == "residual" or gate.metric not in METRICS else 0
+    own = gate.metric not in METRICS
+    rank, null = gate.rank if gate.metric == "residual" or own else 0, gate.metric == "rho_ratio" or own
     moments: dict[str, Moments] = {}
     wanted = names
     while True:
         if measure and wanted and efforts:
-            moments.update(measure(wanted, efforts.pop(0), rank))
+            moments.update(measure(wanted, efforts.pop(0), rank, null))
         candidates = {
             group: candidate(group, _sum([moments.get(name) for name in members]), gate, metrics)
             for group, members in groups.items()

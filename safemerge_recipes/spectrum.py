@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 OVERSAMPLING = 8
@@ -54,12 +55,12 @@ class Leading:
     error: float
 
 
-def seeded_normal(name: str, rows: int, columns: int) -> torch.Tensor:
+def normal(name: str, rows: int, columns: int) -> np.ndarray:
     """Standard normal numbers `(rows, columns)`, float32, the same for the same name everywhere."""
-    import torch
+    import numpy as np
 
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.SFC64(seed)).standard_normal((rows, columns), dtype=np.float32)
 
 
 def leading_memory(rows: int, columns: int, k: int) -> int:
@@ -81,7 +82,7 @@ def leading(matrix: RowBlocks, k: int, name: str, device: str) -> Leading:
     width = min(2 * k + OVERSAMPLING, matrix.rows, matrix.columns)
     k = min(k, width)
     whole = width == min(matrix.rows, matrix.columns)
-    basis = torch.linalg.qr(seeded_normal(name, matrix.columns, width).double()).Q.to(device)
+    basis = torch.linalg.qr(torch.from_numpy(normal(name, matrix.columns, width)).double()).Q.to(device)
     before = 0.0
     for number in range(PASSES):
         thin = basis.to(matrix.dtype)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import read_header
-from safemerge_recipes.measure import Moments, measure
+from safemerge_recipes.measure import Effort, Moments, measure
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 SHAPES = [(40, 24), (24, 40), (300, 420), (420, 300), (1, 9), (9, 1)]
@@ -63,9 +63,10 @@ def _pair(folder: Path, shape: tuple[int, int], forms: tuple[str, str], seed: in
     return v, delta, v_dense, delta_dense
 
 
-def _measure(v: Weight, delta: Weight, *, room: int = 1 << 30, exact: bool = True) -> Moments:
+def _measure(v: Weight, delta: Weight, *, room: int = 1 << 30, exact: bool = True, null: bool = True) -> Moments:
+    effort: Effort = "exact" if exact else "sketch"
     with Reader() as reader:
-        return measure("model.layers.0.x.weight", v, delta, reader, Arena(), room, "exact" if exact else "sketch")
+        return measure("model.layers.0.x.weight", v, delta, reader, Arena(), room, effort, null=null)
 
 
 def _assert_moments(found: Moments, v: torch.Tensor, delta: torch.Tensor) -> None:

@@ -1,0 +1,195 @@
+"""ρ where a side is low-rank: products with a few columns, so that it costs little more than reading.
+
+From LoRA factors Δ = B·A, with M = VᵀB and G = AAᵀ, ‖VᵀΔ‖² = tr(MᵀM·G) and ‖VVᵀΔ‖² = tr((VM)ᵀ(VM)·G): two passes
+over V, exact to rounding. ρ₀ comes along in a few more columns, at random. Blocks are numpy arrays where the
+weights are plain, and torch tensors otherwise; everything small is float64 in numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from safemerge_recipes.algebra import Weight
+from safemerge_recipes.blocks import Arena, Reader
+from safemerge_recipes.measure import NULL_PROBES, SMALL, THIN_BLOCK, Moments, Streamed, square_sum
+from safemerge_recipes.plain import PlainRows, dot, is_plain, plain_factors, wide
+from safemerge_recipes.spectrum import normal
+
+QUANTILE = {8: 15.0, 32: 6.5}
+"""Half-width of ρ₀'s interval in standard errors, by random columns: t with 7 and 31 degrees of freedom, beyond
+1 − 1e-6."""
+ROUNDING = 1e-5
+"""What float32 products may be off by, as a part of the result: the least half-width of a sketch's interval."""
+RIDGE = 1e-8
+"""Keeps rounding out of the solutions where V has fewer directions than there are columns."""
+
+
+def needs_torch(v: Weight, delta: Weight, device: str) -> bool:
+    """Whether measuring these two takes torch, also if only ρ and a rough ρ₀ are asked for."""
+    full = not (v.is_zero or delta.is_zero or v.low_rank or delta.low_rank)
+    return device != "cpu" or full or not all(weight.is_zero or is_plain(weight) for weight in (v, delta))
+
+
+def row_blocks(weight: Weight, reader: Reader, arena: Arena) -> PlainRows | Streamed:
+    """A weight in thin row blocks, as numpy arrays where that will do."""
+    if arena.device == "cpu" and is_plain(weight):
+        return PlainRows(weight, reader, THIN_BLOCK)
+    return Streamed(weight, reader, arena, "thin", block=THIN_BLOCK)
+
+
+def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, np.ndarray]:
+    """(B, A) of a purely low-rank weight, coefficients and scales folded into A, float64."""
+    if is_plain(weight):
+        return plain_factors(weight, reader)
+    import torch
+
+    from safemerge_recipes.kernels import joined_factors
+
+    pair = joined_factors(weight, reader, torch.float64, "cpu")
+    assert pair is not None  # callers have asked weight.low_rank
+    return pair[0].numpy(), pair[1].numpy()
+
+
+def square(block: Any) -> float:
+    """‖block‖² of a numpy array or torch tensor."""
+    return dot(block, block) if isinstance(block, np.ndarray) else square_sum(block)
+
+
+def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
+    """‖W‖² of a weight, float64 total."""
+    if weight.is_zero:
+        return 0.0
+    if weight.low_rank:
+        b, a = factors(weight, reader, arena)
+        return float(np.sum(b.T @ b * (a @ a.T)))
+    return math.fsum(square(block) for _, block in row_blocks(weight, reader, arena))
+
+
+def both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
+    """The moments from the factors alone."""
+    (bv, av), (bd, ad) = factors(v, reader, arena), factors(delta, reader, arena)
+    gv, hv, gd, cross = av @ av.T, bv.T @ bv, ad @ ad.T, bv.T @ bd
+    inner = gv @ cross  # VᵀΔ = A_vᵀ·cross·A_d and VVᵀΔ = B_v·inner·A_d
+    hg = hv @ gv
+    return Moments(
+        overlap=float(np.sum(cross.T @ inner * gd)),
+        image=float(np.sum(inner.T @ hv @ inner * gd)),
+        delta=float(np.sum(bd.T @ bd * gd)),
+        v=float(np.trace(hg)),
+        gram=float(np.sum(hg * hg.T)),
+        d_out=bv.shape[0],
+        inner=float(np.sum(cross * (av @ ad.T))),
+        numel=bv.shape[0] * av.shape[1],
+    )
+
+
+def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
+    """Δ streamed once, V from its factors."""
+    bv, av = factors(v, reader, arena)
+    matrix = row_blocks(delta, reader, arena)
+    narrow = matrix.lift(bv)
+    k = np.zeros((matrix.columns, bv.shape[1]))
+    total = 0.0
+    for rows, block in matrix:
+        k += wide(block.T @ narrow[rows])
+        total += square(block)
+    gv, hv = av @ av.T, bv.T @ bv
+    inner, hg = gv @ k.T, hv @ gv
+    return Moments(
+        overlap=float(np.sum(k.T * inner)),
+        image=float(np.sum(inner * (hv @ inner))),
+        delta=total,
+        v=float(np.trace(hg)),
+        gram=float(np.sum(hg * hg.T)),
+        d_out=bv.shape[0],
+        inner=float(np.sum(k.T * av)),
+        numel=bv.shape[0] * av.shape[1],
+    )
+
+
+def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, null: bool) -> Moments:
+    """V streamed twice, Δ from its factors: ρ exact, ρ₀ from random columns S beside those of B."""
+    matrix = row_blocks(v, reader, arena)
+    b, a = factors(delta, reader, arena)
+    rank = b.shape[1]
+    left = matrix.lift(np.concatenate([b, normal(name, matrix.rows, NULL_PROBES[null])], axis=1))
+    right: Any = 0
+    total = 0.0
+    for rows, block in matrix:
+        right = right + block.T @ left[rows]  # Vᵀ·[B | S]
+        total += square(block)
+    image = np.zeros((left.shape[1], left.shape[1]))
+    for _, block in matrix:
+        part = wide(block @ right)
+        image += part.T @ part
+    thin, g = wide(right), a @ a.T
+    gram = thin.T @ thin
+    moments = Moments(
+        overlap=float(np.sum(gram[:rank, :rank] * g)),
+        image=float(np.sum(image[:rank, :rank] * g)),
+        delta=float(np.sum(b.T @ b * g)),
+        v=total,
+        gram=0.0,
+        d_out=matrix.rows,
+        inner=float(np.sum(thin[:, :rank].T * a)),
+        numel=matrix.rows * matrix.columns,
+    )
+    if not total or not math.isfinite(total):
+        return moments
+    if min(matrix.rows, matrix.columns) <= SMALL:
+        return replace(moments, gram=small_gram(matrix))
+    found, error = null_moment(gram, image, rank)
+    return with_null(replace(moments, gram=found), matrix.columns, error)
+
+
+def small_gram(matrix: PlainRows | Streamed) -> float:
+    """‖VᵀV‖² of a matrix with a short side, from its Gram matrix on that side, in float64."""
+    if matrix.columns <= matrix.rows:
+        return float(np.square(sum(wide(block.T @ block) for _, block in matrix)).sum())
+    total = 0.0
+    for _, block in matrix:
+        kept = block.copy() if isinstance(block, np.ndarray) else block.clone()
+        total += math.fsum(float(np.square(wide(kept @ other.T)).sum()) for _, other in matrix)
+    return total
+
+
+def null_moment(gram: np.ndarray, image: np.ndarray, fixed: int) -> tuple[float, float]:
+    """(‖A‖_F², half-width of its interval) of A = VVᵀ, from what columns X tell of it.
+
+    The first `fixed` columns may be anything, the m others are standard normal. Each of those in turn estimates
+    what the Nyström approximation Â by all the others leaves: ‖As‖² − ‖Âs‖² + ‖Â‖_F² is unbiased, and varies
+    little where few directions carry V (after Epperly, Tropp, Webber 2024, arXiv 2301.07825).
+
+    Args:
+        gram: XᵀAX `(fixed + m, fixed + m)`, float64.
+        image: XᵀA²X, likewise.
+        fixed: how many columns are not random.
+    """
+    scale = 1 / np.sqrt(np.maximum(gram.diagonal(), 1e-300))
+    gram, image = scale[:, None] * gram * scale, scale[:, None] * image * scale
+    alone = np.arange(fixed, len(gram))  # one random column at a time ...
+    others = np.stack([np.delete(np.arange(len(gram)), i) for i in alone])  # ... and, in a batch, all the others
+    pairs = others[:, :, None], others[:, None, :]
+    seen, towards = image[pairs], gram[others, alone[:, None]]
+    # ‖Â‖_F² = tr((H⁻¹K)²) for H = XᵀAX and K = XᵀA²X of the others
+    solved = np.linalg.solve(gram[pairs] + RIDGE * np.eye(others.shape[1]), np.dstack([seen, towards[:, :, None]]))
+    reach, weights = solved[:, :, :-1], solved[:, :, -1]
+    left = (image[alone, alone] - np.einsum("mi,mij,mj->m", weights, seen, weights)) / scale[alone] ** 2
+    samples = left + np.einsum("mij,mji->m", reach, reach)
+    total = float(samples.mean())
+    half = QUANTILE[len(alone)] * float(samples.std(ddof=1)) / math.sqrt(len(alone))
+    return total, half + ROUNDING * abs(total)
+
+
+def with_null(moments: Moments, columns: int, error: float) -> Moments:
+    """The moments with ρ₀'s interval, from that of ‖VᵀV‖² and from what it can be for a V `(d_out, columns)`."""
+    least = moments.v**2 / min(moments.d_out, columns)  # all directions alike; ‖V‖⁴ where there is but one
+    found, low, high = (
+        replace(moments, gram=min(max(moments.gram + by, least), moments.v**2)) for by in (0.0, -error, error)
+    )
+    null = found.rho_null or 0.0
+    return replace(found, null_error=max((low.rho_null or 0.0) - null, null - (high.rho_null or 0.0)))
