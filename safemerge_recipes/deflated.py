@@ -14,6 +14,7 @@ element; where V's spectrum is flat it is as good as a plain sketch, where it de
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.measure import (
@@ -24,6 +25,7 @@ from safemerge_recipes.measure import (
     normal_probes,
     orthonormal,
     square_sum,
+    with_null,
 )
 
 if TYPE_CHECKING:
@@ -116,12 +118,11 @@ def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
     image_samples = (2 * led * images + images.square()).sum(dim=0)
     overlap = max(0.0, overlap_fixed + float(overlap_samples.mean()))
     squared = max(0.0, image_fixed + float(image_samples.mean()))
-    moments = Moments(overlap, squared, delta_square, v_square, gram, d_out=v.rows)
-    relative = interval((overlap_fixed, image_fixed), (overlap_samples, image_samples), QUANTILE)
-    rho, null = moments.rho or 0.0, moments.rho_null or 0.0
-    return Moments(
-        overlap, squared, delta_square, v_square, gram,
-        rho_error=min(1.0, rho * relative) if rho else 1.0, null_error=null * gram_error / 2, d_out=v.rows,
-        inner=product, overlap_error=_half_width(overlap_samples), image_error=_half_width(image_samples),
-        numel=v.rows * v.columns,
+    moments = Moments(
+        overlap, squared, delta_square, v_square, gram, d_out=v.rows, inner=product,
+        overlap_error=_half_width(overlap_samples), image_error=_half_width(image_samples), numel=v.rows * v.columns,
     )  # fmt: skip
+    relative = interval((overlap_fixed, image_fixed), (overlap_samples, image_samples), QUANTILE)
+    rho = moments.rho or 0.0
+    moments = replace(moments, rho_error=min(1.0, rho * relative) if rho else 1.0)
+    return with_null(moments, v.columns, gram_error * gram)

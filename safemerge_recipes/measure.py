@@ -28,14 +28,17 @@ ROW_BLOCK = 1 << 20
 """Elements of a row block of the streamed matrices ..."""
 THIN_BLOCK = 1 << 18
 """... and where products have but a few columns: its float32 form is 1 MiB and stays in a core's cache."""
-NULL_PROBES = {False: 8, True: 32}
+NULL_PROBES = {False: 8, True: 48}
 """Random columns for ρ₀, by whether the metric looks at it."""
 PANEL = 1024
 """Columns of the exact d × d products held at once."""
 Effort = Literal["sketch", "exact"]
 """How hard a measurement tries."""
 SMALL = 256
-"""Matrices with a side up to this are always measured exactly: sketching them would cost as much."""
+"""ρ₀ of matrices with a side up to this is always exact: sketching it would cost as much."""
+EXACT_SIDE = 640
+"""Two full matrices with a side up to this are always measured exactly: a sketch costs two thirds of that, and leaves
+a fifth of the tensors open where spectra are flat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,16 @@ class Moments:
         low = math.sqrt(max(total.image - total.image_error, 0.0)) * math.sqrt(total.delta)
         error = min(1.0, high / low) - (total.rho or 0.0) if low else 1.0
         return replace(total, rho_error=max(error, total.rho_error))
+
+
+def with_null(moments: Moments, columns: int, error: float) -> Moments:
+    """The moments with ρ₀'s interval, from that of ‖VᵀV‖² and from what it can be for a V `(d_out, columns)`."""
+    least = moments.v**2 / min(moments.d_out, columns)  # all directions alike; ‖V‖⁴ where there is but one
+    found, low, high = (
+        replace(moments, gram=min(max(moments.gram + by, least), moments.v**2)) for by in (0.0, -error, error)
+    )
+    null = found.rho_null or 0.0
+    return replace(found, null_error=max((low.rho_null or 0.0) - null, null - (high.rho_null or 0.0)))
 
 
 class Streamed:
@@ -196,28 +209,43 @@ def gram_moment(rows: torch.Tensor, exact: int, quantile: float) -> tuple[float,
     return total, quantile * float(samples.std()) / math.sqrt(len(samples)) / total if total else 0.0
 
 
-def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
-    """Both dense, exactly: products on the smaller side of V, `PANEL` columns at a time."""
+def _exact(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:
+    """Both dense, exactly: products on the smaller side of V, `PANEL` columns at a time.
+
+    Where V is tall its Gram matrix is not needed for ρ, so ρ₀ comes from random columns unless `null`.
+    """
     import torch
 
+    from safemerge_recipes.thin import NULL_SAMPLES, null_moment, wide
+
     overlap = image = gram = v_square = delta_square = inner = 0.0
-    for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
+    tall = v.columns <= v.rows
+    probes = normal_probes(name, v.rows, NULL_PROBES[True] if tall and not null else 0, v.dtype, device)
+    right = torch.zeros(v.columns, probes.shape[1], dtype=v.dtype, device=device)
+    for (rows, v_block), (_, d_block) in zip(v, delta, strict=True):
         v_square += square_sum(v_block)
         delta_square += square_sum(d_block)
         inner += inner_product(v_block, d_block)
+        right.addmm_(v_block.T, probes[rows])
+    seen = torch.zeros(probes.shape[1], probes.shape[1], dtype=torch.float64, device=device)
     side = min(v.rows, v.columns)
     for first in range(0, side, PANEL):
         part = slice(first, min(first + PANEL, side))
         width = part.stop - part.start
-        if v.columns <= v.rows:  # tall: T = VᵀΔ and VᵀV by columns
+        if tall:  # T = VᵀΔ by columns, and VᵀV
             t = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
-            vtv = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
+            vtv = torch.zeros(v.columns, width if null else 0, dtype=v.dtype, device=device)
             for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
                 t.addmm_(v_block.T, d_block[:, part])
-                vtv.addmm_(v_block.T, v_block[:, part])
+                if null:
+                    vtv.addmm_(v_block.T, v_block[:, part])
             overlap += square_sum(t)
             gram += square_sum(vtv)
-            image += sum(square_sum(v_block @ t) for _, v_block in v)
+            for _, v_block in v:
+                image += square_sum(v_block @ t)
+                if not null and not first:
+                    found = (v_block @ right).double()
+                    seen.addmm_(found.T, found)
         else:  # wide: rows of S = VVᵀ, then SΔ
             s = torch.zeros(width, v.rows, dtype=v.dtype, device=device)
             panels = [slice(c, min(c + PANEL, v.columns)) for c in range(0, v.columns, PANEL)]
@@ -230,7 +258,11 @@ def _exact(v: Streamed, delta: Streamed, device: str) -> Moments:
                 projected = s @ block
                 image += square_sum(projected)
                 overlap += float((projected * block[part]).sum(dim=-1).double().sum())
-    return Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns)
+    moments = Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns)
+    if null or not tall or not v_square or not math.isfinite(v_square):
+        return moments
+    gram, error = null_moment(wide(right.T.double() @ right.double()), wide(seen), NULL_SAMPLES[True])
+    return with_null(replace(moments, gram=gram), v.columns, error)
 
 
 def left_directions(
@@ -296,7 +328,7 @@ def inner_product(x: torch.Tensor, y: torch.Tensor) -> float:
 def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
     """‖VᵀV‖² of a dense V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
     matrix = Streamed(v, reader, arena, "v", room)
-    return _exact(matrix, matrix, arena.device).gram
+    return _exact("", matrix, matrix, arena.device, True).gram
 
 
 def measure(
@@ -333,7 +365,7 @@ def measure(
     if v.is_zero or delta.is_zero:
         squares = [thin.square_norm(weight, reader, arena) for weight in (delta, v)]
         return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
-    small = min(v.shape[-1], math.prod(v.shape[:-1])) <= SMALL
+    side = min(v.shape[-1], math.prod(v.shape[:-1]))
     if v.low_rank and delta.low_rank:
         found = thin.both_low_rank(v, delta, reader, arena)
     elif v.low_rank:
@@ -343,10 +375,13 @@ def measure(
         if null and effort == "exact" and found.null_error:
             found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
     else:
-        left = Streamed(v, reader, arena, "v", room // 2)
-        right = Streamed(delta, reader, arena, "delta", room // 2)
-        if effort == "exact" or small:
-            found = _exact(left, right, arena.device)
+        exact = effort == "exact" or side <= EXACT_SIDE
+        left, right = (
+            Streamed(weight, reader, arena, slot, room // 2, ROW_BLOCK if exact else THIN_BLOCK)
+            for weight, slot in ((v, "v"), (delta, "delta"))
+        )
+        if exact:
+            found = _exact(name, left, right, arena.device, null or side <= SMALL)
         else:
             from safemerge_recipes.deflated import deflated
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.measure import NULL_PROBES, SMALL, THIN_BLOCK, Moments, Streamed, square_sum
+from safemerge_recipes.measure import NULL_PROBES, SMALL, THIN_BLOCK, Moments, Streamed, square_sum, with_null
 from safemerge_recipes.plain import PlainRows, dot, is_plain, plain_factors, wide
 from safemerge_recipes.spectrum import normal
 
-QUANTILE = {8: 15.0, 32: 6.5}
-"""Half-width of ρ₀'s interval in standard errors, by random columns: t with 7 and 31 degrees of freedom, beyond
-1 − 1e-6."""
+NULL_SAMPLES = {False: 8, True: 32}
+"""How many of the random columns are samples; the others show where V's energy lies."""
+NULL_QUANTILE = {8: 20.0, 32: 8.0}
+"""Half-width of ρ₀'s interval in standard errors, by samples: t with 7 and 31 degrees of freedom has 15 and 6.5 beyond
+1 − 1e-6; the rest is for samples that lean to one side where few directions carry V."""
 ROUNDING = 1e-5
 """What float32 products may be off by, as a part of the result: the least half-width of a sketch's interval."""
 RIDGE = 1e-8
@@ -142,7 +144,7 @@ def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, n
         return moments
     if min(matrix.rows, matrix.columns) <= SMALL:
         return replace(moments, gram=small_gram(matrix))
-    found, error = null_moment(gram, image, rank)
+    found, error = null_moment(gram, image, NULL_SAMPLES[null])
     return with_null(replace(moments, gram=found), matrix.columns, error)
 
 
@@ -157,39 +159,28 @@ def small_gram(matrix: PlainRows | Streamed) -> float:
     return total
 
 
-def null_moment(gram: np.ndarray, image: np.ndarray, fixed: int) -> tuple[float, float]:
+def null_moment(gram: np.ndarray, image: np.ndarray, samples: int) -> tuple[float, float]:
     """(‖A‖_F², half-width of its interval) of A = VVᵀ, from what columns X tell of it.
 
-    The first `fixed` columns may be anything, the m others are standard normal. Each of those in turn estimates
-    what the Nyström approximation Â by all the others leaves: ‖As‖² − ‖Âs‖² + ‖Â‖_F² is unbiased, and varies
-    little where few directions carry V (after Epperly, Tropp, Webber 2024, arXiv 2301.07825).
+    The last columns are the samples: standard normal, and independent of the others, of which A's Nyström
+    approximation Â is made. ‖As‖² − ‖Âs‖² + ‖Â‖_F² is unbiased for each, and varies little where few directions
+    carry V. (To leave out one column at a time from Â wastes none, but then the samples hang together, and their
+    spread understates the error.)
 
     Args:
-        gram: XᵀAX `(fixed + m, fixed + m)`, float64.
+        gram: XᵀAX, float64.
         image: XᵀA²X, likewise.
-        fixed: how many columns are not random.
+        samples: how many columns are samples.
     """
     scale = 1 / np.sqrt(np.maximum(gram.diagonal(), 1e-300))
     gram, image = scale[:, None] * gram * scale, scale[:, None] * image * scale
-    alone = np.arange(fixed, len(gram))  # one random column at a time ...
-    others = np.stack([np.delete(np.arange(len(gram)), i) for i in alone])  # ... and, in a batch, all the others
-    pairs = others[:, :, None], others[:, None, :]
-    seen, towards = image[pairs], gram[others, alone[:, None]]
-    # ‖Â‖_F² = tr((H⁻¹K)²) for H = XᵀAX and K = XᵀA²X of the others
-    solved = np.linalg.solve(gram[pairs] + RIDGE * np.eye(others.shape[1]), np.dstack([seen, towards[:, :, None]]))
-    reach, weights = solved[:, :, :-1], solved[:, :, -1]
-    left = (image[alone, alone] - np.einsum("mi,mij,mj->m", weights, seen, weights)) / scale[alone] ** 2
-    samples = left + np.einsum("mij,mji->m", reach, reach)
-    total = float(samples.mean())
-    half = QUANTILE[len(alone)] * float(samples.std(ddof=1)) / math.sqrt(len(alone))
+    fixed = len(gram) - samples
+    # ‖Â‖_F² = tr((H⁻¹K)²) for H = XᵀAX and K = XᵀA²X of the fixed columns
+    seen = image[:fixed, :fixed]
+    solved = np.linalg.solve(gram[:fixed, :fixed] + RIDGE * np.eye(fixed), np.hstack([seen, gram[:fixed, fixed:]]))
+    reach, weights = solved[:, :fixed], solved[:, fixed:]
+    left = image.diagonal()[fixed:] - np.einsum("im,ij,jm->m", weights, seen, weights)
+    found = left / scale[fixed:] ** 2 + np.sum(reach * reach.T)
+    total = float(found.mean())
+    half = NULL_QUANTILE[samples] * float(found.std(ddof=1)) / math.sqrt(samples)
     return total, half + ROUNDING * abs(total)
-
-
-def with_null(moments: Moments, columns: int, error: float) -> Moments:
-    """The moments with ρ₀'s interval, from that of ‖VᵀV‖² and from what it can be for a V `(d_out, columns)`."""
-    least = moments.v**2 / min(moments.d_out, columns)  # all directions alike; ‖V‖⁴ where there is but one
-    found, low, high = (
-        replace(moments, gram=min(max(moments.gram + by, least), moments.v**2)) for by in (0.0, -error, error)
-    )
-    null = found.rho_null or 0.0
-    return replace(found, null_error=max((low.rho_null or 0.0) - null, null - (high.rho_null or 0.0)))

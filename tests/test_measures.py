@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,10 @@ def test_room_and_block_size_change_nothing_but_rounding(
     _assert_moments(_measure(v, delta, room=0), *dense)
 
 
-def test_a_sketch_covers_the_truth_and_says_how_well(tmp_path: Path) -> None:
+def test_a_sketch_covers_the_truth_and_says_how_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safemerge_recipes import measure as module
+
+    monkeypatch.setattr(module, "EXACT_SIDE", 0)
     widths = []
     for seed in range(12):
         v, delta, v_dense, delta_dense = _pair(tmp_path, (280, 320), ("dense", "dense"), seed)
@@ -113,6 +117,47 @@ def test_a_sketch_covers_the_truth_and_says_how_well(tmp_path: Path) -> None:
     found = _measure(*adapter[:2], exact=False)
     assert found.rho == pytest.approx(reference.rho(*adapter[2:]), rel=2e-5)
     assert 0 < abs(found.rho_null - reference.rho_null(adapter[2])) <= found.null_error
+
+
+@pytest.mark.parametrize("shape", [(280, 320), (320, 280), (700, 300)])
+@pytest.mark.parametrize("form", ["dense", "low rank"])
+def test_a_rough_null_covers_the_truth_beside_an_exact_rho(tmp_path: Path, shape: Any, form: str) -> None:
+    for seed in range(8):
+        v, delta, v_dense, delta_dense = _pair(tmp_path, shape, ("dense", form), seed)
+        found = _measure(v, delta, null=False)
+        assert found.rho == pytest.approx(reference.rho(v_dense, delta_dense), rel=2e-5)
+        assert found.rho_error == 0
+        error = abs(found.rho_null - reference.rho_null(v_dense))
+        assert error <= found.null_error or error <= 1e-5
+        careful = _measure(v, delta, exact=False, null=True)
+        assert abs(careful.rho_null - reference.rho_null(v_dense)) <= max(careful.null_error, 1e-5)
+
+
+@pytest.mark.parametrize("forms", [("dense", "low rank"), ("low rank", "dense"), ("low rank", "low rank")])
+def test_numpy_and_torch_measure_alike(tmp_path: Path, forms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safemerge_recipes import thin
+
+    v, delta, *_ = _pair(tmp_path, (300, 420), forms)
+    assert not thin.needs_torch(v, delta, "cpu")
+    assert thin.needs_torch(v, delta, "cuda:0")
+    light = _measure(v, delta, exact=False, null=False)
+    monkeypatch.setattr(thin, "is_plain", lambda weight: False)
+    heavy = _measure(v, delta, exact=False, null=False)
+    assert asdict(light) == pytest.approx(asdict(heavy), rel=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_plain_sums_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    from safemerge_recipes.plain import PlainRows
+
+    x, y = _random(1, 30, 20).to(dtype), _random(2, 30, 20).to(dtype)
+    refs = _stored(tmp_path, x=x, y=y)
+    weight = Weight.of(Stored(refs["x"])) * 0.5 - Weight.of(Stored(refs["y"]))
+    with Reader() as reader:
+        rows = PlainRows(weight, reader, 128)
+        found = torch.cat([torch.from_numpy(block.copy()) for _, block in rows])
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(found, x.to(wide) * 0.5 - y.to(wide))
 
 
 @pytest.mark.parametrize("forms", itertools.product(("dense", "low rank"), repeat=2))
