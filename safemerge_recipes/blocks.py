@@ -17,6 +17,7 @@ from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.header import DTYPE_BITS, TensorRef
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 COPY_CHUNK = 1 << 26
@@ -40,8 +41,19 @@ class Arena:
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self._slots: dict[tuple[str, Any], torch.Tensor] = {}
+        self._arrays: dict[str, np.ndarray] = {}
         self._sent: dict[str, Any] = {}  # staging buffer -> the event after its copy
         self._turns: dict[str, int] = {}
+
+    def array(self, slot: str, count: int, dtype: Any) -> np.ndarray:
+        """A flat numpy array of `count` elements, as `take` does it: fresh memory costs as much as reading it."""
+        import numpy as np
+
+        nbytes = count * np.dtype(dtype).itemsize
+        found = self._arrays.get(slot)
+        if found is None or len(found) < nbytes:
+            found = self._arrays[slot] = np.empty(nbytes, np.uint8)
+        return found[:nbytes].view(dtype)
 
     def take(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Reader
+from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES, TensorRef
 
 DOT = 1 << 15
@@ -31,7 +31,7 @@ def is_plain(weight: Weight) -> bool:
 class PlainRows:
     """A sum of stored tensors as row blocks of a matrix `(rows, columns)`; a block is valid until the next one."""
 
-    def __init__(self, weight: Weight, reader: Reader, block: int) -> None:
+    def __init__(self, weight: Weight, reader: Reader, arena: Arena, block: int) -> None:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
         self._reader = reader
@@ -40,8 +40,9 @@ class PlainRows:
         self.dtype = np.dtype(np.float64 if wide else np.float32)
         self._step = min(self.rows, max(1, block // self.columns))
         size = self._step * self.columns
-        self._sum, self._term = np.empty(size, self.dtype), np.empty(size, self.dtype)
-        self._raw = np.empty(size * max(DTYPE_BITS[ref.dtype] // 8 for _, ref in self._terms), np.uint8)
+        width = max(DTYPE_BITS[ref.dtype] // 8 for _, ref in self._terms)
+        self._sum, self._term = (arena.array(slot, size, self.dtype) for slot in ("sum", "term"))
+        self._raw = arena.array("raw", size * width, np.uint8)
 
     def lift(self, x: np.ndarray) -> np.ndarray:
         """The array as it goes into products with the blocks."""
@@ -130,6 +131,15 @@ def one_blas_thread() -> Iterator[None]:
         yield
     finally:
         getattr(library, found[1])(before)
+
+
+def add_product(total: Any, x: Any, y: Any, arena: Arena) -> None:
+    """total += x·y, numpy arrays or torch tensors."""
+    if isinstance(total, np.ndarray):
+        product = arena.array("product", total.size, total.dtype).reshape(total.shape)
+        total += np.matmul(x, y, out=product)
+    else:
+        total.addmm_(x, y)
 
 
 def wide(x: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.measure import NULL_PROBES, SMALL, THIN_BLOCK, Moments, Streamed, square_sum, with_null
-from safemerge_recipes.plain import PlainRows, dot, is_plain, plain_factors, wide
+from safemerge_recipes.plain import PlainRows, add_product, dot, is_plain, plain_factors, wide
 from safemerge_recipes.spectrum import normal
 
 NULL_SAMPLES = {False: 8, True: 32}
@@ -39,7 +39,7 @@ def needs_torch(v: Weight, delta: Weight, device: str) -> bool:
 def row_blocks(weight: Weight, reader: Reader, arena: Arena) -> PlainRows | Streamed:
     """A weight in thin row blocks, as numpy arrays where that will do."""
     if arena.device == "cpu" and is_plain(weight):
-        return PlainRows(weight, reader, THIN_BLOCK)
+        return PlainRows(weight, reader, arena, THIN_BLOCK)
     return Streamed(weight, reader, arena, "thin", block=THIN_BLOCK)
 
 
@@ -119,10 +119,10 @@ def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, n
     b, a = factors(delta, reader, arena)
     rank = b.shape[1]
     left = matrix.lift(np.concatenate([b, normal(name, matrix.rows, NULL_PROBES[null])], axis=1))
-    right: Any = 0
+    right: Any = matrix.lift(np.zeros((matrix.columns, left.shape[1])))
     total = 0.0
     for rows, block in matrix:
-        right = right + block.T @ left[rows]  # Vᵀ·[B | S]
+        add_product(right, block.T, left[rows], arena)  # Vᵀ·[B | S]
         total += square(block)
     image = np.zeros((left.shape[1], left.shape[1]))
     for _, block in matrix:

@@ -154,7 +154,7 @@ def test_plain_sums_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     refs = _stored(tmp_path, x=x, y=y)
     weight = Weight.of(Stored(refs["x"])) * 0.5 - Weight.of(Stored(refs["y"]))
     with Reader() as reader:
-        rows = PlainRows(weight, reader, 128)
+        rows = PlainRows(weight, reader, Arena(), 128)
         found = torch.cat([torch.from_numpy(block.copy()) for _, block in rows])
     wide = torch.promote_types(dtype, torch.float32)
     assert torch.equal(found, x.to(wide) * 0.5 - y.to(wide))
