@@ -42,17 +42,17 @@ class Counted:
 
     def __init__(self, measurer: Measurer) -> None:
         self.measurer = measurer
-        self.seconds: dict[tuple[Effort, str], float] = {}
+        self.seconds: dict[tuple[Effort, bool, str], float] = {}
         self.known: dict[tuple[Effort, bool, str], Moments] = {}
-        self.asked: list[tuple[Effort, str]] = []
+        self.asked: list[tuple[Effort, bool, str]] = []
 
     def __call__(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> Mapping[str, Moments]:
         for name in names:
-            self.asked.append((effort, name))
+            self.asked.append((effort, null, name))
             if (effort, null, name) not in self.known:
                 began = time.process_time()
                 self.known[effort, null, name] = self.measurer([name], effort, rank, null)[name]
-                self.seconds.setdefault((effort, name), time.process_time() - began)
+                self.seconds[effort, null, name] = time.process_time() - began
         return {name: self.known[effort, null, name] for name in names}
 
 
@@ -145,12 +145,13 @@ def compare(sources: Mapping[str, Path], where: Path) -> dict[str, Any]:
     }
     rows = {}
     for question, gate in questions.items():
+        measure.asked.clear()
         first = decide(gate, "exact")
+        whole = sum(measure.seconds[one] for one in measure.asked)
         measure.asked.clear()
         second = decide(gate, "adaptive")
-        fallbacks = sum(effort == "exact" for effort, _ in measure.asked)
+        fallbacks = sum(effort == "exact" for effort, _, _ in measure.asked)
         spent = sum(measure.seconds[one] for one in dict.fromkeys(measure.asked))
-        whole = sum(measure.seconds["exact", tensor.name] for tensor in first.gated)
         agree = sum(a.action == b.action for a, b in zip(first.gated, second.gated, strict=True))
         rows[question] = {
             "gated": len(first.gated), "merged": first.summary()["merged"], "agree": agree, "fallbacks": fallbacks,

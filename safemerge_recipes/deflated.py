@@ -35,6 +35,10 @@ RANK = 32
 """Leading directions of V taken exactly, and random vectors for the rest."""
 QUANTILE = 6.5
 """Half-width of the interval in standard errors: t with 31 degrees of freedom, beyond 1 − 1e-6."""
+NULL_FEW = 8
+"""Random vectors for ρ₀ where the metric does not look at it ..."""
+NULL_QUANTILE = 20.0
+"""... and half-width of its interval in standard errors."""
 
 
 def interval(fixed: tuple[float, float], samples: tuple[torch.Tensor, torch.Tensor], quantile: float) -> float:
@@ -61,8 +65,11 @@ def _half_width(samples: torch.Tensor) -> float:
     return QUANTILE * float(samples.std()) / math.sqrt(len(samples))
 
 
-def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
-    """The moments of V and Δ, `(d_out, d_in)`, with intervals for ρ and ρ₀. Sums of squares are float64."""
+def deflated(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:
+    """The moments of V and Δ, `(d_out, d_in)`, with intervals for ρ and ρ₀. Sums of squares are float64.
+
+    `null`: whether ρ₀ is needed with the same care as ρ.
+    """
     import torch
 
     start = normal_probes(name + "\0range", v.columns, RANK, v.dtype, device)
@@ -73,10 +80,11 @@ def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
         leading += (block @ start).T @ block
         v_square += square_sum(block)
     right = orthonormal(leading.T)
-    outside = probes - right @ (right.T @ probes)
+    few = probes if null else probes[:, :NULL_FEW]  # these are for ρ₀ alone
+    outside = few - right @ (right.T @ few)
 
     image = torch.zeros(v.rows, RANK, dtype=v.dtype, device=device)  # S = V·right
-    gram_rows = torch.zeros(2 * RANK, v.columns, dtype=v.dtype, device=device)
+    gram_rows = torch.zeros(RANK + outside.shape[1], v.columns, dtype=v.dtype, device=device)
     inner = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # SᵀΔ
     delta_square = product = 0.0
     for (rows, block), (_, d_block) in zip(v, delta, strict=True):  # pass 2
@@ -86,7 +94,7 @@ def deflated(name: str, v: Streamed, delta: Streamed, device: str) -> Moments:
         inner += both[:, :RANK].T @ d_block
         delta_square += square_sum(d_block)
         product += inner_product(block, d_block)
-    gram, gram_error = gram_moment(gram_rows, RANK, QUANTILE)
+    gram, gram_error = gram_moment(gram_rows, RANK, QUANTILE if null else NULL_QUANTILE)
 
     q64, r64 = torch.linalg.qr(image.double())
     if float(r64.diagonal().abs().min()) <= 1e-7 * float(r64.diagonal().abs().max()):

@@ -385,7 +385,7 @@ def measure(
         else:
             from safemerge_recipes.deflated import deflated
 
-            found = deflated(name, left, right, arena.device)
+            found = deflated(name, left, right, arena.device, null)
     if rank and found.degenerate is None and all(map(math.isfinite, (found.v, found.delta))):
         inside, error = energy_inside(name, v, delta, rank, reader, arena, room, effort == "exact")
         found = replace(found, inside=inside, inside_error=error)

@@ -22,6 +22,8 @@ from safemerge_recipes.recipe import Gate, Merge, Policy, Recipe, Role, merge_so
 from safemerge_recipes.roles import Family
 from safemerge_recipes.selectors import SELECTORS, Selector
 
+AT_ONCE = 8
+"""Least number of unsettled tensors that are measured exactly together; beyond that, half of them."""
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Measure = Callable[[Sequence[str], Effort, int, bool], Mapping[str, Moments]]
@@ -220,25 +222,27 @@ def _decide_policy(
     gate = policy.gate
     groups = _groups(gate, names)
     # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
-    efforts: list[Effort] = (
-        ["exact"] if gate.precision == "exact" or gate.granularity != "tensor" else ["sketch", "exact"]
-    )
+    effort: Effort = "exact" if gate.precision == "exact" or gate.granularity != "tensor" else "sketch"
     # A plugin's metric may look at anything, also at the energy inside the leading directions.
     own = gate.metric not in METRICS
     rank, null = gate.rank if gate.metric == "residual" or own else 0, gate.metric == "rho_ratio" or own
     moments: dict[str, Moments] = {}
-    wanted = names
+    wanted, settled = names, set[str]()
     while True:
-        if measure and wanted and efforts:
-            moments.update(measure(wanted, efforts.pop(0), rank, null))
+        if measure and wanted:
+            moments.update(measure(wanted, effort, rank, null))
+        settled.update(wanted if effort == "exact" else ())
         candidates = {
             group: candidate(group, _sum([moments.get(name) for name in members]), gate, metrics)
             for group, members in groups.items()
         }
         open_ = unsettled(gate, list(candidates.values()), selectors)
-        wanted = [name for group in groups if group in open_ for name in groups[group]]
-        if not efforts or not wanted:
+        unsure = [group for group in groups if group in open_ and not settled.issuperset(groups[group])]
+        if measure is None or not unsure:
             break
+        # Where ranks decide, a wide interval leaves others open that are settled once it is gone: widest first.
+        effort, widest = "exact", sorted(unsure, key=lambda group: -candidates[group].error)
+        wanted = [name for group in widest[: max(AT_ONCE, -(-len(widest) // 2))] for name in groups[group]]
     decisions = decide(gate, list(candidates.values()), selectors)
     spread = {name: group for group, members in groups.items() for name in members}
     return (

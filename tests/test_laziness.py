@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -105,6 +107,24 @@ def test_planning_an_adapter_reads_its_factors_and_no_model_twice(
         (role, name) for role in ("base", "aligned") for name in names
     }
     assert {role for role, _ in touched} == {"base", "aligned", "finetuned-lora"}
+
+
+def test_planning_an_adapter_does_not_wait_for_torch(llama: pico.Family, recipe: Callable[..., Path]) -> None:
+    adapters = {role: {"adapter": str(llama / f"{role}-lora")} for role in ("finetuned", "safety")}
+    models = {role: llama / role for role in ("base", "aligned")}
+    code = (
+        "import sys\nfrom safemerge_recipes.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for gate, expected in (({"tau": 0.5}, 0), ({"tau": 0.5, "precision": "exact", "granularity": "block"}, 0),
+                           ({"metric": "residual", "at_most": 0.5}, 1)):  # fmt: skip
+        path = recipe(sources={**models, **adapters}, gate=gate)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "plan", str(path), "--json"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == expected, done.stderr
+        assert json.loads(done.stdout)["summary"]["gated"] > 0
 
 
 @pytest.mark.parametrize(
