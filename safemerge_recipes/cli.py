@@ -1,27 +1,21 @@
-"""The command line: reads options, calls the phases, prints, and turns errors into exit codes.
-
-The only module that prints or exits. Nothing heavy is imported before a command needs it.
-"""
+"""The command line: reads options, calls the phases and prints. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safemerge_recipes import __version__
-from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
+from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.program import run_program
 
 if TYPE_CHECKING:
     from safemerge_recipes.loading import LoadedRecipe
     from safemerge_recipes.run import Prepared, Resolved
-
-# Some versions of typer bring their own click, whose errors are no errors of the installed one.
-USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="safemerge",
@@ -463,62 +457,9 @@ def _options(
         raise typer.Exit
 
 
-def _guarded(call: Callable[[], Any]) -> int:
-    """Runs a command; every error becomes one message on standard error and an exit code."""
-    import signal
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        signal.signal(signal.SIGTERM, stop)  # a scheduler's notice ends a run as Ctrl-C does
-        code = call()
-        return code if isinstance(code, int) else 0
-    except SafemergeError as error:
-        _complain(str(error))
-        return error.exit_code
-    except typer.Exit as error:
-        return error.exit_code
-    except USAGE_ERROR as error:
-        _complain(f"{error.format_message()}; see --help")
-        return RecipeError.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("stopped; nothing is half written, the same command starts again")
-        return WriteError.exit_code
-    except BrokenPipeError:
-        return 0
-    except MemoryError:
-        _complain("the machine has no memory left; lower --max-memory or --workers, or close other programs")
-        return PlanError.exit_code
-    except Exception as error:  # the last line of defence: a bug, but still one message and no traceback
-        _complain(f"a bug in safemerge: {type(error).__name__}: {error}; please report it with the recipe")
-        return 1
-
-
-_LONGEST = 2000
-"""Characters of one line of a message; what stands in a stranger's file may be of any length."""
-
-
-def _complain(message: str) -> None:
-    lines = (line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…" for line in message.split("\n"))
-    text = "\n".join("".join(c if c.isprintable() else "�" for c in line) for line in lines)
-    sys.stderr.write(f"safemerge: {_without_secrets(text)}\n")
-
-
-def _without_secrets(text: str) -> str:
-    """The text without access tokens and without passwords in addresses."""
-    import os
-    import re
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
-        text = text.replace(os.environ.get(name) or "\0", "<token>")
-    text = re.sub(r"\bhf_[A-Za-z0-9]{8,}", "<token>", text)
-    return re.sub(r"(\w+:/+)[^/@\s]+@", r"\1<secret>@", text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The program `safemerge`."""
-    sys.exit(_guarded(lambda: app(arguments, standalone_mode=False, prog_name="safemerge")))
+    run_program(app, "safemerge", arguments)
 
 
 run_app = typer.Typer(name="safemerge-run", pretty_exceptions_enable=False, add_completion=False)
@@ -527,7 +468,7 @@ run_app.command()(run)
 
 def run_main(arguments: list[str] | None = None) -> None:
     """The program `safemerge-run`: `safemerge run` under the name of its promise."""
-    sys.exit(_guarded(lambda: run_app(arguments, standalone_mode=False, prog_name="safemerge-run")))
+    run_program(run_app, "safemerge-run", arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safemerge_recipes.lanes import bits, choose, spread_sign, zero_where_droppe
 from safemerge_recipes.recipe import Merge
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from safemerge_recipes.work import Kernel
@@ -133,6 +134,7 @@ class Trim:
 
     def __call__(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
         """Trims one block in place: float32 or float64, dropped elements become 0."""
+        import numpy as np
         import torch
 
         if self.threshold == math.inf:
@@ -143,13 +145,13 @@ class Trim:
         if self.ties == math.inf:
             floor = _below(self.threshold, x.dtype)
         elif self.ties:
-            size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype))
-            at = self.positions(size)
-            if len(at) <= self.ties:
+            equal = self.equal(x, arena)
+            count = int(np.count_nonzero(equal))
+            if count <= self.ties:
                 floor = _below(self.threshold, x.dtype)
-                self.ties -= len(at)
+                self.ties -= count
             else:
-                kept = at[: int(self.ties)]
+                kept = torch.from_numpy(np.flatnonzero(equal)[: int(self.ties)]).to(x.device)
                 values = x[kept]
                 self.ties = 0
                 torch.ops.aten.hardshrink.out(x, floor, out=x)
@@ -157,13 +159,14 @@ class Trim:
                 return x
         return torch.ops.aten.hardshrink.out(x, floor, out=x)
 
-    def positions(self, size: torch.Tensor) -> torch.Tensor:
-        """Where magnitudes equal the threshold."""
+    def equal(self, x: torch.Tensor, arena: Arena) -> np.ndarray:
+        """Which magnitudes are at the threshold."""
         import numpy as np
         import torch
 
-        at = np.flatnonzero(size.cpu().numpy() == np.asarray(self.threshold, dtype=size.cpu().numpy().dtype))
-        return torch.from_numpy(at).to(size.device)
+        size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype)).cpu().numpy()
+        found = arena.take("equal", x.numel(), torch.bool, device="cpu").numpy()
+        return np.equal(size, size.dtype.type(self.threshold), out=found)
 
 
 def _below(value: float, dtype: torch.dtype) -> float:

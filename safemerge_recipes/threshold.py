@@ -42,7 +42,7 @@ class Selection:
 
     def look(self, x: torch.Tensor) -> None:
         """Takes every so-many-th element of a block into the sample."""
-        stride = max(1, self.numel // LOOKS) | 1  # odd, so that it does not walk along columns
+        stride = max(1, self.numel // (GLANCE * LOOKS)) | 1  # odd, so that it does not walk along columns
         self._looked.append(x[::stride].abs().cpu().numpy())
 
     def bracket(self) -> None:

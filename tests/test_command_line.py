@@ -133,7 +133,7 @@ def test_light_commands_import_nothing_heavy(llama: pico.Family, recipe: Any, ar
         "assert not found, found\n"
     )
     best = 99.0
-    for _ in range(3):  # the best of three: the machine may be busy
+    for _ in range(10):  # the machine may be busy
         begun = time.process_time(), os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         after = os.times()
@@ -141,7 +141,9 @@ def test_light_commands_import_nothing_heavy(llama: pico.Family, recipe: Any, ar
         assert done.stdout
         spent = after.children_user + after.children_system - begun[1].children_user - begun[1].children_system
         best = min(best, spent)
-    assert best < 0.5, f"{best:.2f} s of processor time"
+        if best < 0.5:
+            return
+    pytest.fail(f"{best:.2f} s of processor time, 0.5 are allowed")
 
 
 def test_the_schema_is_what_recipes_are_checked_by(call: Callable[..., Any], recipe: Any, llama: pico.Family) -> None:

@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 from tiny import GATED, make_family
 
-from safemerge_recipes.cli import _guarded, app
+from safemerge_recipes.cli import app
 from safemerge_recipes.loading import load_recipe
 from safemerge_recipes.names import module_type
+from safemerge_recipes.program import guarded
 
 RECIPE = """
 name: tiny
@@ -35,7 +36,7 @@ def folder(tmp_path):
 
 
 def call(*arguments: str) -> int:
-    return _guarded(lambda: app(list(arguments), standalone_mode=False))
+    return guarded(lambda: app(list(arguments), standalone_mode=False))
 
 
 def planned(capsys, recipe) -> dict:
