@@ -12,7 +12,9 @@ have a side of 576 and would be measured exactly at once: here they are sketched
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,10 @@ from benchmarks.families import DATA, make_family
 from benchmarks.finetunes import DEMO, folder
 from benchmarks.run import RESULTS, machine
 from safemerge_recipes import measure as measuring
+from safemerge_recipes.algebra import Stored, Weight
+from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.execute import Resources
+from safemerge_recipes.header import TensorRef
 from safemerge_recipes.loading import load_recipe
 from safemerge_recipes.measure import Effort, Moments
 from safemerge_recipes.measuring import Measurer
@@ -34,6 +39,7 @@ from safemerge_recipes.roles import open_family
 from safemerge_recipes.run import Silent, carry_out, prepare, resolve, settled
 
 WORKER = Resources(workers=1, memory=2_000_000_000)
+SIDES = (1024, 2048, 4096, 8192)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
@@ -84,7 +90,9 @@ def families(data: Path, where: Path) -> dict[str, dict[str, Path]]:
     found = {}
     for size in ("llama-0.3b",):
         root = make_family(size, data)
-        found[f"synthetic {size}, rank 32 and noise"] = {r: root / r for r in ("base", "aligned", "finetuned")}
+        roles = {r: root / r for r in ("base", "aligned", "finetuned")}
+        found[f"synthetic {size}, rank 32 and noise"] = roles
+        found[f"random V and Δ, {size}"] = roles
     base = folder("base")
     aligned = materialised(base, [DEMO / "alignment"], where)
     found["demo adapters, rank 8, as checkpoints"] = {
@@ -94,7 +102,9 @@ def families(data: Path, where: Path) -> dict[str, dict[str, Path]]:
         if folder(name).is_dir():
             roles = {"base": base, "aligned": folder("aligned"), "finetuned": folder(name)}
             found[f"full fine-tunes of the demo's model, {name}"] = roles
-            found.setdefault("random V and Δ", {"base": base, "aligned": folder("aligned"), "finetuned": folder(name)})
+            found.setdefault(
+                "random V and Δ, demo's model", {"base": base, "aligned": folder("aligned"), "finetuned": folder(name)}
+            )
     return found
 
 
@@ -107,8 +117,7 @@ def shuffled(root: Mapping[str, Path], where: Path) -> dict[str, Path]:
     draw = torch.Generator().manual_seed(0)
     before, made = weights["base"], dict(root)
     for role, old in (("aligned", "base"), ("finetuned", "aligned")):
-        target = where / f"random-{role}"
-        target.mkdir()
+        target = Path(tempfile.mkdtemp(prefix="random-", dir=where))
         for file in root[role].glob("*.json"):
             (target / file.name).write_bytes(file.read_bytes())
         new = {}
@@ -173,6 +182,48 @@ def compare(sources: Mapping[str, Path], where: Path) -> dict[str, Any]:
     return {"questions": rows, **spread}
 
 
+def by_side(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure single square matrices both ways: CPU seconds of one thread, ρ and its interval.
+
+    V is 64 directions of falling strength over noise, or nothing but noise; Δ lies halfway between V's image and noise.
+    """
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)
+    rows = []
+    for side, flat in itertools.product(sides, (False, True)):
+        v = torch.randn(side, side, generator=draw)
+        if not flat:
+            strength = 8 * math.sqrt(side) / torch.arange(1, 65)
+            v += (torch.randn(side, 64, generator=draw) * strength) @ torch.randn(64, side, generator=draw) / 8
+        image = v @ torch.randn(side, side, generator=draw)
+        delta = image / image.square().mean().sqrt() + torch.randn(side, side, generator=draw)
+        refs = {}
+        base = torch.randn(side, side, generator=draw) * 0.02
+        for name, weight in (("base", base), ("aligned", base + 1e-3 * v), ("finetuned", base + 1e-3 * (v + delta))):
+            path = where / f"{name}.bin"
+            path.write_bytes(weight.bfloat16().view(torch.uint8).numpy().tobytes())
+            refs[name] = Weight.of(Stored(TensorRef(str(path), 0, 2 * side * side, "BF16", (side, side))))
+        del v, image, delta, base
+        operands = refs["aligned"] - refs["base"], refs["finetuned"] - refs["aligned"]
+        seconds, found = {}, {}
+        with Reader() as reader:
+            for effort in ("sketch", "exact"):
+                began = time.process_time()
+                found[effort] = measuring.measure("x", *operands, reader, Arena(), WORKER.memory, effort)  # type: ignore[arg-type]  # a literal
+                seconds[effort] = time.process_time() - began
+        sketch, exact = found["sketch"], found["exact"]
+        rows.append({
+            "side": side, "spectrum": "flat" if flat else "falling", "rho": exact.rho, "sketch": sketch.rho,
+            "half_width": sketch.rho_error, "sketch_s": seconds["sketch"], "exact_s": seconds["exact"],
+        })  # fmt: skip
+        print(f"  {side} × {side}, {rows[-1]['spectrum']:8} ρ {exact.rho:.4f}, sketched {sketch.rho:.4f} "
+              f"± {sketch.rho_error:.2g}: {seconds['sketch']:.2f} s against {seconds['exact']:.2f} s: "
+              f"{seconds['exact'] / seconds['sketch']:.1f} ×", flush=True)  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA)
@@ -189,6 +240,8 @@ def main() -> None:
             print(name, flush=True)
             roles = shuffled(sources, where) if name.startswith("random") else sources
             results["families"][name] = compare(roles, where)
+        if not options.only:
+            results["by_side"] = by_side(where, SIDES)
     if not options.only:
         (RESULTS / "adaptive.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
