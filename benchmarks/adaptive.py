@@ -30,8 +30,9 @@ from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.header import TensorRef
 from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.measure import Effort, Moments
 from safemerge_recipes.measuring import Measurer
+from safemerge_recipes.moments import Effort, Moments
+from safemerge_recipes.null import SMALL
 from safemerge_recipes.plan import Plan, make_plan, survey
 from safemerge_recipes.provenance import Digests
 from safemerge_recipes.registry import read_registry
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="families whose name contains this")
     options = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "families": {}}
-    measuring.EXACT_SIDE = measuring.SMALL
+    measuring.EXACT_SIDE = SMALL
     with tempfile.TemporaryDirectory(dir=options.work or options.data) as scratch:
         where = Path(scratch)
         for name, sources in families(options.data, where).items():

@@ -17,16 +17,9 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.measure import (
-    Moments,
-    Streamed,
-    gram_moment,
-    inner_product,
-    normal_probes,
-    orthonormal,
-    square_sum,
-    with_null,
-)
+from safemerge_recipes.moments import Moments, with_null
+from safemerge_recipes.spectrum import normal_probes
+from safemerge_recipes.streamed import Streamed, inner_product, square_sum
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +51,26 @@ def interval(fixed: tuple[float, float], samples: tuple[torch.Tensor, torch.Tens
     left_out = above.log() - below.log() / 2
     spread = math.sqrt(float(((left_out - left_out.mean()) ** 2).sum()) * (m - 1) / m)
     return math.expm1(min(quantile * spread, 50.0))
+
+
+def orthonormal(x: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the columns of x, computed in float64."""
+    import torch
+
+    return torch.linalg.qr(x.double()).Q.to(x.dtype)
+
+
+def gram_moment(rows: torch.Tensor, exact: int, quantile: float) -> tuple[float, float]:
+    """(‖VᵀV‖², relative half-width of its interval) from the rows of VᵀV·[P | X].
+
+    Args:
+        rows: `(exact + m, d_in)`: the products with an orthonormal P, then with m probes orthogonal to it.
+        exact: how many belong to P.
+        quantile: half-width in standard errors.
+    """
+    samples = rows[exact:].double().square().sum(dim=1)
+    total = square_sum(rows[:exact]) + float(samples.mean())
+    return total, quantile * float(samples.std()) / math.sqrt(len(samples)) / total if total else 0.0
 
 
 def _half_width(samples: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.measure import Moments
+from safemerge_recipes.moments import Moments
 from safemerge_recipes.recipe import Gate
 from safemerge_recipes.selectors import SELECTORS, Candidate, Decision, Question, Selector, ask
 

@@ -17,8 +17,9 @@ from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.graph import describe
-from safemerge_recipes.measure import Effort, Moments, measure
+from safemerge_recipes.measure import measure
 from safemerge_recipes.memory import SLACK, fit_workers, measure_memory
+from safemerge_recipes.moments import Effort, Moments
 from safemerge_recipes.operands import member, transposed
 from safemerge_recipes.plain import one_blas_thread
 from safemerge_recipes.pool import StoppedError, run_parallel

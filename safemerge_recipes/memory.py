@@ -12,10 +12,12 @@ from collections.abc import Iterable
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.deflated import RANK
+from safemerge_recipes.dense import PANEL
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Graph, Task, task_memory
-from safemerge_recipes.measure import NULL_PROBES, PANEL, ROW_BLOCK, SMALL, THIN_BLOCK
+from safemerge_recipes.null import NULL_PROBES, SMALL
 from safemerge_recipes.spectrum import leading_memory
+from safemerge_recipes.streamed import ROW_BLOCK, THIN_BLOCK
 
 SLACK = 24_000_000
 """Bytes for the plan, headers, threads and allocator that no formula below counts."""

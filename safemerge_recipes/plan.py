@@ -15,7 +15,7 @@ from typing import Any, Literal
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.gate import METRICS, Candidate, Decision, Metric, candidate, check, decide, unsettled
 from safemerge_recipes.header import FLOAT_DTYPES, TensorRef
-from safemerge_recipes.measure import Effort, Moments
+from safemerge_recipes.moments import Effort, Moments
 from safemerge_recipes.names import block_of, is_block_matrix, module_of, module_type
 from safemerge_recipes.patterns import Matcher, compile_patterns
 from safemerge_recipes.recipe import Gate, Merge, Policy, Recipe, Role, merge_sources

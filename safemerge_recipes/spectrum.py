@@ -63,6 +63,13 @@ def normal(name: str, rows: int, columns: int) -> np.ndarray:
     return np.random.Generator(np.random.SFC64(seed)).standard_normal((rows, columns), dtype=np.float32)
 
 
+def normal_probes(name: str, columns: int, count: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Standard normal probes `(columns, count)`, the same for the same tensor name everywhere."""
+    import torch
+
+    return torch.from_numpy(normal(name, columns, count)).to(device=device, dtype=dtype)
+
+
 def leading_memory(rows: int, columns: int, k: int) -> int:
     """Bytes that `leading` needs at most besides the blocks: a dozen thin float64 matrices."""
     return 8 * (2 * k + OVERSAMPLING) * (6 * columns + 6 * rows)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.algebra import Weight
+from safemerge_recipes.directions import left_directions
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.kernels import BLOCK, Evaluator, joined_factors, working_dtype
-from safemerge_recipes.measure import ROW_BLOCK, Streamed, left_directions
 from safemerge_recipes.spectrum import leading_memory
+from safemerge_recipes.streamed import ROW_BLOCK, Streamed
 from safemerge_recipes.work import Rows, Tools
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import read_header
-from safemerge_recipes.measure import Effort, Moments, measure
+from safemerge_recipes.measure import measure
+from safemerge_recipes.moments import Effort, Moments
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 SHAPES = [(40, 24), (24, 40), (300, 420), (420, 300), (1, 9), (9, 1)]
@@ -91,12 +92,13 @@ def test_exact_measures_equal_their_definitions(tmp_path: Path, shape: Any, form
 def test_room_and_block_size_change_nothing_but_rounding(
     tmp_path: Path, shape: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from safemerge_recipes import dense as panels
     from safemerge_recipes import measure as module
 
     v, delta, *dense = _pair(tmp_path, shape, ("dense", form))
     assert _measure(v, delta, room=0) == _measure(v, delta)
     monkeypatch.setattr(module, "ROW_BLOCK", 1000)
-    monkeypatch.setattr(module, "PANEL", 64)
+    monkeypatch.setattr(panels, "PANEL", 64)
     _assert_moments(_measure(v, delta, room=0), *dense)
 
 

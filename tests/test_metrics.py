@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from safemerge_recipes import directions
 from safemerge_recipes import measure as measuring
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.gate import METRICS
 from safemerge_recipes.header import read_header
-from safemerge_recipes.measure import Moments, measure
+from safemerge_recipes.measure import measure
+from safemerge_recipes.moments import Moments
 from safemerge_recipes.spectrum import leading
 
 SCALE = 1.5
@@ -94,7 +96,7 @@ def test_exact_where_small(tmp_path, shape, kinds, metric):
 @pytest.mark.parametrize("kinds", [("full", "full"), ("full", "lora"), ("lora", "full")])
 @pytest.mark.parametrize("metric", METRICS)
 def test_sketches_hold_the_truth_and_exact_measurement_agrees(tmp_path, monkeypatch, shape, kinds, metric):
-    monkeypatch.setattr(measuring, "SMALL", 0)  # everything is big enough for a sketch
+    monkeypatch.setattr(directions, "SMALL", 0)  # everything is big enough for a sketch
     monkeypatch.setattr(measuring, "EXACT_SIDE", 0)
     operands = Operands(tmp_path, shape, seed=1)
     (v, dense_v), (delta, dense_delta) = operands.v[kinds[0]], operands.delta[kinds[1]]
@@ -108,7 +110,7 @@ def test_sketches_hold_the_truth_and_exact_measurement_agrees(tmp_path, monkeypa
 
 @pytest.mark.parametrize("kinds", [("full", "full"), ("full", "lora")])
 def test_room_changes_no_number(tmp_path, monkeypatch, kinds):
-    monkeypatch.setattr(measuring, "SMALL", 0)
+    monkeypatch.setattr(directions, "SMALL", 0)
     monkeypatch.setattr(measuring, "EXACT_SIDE", 0)
     monkeypatch.setattr(measuring, "ROW_BLOCK", 500)  # many blocks
     operands = Operands(tmp_path, SHAPES["tall"])
@@ -121,7 +123,7 @@ def test_room_changes_no_number(tmp_path, monkeypatch, kinds):
 @pytest.mark.parametrize("sketched", [False, True])
 def test_a_group_is_one_block_diagonal_matrix(tmp_path, monkeypatch, kinds, metric, sketched):
     if sketched:
-        monkeypatch.setattr(measuring, "SMALL", 0)
+        monkeypatch.setattr(directions, "SMALL", 0)
         monkeypatch.setattr(measuring, "EXACT_SIDE", 0)
     parts, dense_v, dense_delta = [], [], []
     for seed, shape in enumerate(SHAPES.values()):
