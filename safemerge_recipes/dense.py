@@ -10,12 +10,17 @@ from safemerge_recipes.null import NULL_PROBES, NULL_SAMPLES, null_moment
 from safemerge_recipes.spectrum import normal_probes
 from safemerge_recipes.streamed import Streamed, inner_product, square_sum
 
-PANEL = 1024
-"""Columns of the exact d × d products held at once."""
+PANEL = 1 << 23
+"""Elements of the panels into which d × d products are cut."""
+
+
+def panel_width(longest: int) -> int:
+    """Columns of the exact products held at once, for matrices with a side of that length."""
+    return max(64, min(1024, PANEL // longest))
 
 
 def dense(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:
-    """Both dense, exactly: products on the smaller side of V, `PANEL` columns at a time.
+    """Both dense, exactly: products on the smaller side of V, a panel of columns at a time.
 
     Where V is tall its Gram matrix is not needed for ρ, so ρ₀ comes from random columns unless `null`.
     """
@@ -32,8 +37,9 @@ def dense(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> M
         right.addmm_(v_block.T, probes[rows])
     seen = torch.zeros(probes.shape[1], probes.shape[1], dtype=torch.float64, device=device)
     side = min(v.rows, v.columns)
-    for first in range(0, side, PANEL):
-        part = slice(first, min(first + PANEL, side))
+    step = panel_width(max(v.rows, v.columns))
+    for first in range(0, side, step):
+        part = slice(first, min(first + step, side))
         width = part.stop - part.start
         if tall:  # T = VᵀΔ by columns, and VᵀV
             t = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
@@ -51,7 +57,7 @@ def dense(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> M
                     seen.addmm_(found.T, found)
         else:  # wide: rows of S = VVᵀ, then SΔ
             s = torch.zeros(width, v.rows, dtype=v.dtype, device=device)
-            panels = [slice(c, min(c + PANEL, v.columns)) for c in range(0, v.columns, PANEL)]
+            panels = [slice(c, min(c + step, v.columns)) for c in range(0, v.columns, step)]
             for columns in panels:
                 block = v.panel(columns)
                 s.addmm_(block[part], block.T)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.dense import PANEL
+from safemerge_recipes.dense import panel_width
 from safemerge_recipes.kernels import joined_factors
 from safemerge_recipes.null import SMALL
 from safemerge_recipes.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram
@@ -50,8 +50,9 @@ def left_directions(
         left = torch.cat([block.double() @ right for _, block in matrix])
         left /= left.norm(dim=0)
     else:
-        for first in range(0, matrix.columns, PANEL):
-            panel = matrix.panel(slice(first, min(first + PANEL, matrix.columns))).double()
+        step = panel_width(matrix.columns)
+        for first in range(0, matrix.columns, step):
+            panel = matrix.panel(slice(first, min(first + step, matrix.columns))).double()
             gram.addmm_(panel, panel.T)
         left, values = leading_of_gram(gram, rank)
     return Leading(left, values, 0.0)

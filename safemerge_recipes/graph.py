@@ -7,6 +7,7 @@ them in any order, on any number of workers, and get the same bytes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from safemerge_recipes.methods import FORMS, KERNELS, Ties
 from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
+from safemerge_recipes.threshold import HELD, LOOKS
 from safemerge_recipes.transforms import Project, SvdK
 from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
@@ -211,8 +213,9 @@ def task_memory(task: Task) -> int:
     factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
     if isinstance(work, Prepare):
         return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
+    numel = math.prod(task.slot.shape)
     slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
     ties = isinstance(work.kernel, Ties)
-    # as pieces, joined, and partitioned
-    collected = 3 * int(0.06 * task.slot.nbytes) * 8 // DTYPE_BITS[task.slot.dtype] * 8 if ties else 0
+    # both sides as pieces, one of them joined; and what was looked at first
+    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[1], numel)) * width if ties else 0
     return block * slots * width + collected + factors

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.deflated import RANK
-from safemerge_recipes.dense import PANEL
+from safemerge_recipes.dense import panel_width
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.graph import Graph, Task, task_memory
 from safemerge_recipes.null import NULL_PROBES, SMALL
@@ -57,12 +57,13 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
     if v.low_rank and delta.low_rank:
         return factors
     blocks = 2 * block * (4 * 3 + 8) + PRODUCTS + v.memory(block) + delta.memory(block)
+    panel = min(panel_width(max(rows, columns)), rows, columns)
     spectrum = 0
     if directions and not v.low_rank:
         spectrum = leading_memory(rows, columns, directions)
         if exact or min(rows, columns) <= SMALL:  # the Gram matrix, its eigenvectors and the solver's own
-            spectrum += 4 * 8 * min(rows, columns) ** 2 + 8 * max(rows, columns) * min(PANEL, rows, columns)
-    panels = 3 * 4 * max(rows, columns) * min(PANEL, rows, columns)
+            spectrum += 4 * 8 * min(rows, columns) ** 2 + 8 * max(rows, columns) * panel
+    panels = 3 * 4 * max(rows, columns) * panel
     if low_rank:
         products = 4 * (5 * columns + 3 * rows) * (rank + NULL_PROBES[null])
         return blocks + factors + max(products, spectrum, panels if wide else 0)

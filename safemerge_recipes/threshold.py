@@ -2,8 +2,8 @@
 
 A first look at a few evenly spread elements brackets the threshold; one pass counts what lies above the
 bracket and collects what lies inside; the answer is found among the collected. Where the bracket misses
-(the look was misleading), another pass searches the side it was missed on. Whatever the way, the answer is
-the exact order statistic.
+(the look was misleading), or too much lies inside, another pass goes on with what is known then. Whatever the
+way, the answer is the exact order statistic.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from safemerge_recipes.blocks import Arena
     from safemerge_recipes.methods import Blocks, Trim
 
-LOOKS = 1 << 16
-"""Elements of a tensor that are looked at first, about."""
+LOOKS = 1 << 16, 1 << 19
+"""Elements of a tensor that are looked at first, about: the least, and the most; between them one of 512."""
 GLANCE = 8
 """Where looking takes reading, only every so-many-th block is read for it."""
 SLACK = 6.0
 """Half-width of the bracket in standard deviations of the looked-at quantile."""
+HELD = 1 << 22
+"""Elements collected of one side at most; where more lie inside the bracket, evenly spread ones narrow it."""
 
 
 class Selection:
@@ -36,13 +38,19 @@ class Selection:
         self._looked: list[np.ndarray] = []
         self._slack = SLACK
         self._around = (0.0, math.inf)  # the bracket, while `low` = `high` is one value tried inside it
-        self._above = 0
-        self._equal = 0
+        self._sure = (0.0, math.inf)  # what surely holds the threshold ...
+        self._place = keep / numel  # ... and how much of what lies there is above it
+        self._restart()
+
+    def _restart(self) -> None:
+        self._above = self._equal = self._within = self._held = 0
+        self._stride = 1
         self._inside: list[np.ndarray] = []
 
     def look(self, x: torch.Tensor) -> None:
         """Takes every so-many-th element of a block into the sample."""
-        stride = max(1, self.numel // (GLANCE * LOOKS)) | 1  # odd, so that it does not walk along columns
+        looks = min(max(LOOKS[0], self.numel >> 9), LOOKS[1])
+        stride = max(1, self.numel // (GLANCE * looks)) | 1  # odd, so that it does not walk along columns
         self._looked.append(x[::stride].abs().cpu().numpy())
 
     def bracket(self) -> None:
@@ -51,11 +59,11 @@ class Selection:
 
         ordered = np.sort(np.concatenate(self._looked))
         self._looked = [ordered]
-        n, fraction = len(ordered), self.keep / self.numel
+        n, fraction = len(ordered), self._place
         slack = self._slack * math.sqrt(n * fraction * (1 - fraction)) + 2
         low, high = int((1 - fraction) * n - slack), int((1 - fraction) * n + slack)
-        self.low = float(ordered[low]) if low >= 0 else 0.0
-        self.high = float(ordered[high]) if high < n else math.inf
+        self.low = float(ordered[low]) if low >= 0 else self._sure[0]
+        self.high = float(ordered[high]) if high < n else self._sure[1]
         self._slack *= 8
         self._around = self.low, self.high
         values, counts = np.unique(ordered[max(low, 0) : high + 1], return_counts=True)
@@ -79,7 +87,27 @@ class Selection:
         np.greater_equal(size, size.dtype.type(self.low), out=inside)
         if self.high < math.inf:
             np.not_equal(inside, above, out=inside)  # what is above is also at least `low`
-        self._inside.append(size[inside])
+        found = size[inside]
+        self._within += len(found)
+        self._inside.append(found[:: self._stride])
+        self._held += len(self._inside[-1])
+        if self._held > HELD:
+            self._inside = [np.concatenate(self._inside)[::2].copy()]
+            self._held, self._stride = len(self._inside[0]), 2 * self._stride
+
+    def _narrow(self, spread: np.ndarray, place: float) -> None:
+        """Goes on between `low` and `high`, which surely hold the threshold, from elements spread over what lies there.
+
+        Where that was tried and brought nothing, one value splits the rest.
+        """
+        again = self._sure == (self.low, self.high)
+        self._sure, self._place, self._slack, self._looked = (self.low, self.high), place, SLACK, [spread]
+        if not again:
+            self.bracket()
+            return
+        self._around = self._sure
+        spread.sort()
+        self.low = self.high = float(spread[min(int((1 - place) * len(spread)), len(spread) - 1)])
 
     def settle(self) -> None:
         """Sets `trim` from what was collected, or a wider bracket if the threshold was missed."""
@@ -87,11 +115,10 @@ class Selection:
 
         from safemerge_recipes.methods import Trim
 
-        wanted, equal = self.keep - self._above, self._equal
+        wanted, equal, within, stride = self.keep - self._above, self._equal, self._within, self._stride
         inside = np.concatenate(self._inside) if self._inside else np.full(0, self.low)
-        self._inside.clear()
-        self._above = self._equal = 0
-        if not 1 <= wanted <= len(inside) + equal:
+        self._restart()
+        if not 1 <= wanted <= within + equal:
             low, high = self._around
             if self.low == 0 and self.high == math.inf:  # all was counted: the rest compares with nothing, it is NaN
                 self.trim = Trim(math.nan, math.inf)
@@ -103,10 +130,14 @@ class Selection:
             else:
                 self.bracket()
             return
+        if stride > 1:
+            self._narrow(inside, wanted / within)
+            return
         threshold, ties = self.low, wanted
         if not equal:
-            place = len(inside) - wanted
-            threshold = float(np.partition(inside, place)[place])
+            place = within - wanted
+            inside.partition(place)
+            threshold = float(inside[place])
             ties = wanted - int(np.count_nonzero(inside > threshold))
             equal = int(np.count_nonzero(inside == threshold))
         self.trim = Trim(math.nan if threshold == math.inf else threshold, math.inf if ties == equal else ties)
