@@ -7,6 +7,7 @@ kernel may hold between passes within the budget. Knows no recipe and no gate.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -64,24 +65,32 @@ class Files:
         """Creates what is missing. Raises PlanError when the disk has no room for all of it."""
         self.folder, self.layout = folder, layout
         self.descriptors: list[int] = []
+        self._check_room()
         try:
             for name, header, size in zip(layout.files, layout.headers, layout.sizes, strict=True):
                 self.descriptors.append(self._open(folder / f"{name}.part", header, size))
         except OSError as error:
             self.close()
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            raise PlanError(f"{folder}: {error.strerror}; free some space or choose another --output") from None
+
+    def _check_room(self) -> None:
+        """A full disk shows now, before anything is computed; nothing is reserved, as that slows writing down."""
+        there = 0
+        for name, size in zip(self.layout.files, self.layout.sizes, strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                there += min(size, os.stat(self.folder / f"{name}.part").st_blocks * 512)
+        disk = os.statvfs(self.folder)
+        needed, free = sum(self.layout.sizes) - there, disk.f_bavail * disk.f_frsize
+        if needed > free:
             raise PlanError(
-                f"{folder}: {error.strerror}: {sum(layout.sizes)} bytes are needed, {free} are free; "
-                "free some space or choose another --output"
-            ) from None
+                f"{self.folder}: {needed} bytes are needed, {free} are free; free some space or choose another --output"
+            )
 
     @staticmethod
     def _open(path: Path, header: bytes, size: int) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if os.fstat(file).st_size > size:
-                os.ftruncate(file, size)
-            os.posix_fallocate(file, 0, size)  # a full disk shows now, before anything is computed
+            os.ftruncate(file, size)
             write_bytes(file, memoryview(header), 0)
         except OSError:
             os.close(file)

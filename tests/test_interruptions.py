@@ -42,7 +42,7 @@ def wrap(name):
             os.kill(os.getpid(), signal.SIGKILL)
     setattr(os, name, call)
 CALLS = ("pwrite", "write", "copy_file_range", "rename", "replace", "fsync", "unlink", "mkdir", "rmdir",
-         "ftruncate", "posix_fallocate")
+         "ftruncate")
 for name in CALLS:
     wrap(name)
 import pathlib  # it looks os.* up at each call, so it is counted too
