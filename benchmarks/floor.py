@@ -16,6 +16,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+from threading import Lock
 
 PLAIN = argparse.RawDescriptionHelpFormatter
 BLOCK = 4 << 20  # bytes
@@ -40,6 +41,7 @@ def run_floor(inputs: list[Path], output: Path | None, output_bytes: int, thread
     else:
         output_bytes = 0
     end = max([*sizes, output_bytes])
+    turn = Lock()  # the kernel lets one thread at a time write to a file, and has the others spin
     positions = count(0, BLOCK)  # next() on it is atomic under the interpreter lock
 
     def work() -> None:
@@ -52,8 +54,9 @@ def run_floor(inputs: list[Path], output: Path | None, output_bytes: int, thread
             if target is None:
                 continue
             position, stop = at, min(at + BLOCK, output_bytes)
-            while position < stop:
-                position += os.pwrite(target, buffer[: stop - position], position)
+            with turn:
+                while position < stop:
+                    position += os.pwrite(target, buffer[: stop - position], position)
 
     with ThreadPoolExecutor(threads) as pool:
         for job in [pool.submit(work) for _ in range(threads)]:

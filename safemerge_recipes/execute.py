@@ -12,6 +12,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ HASH_CHUNK = 1 << 22
 """Bytes hashed at once."""
 FLUSH_CHUNK = 1 << 26
 """Bytes after which the kernel is asked to begin writing to the disk."""
+_ALONE: AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,11 @@ def region_digest(file: int, offset: int, nbytes: int) -> str:
 
 
 class TaskRun:
-    """One task on one worker: where it reads, writes and reports. `room`: bytes it may hold between passes."""
+    """One task on one worker: where it reads, writes and reports.
+
+    `room`: bytes it may hold between passes. `turn`: held while writing, as the kernel lets one thread at a time write
+    to a file and has the others spin.
+    """
 
     def __init__(
         self,
@@ -229,11 +235,12 @@ class TaskRun:
         allow_overflow: bool,
         stop: threading.Event,
         tick: Callable[[int], None],
+        turn: AbstractContextManager[Any] = _ALONE,
     ) -> None:
         import xxhash
 
         self.task, self.file, self.reader, self.arena = task, file, reader, arena
-        self.room, self.allow_overflow, self.stop, self.tick = room, allow_overflow, stop, tick
+        self.room, self.allow_overflow, self.stop, self.tick, self.turn = room, allow_overflow, stop, tick, turn
         self.dtype = torch_dtype(task.slot.dtype) if not isinstance(task.work, Copy) else None
         self.at = task.slot.offset
         self.digest = xxhash.xxh3_128()
@@ -271,7 +278,8 @@ class TaskRun:
             out = self.arena.take("out", values.numel(), self.dtype).copy_(values)
         if not bool(out.sum().isfinite()):  # one cheap pass; what it suspects is counted
             self._refuse(values, out)
-        view = write_tensor(self.file, out, self.at)
+        with self.turn:
+            view = write_tensor(self.file, out, self.at)
         self.digest.update(view)
         self.at += len(view)
         self._step(len(view))
@@ -375,6 +383,7 @@ def execute(
     from safemerge_recipes.memory import room_of
 
     files = Files(folder, graph.layout)
+    turns = [threading.Lock() for _ in graph.layout.files]
     stop = threading.Event()
     sealer = Sealer(files, graph.tasks, stop)
     for name, digest in done.items():
@@ -386,7 +395,7 @@ def execute(
         def work(task: Task, arena: Arena) -> None:
             run = TaskRun(
                 task, files.descriptors[task.slot.shard], reader, arena,
-                room_of(task, resources.share), allow_overflow, stop, tick,
+                room_of(task, resources.share), allow_overflow, stop, tick, turns[task.slot.shard],
             )  # fmt: skip
             digest = run.run()
             journal.done(task.slot.name, task.key, digest)
