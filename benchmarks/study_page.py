@@ -14,6 +14,20 @@ from safemerge_recipes.pareto import Mark, scatter
 
 REFUSAL, SUMS, LOOKALIKES = "safemerge_refusal", "safemerge_arithmetic", "safemerge_overrefusal"
 CONTROLS = ("random half", "random half of each module type")
+# Scored on the test split of every family.
+ANCHORS = (
+    "uniform, α = 0.5",
+    "uniform, α = 0.3",
+    "ρ < 0.1, α = 0.5",
+    "ρ > 0.1, α = 0.5",
+    "RESTA, γ = 0.5",
+    "RESTA, γ = 1.0",
+    "ρ < 0.1, Δf + 1.0 V",
+    "WiSE-FT, α = 0.5",
+    "Safe LoRA, ρ ≤ 0.1",
+)
+# Those whose over-refusal is scored as well.
+MAIN = ("uniform, α = 0.3", "ρ < 0.1, α = 0.5", "RESTA, γ = 1.0", "ρ < 0.1, Δf + 1.0 V")
 AIM = 0.9
 MOST_LOSS = 0.02
 
