@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.strips import strips
 from safemerge_recipes.controls import exact_p
-from safemerge_recipes.pareto import Mark, scatter, strips
+from safemerge_recipes.pareto import Mark, scatter
 
 REFUSAL, LOOKALIKES = "safemerge_refusal", "safemerge_overrefusal"
 CONTROLS = ("random half", "random half of each module type")

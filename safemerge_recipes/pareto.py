@@ -84,7 +84,7 @@ def scatter(marks: Sequence[Mark], x_name: str, y_name: str) -> str:
         if any(m.kind == kind for m in marks):
             parts.append(tag("circle", cx=WIDTH - RIGHT + 30, cy=float(TOP + 20 * i), r=4.5, class_=kind))
             parts.append(words(WIDTH - RIGHT + 42, TOP + 20 * i + 4, name))
-    return _file(WIDTH, HEIGHT, f"{y_name} against {x_name}", "".join(parts))
+    return svg_file(WIDTH, HEIGHT, f"{y_name} against {x_name}", "".join(parts))
 
 
 def heat_map(cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequence[str], label: str) -> str:
@@ -111,52 +111,11 @@ def heat_map(cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequ
                     fill_opacity=str(strength))
             )  # fmt: skip
             parts.append(words(left + 120 * i + 57, at + 13, f"{value:+.3f}", "n", "middle"))
-    return _file(width, 32 + row_high * len(cells), label, "".join(parts))
+    return svg_file(width, 32 + row_high * len(cells), label, "".join(parts))
 
 
-def strips(
-    rows: Mapping[str, Sequence[Sequence[tuple[str, float]]]], columns: Sequence[tuple[str, float]], label: str
-) -> str:
-    """One row a model, one column a quantity, a mark a run; each column has a line at a value that is aimed for.
-
-    Args:
-        rows: Model -> for each column (kind of run, value). The first kind has a colour of its own.
-        columns: (Name, aimed value).
-        label: Of the whole picture.
-    """
-    left, wide, gap, row_high, top = 170, 230, 40, 24, 44
-    kinds = list(dict.fromkeys(kind for parts in rows.values() for part in parts for kind, _ in part))
-    parts = [tag("style", STYLE)]
-    for i, (name, aimed) in enumerate(columns):
-        values = [value for cells in rows.values() for _, value in cells[i]] + [0.0, aimed]
-        low, span = min(values), (max(values) - min(values)) or 1.0
-        start = left + i * (wide + gap)
-
-        def x(value: float, low: float = low, span: float = span, start: int = start) -> float:
-            return start + wide * (value - low) / span
-
-        bottom = top + row_high * len(rows)
-        parts.append(words(start + wide / 2, 16, name, "h", "middle"))
-        for value, style in ((0.0, "a"), (aimed, "front")):
-            parts.append(rule(x(value), top - 10, x(value), bottom, style))
-            parts.append(words(x(value), top - 14, f"{value:g}", anchor="middle"))
-        for j, (model, cells) in enumerate(rows.items()):
-            at = top + row_high * j + row_high / 2
-            parts.append(rule(start, at, start + wide, at, "g"))
-            for kind, value in cells[i]:
-                style = "point" if kind == kinds[0] else "chosen"
-                title = f"{model}, {kind}: {name} {value:.1f}"
-                parts.append(tag("circle", tag("title", text(title)), cx=x(value), cy=at, r=4.5, class_=style))
-    for j, model in enumerate(rows):
-        parts.append(words(left - 12, top + row_high * j + row_high / 2 + 4, model, anchor="end"))
-    high = top + row_high * len(rows) + 30
-    for i, kind in enumerate(kinds):
-        parts.append(tag("circle", cx=float(left + 120 * i), cy=high - 10.0, r=4.5, class_=("point", "chosen")[i > 0]))
-        parts.append(words(left + 120 * i + 10, high - 6, kind))
-    return _file(left + len(columns) * (wide + gap), high, label, "".join(parts))
-
-
-def _file(width: float, height: float, label: str, content: str) -> str:
+def svg_file(width: float, height: float, label: str, content: str) -> str:
+    """An SVG file of its own with this content."""
     head = tag(
         "svg",
         content,
