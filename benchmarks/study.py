@@ -342,7 +342,8 @@ class Study:
     def _reported(self) -> list[str]:
         picked = chosen(self.scores["tuning"], self.approaches, self.family.utility) if self.family.tuned else {}
         halved, _ = self.halves()
-        wanted = ["aligned", "fine-tuned", *(label for label in ANCHORS if label in self.models)]
+        fixed = (label for label in dict.fromkeys((*MAIN, *ANCHORS)) if label in self.models)
+        wanted = ["aligned", "fine-tuned", *fixed]
         return [*wanted, *(label for label in picked.values() if label not in (*wanted, *halved))]
 
     def tuning(self) -> bool:
