@@ -329,22 +329,23 @@ class Study:
 
     # What is scored, most needed first.
 
+    def main(self) -> bool:
+        """Sources and the main points on the test split: refusal and utility."""
+        return self.score("test", self._main(), *self.tasks[:2])
+
     def test(self) -> bool:
-        """Sources, fixed and chosen points on the test split: refusal and utility."""
-        return self.score("test", self._reported(), *self.tasks[:2])
-
-    def overrefusal(self) -> bool:
-        """How often the main points refuse harmless look-alikes."""
-        return self.score(
-            "test", ["aligned", "fine-tuned", *(label for label in MAIN if label in self.models)], LOOKALIKES
-        )
-
-    def _reported(self) -> list[str]:
+        """The same for all fixed and chosen points."""
         picked = chosen(self.scores["tuning"], self.approaches, self.family.utility) if self.family.tuned else {}
         halved, _ = self.halves()
-        fixed = (label for label in dict.fromkeys((*MAIN, *ANCHORS)) if label in self.models)
-        wanted = ["aligned", "fine-tuned", *fixed]
-        return [*wanted, *(label for label in picked.values() if label not in (*wanted, *halved))]
+        wanted = [*ANCHORS, *(label for label in picked.values() if label not in halved)]
+        return self.score("test", [label for label in dict.fromkeys(wanted) if label in self.models], *self.tasks[:2])
+
+    def overrefusal(self) -> bool:
+        """How often sources and main points refuse harmless look-alikes."""
+        return self.score("test", self._main(), LOOKALIKES)
+
+    def _main(self) -> list[str]:
+        return [label for label in ("aligned", "fine-tuned", *MAIN) if label in self.models]
 
     def tuning(self) -> bool:
         """Every point on the tuning split."""
@@ -376,7 +377,7 @@ def run(given: argparse.Namespace) -> None:
             done = False
             break
         study = Study(family, deadline, given.keep)
-        for part in (study.tuning, study.test, study.gate, study.overrefusal):
+        for part in (study.tuning, study.main, study.test, study.gate, study.overrefusal):
             if given.part in (None, part.__name__):
                 done = part() and done
         study.write()
@@ -390,7 +391,7 @@ def main() -> None:
     one = verbs.add_parser("run")
     one.add_argument("families", nargs="*", help="such as qa-21; default: all")
     one.add_argument("--minutes", type=float, default=1e6)
-    one.add_argument("--part", choices=["tuning", "test", "gate", "overrefusal"], help="only this part")
+    one.add_argument("--part", choices=["tuning", "main", "test", "gate", "overrefusal"], help="only this part")
     one.add_argument("--keep", action="store_true", help="build on the scores in docs/evidence, whatever made them")
     one.set_defaults(call=run)
     page = verbs.add_parser("report")
