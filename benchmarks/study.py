@@ -337,7 +337,7 @@ class Study:
         """The same for all fixed and chosen points."""
         picked = chosen(self.scores["tuning"], self.approaches, self.family.utility) if self.family.tuned else {}
         halved, _ = self.halves()
-        wanted = [*ANCHORS, *(label for label in picked.values() if label not in halved)]
+        wanted = [*self._main(), *ANCHORS, *(label for label in picked.values() if label not in halved)]
         return self.score("test", [label for label in dict.fromkeys(wanted) if label in self.models], *self.tasks[:2])
 
     def overrefusal(self) -> bool:
