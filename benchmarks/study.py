@@ -25,7 +25,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.study_page import ANCHORS, CONTROLS, LOOKALIKES, MAIN, REFUSAL, write_page
+from benchmarks.study_page import (
+    ANCHORS,
+    AS_MANY,
+    CONTROLS,
+    GATED,
+    HALVES,
+    LOOKALIKES,
+    MAIN,
+    REFUSAL,
+    write_page,
+)
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench, model_key
 from safemerge_recipes.errors import PlanError, SafemergeError
@@ -52,16 +62,16 @@ class Family:
     Attributes:
         task: What it was taught, as `recipes/demo/train.py` calls it.
         seed: Of its training.
-        tuned: Whether all points are scored on the tuning split and the chosen ones on the test split; else only
-            the points of `ANCHORS` are scored, on the test split.
-        draws: Random halves of each kind.
+        tuned: Whether all points are scored on the tuning split and the chosen ones on the test split, and the
+            gated safety vector against random tensors; else only the points of `ANCHORS`, on the test split.
+        draws: Random controls of each kind.
         limits: Prompts of (refusal, utility, over-refusal) on the tuning and on the test split; None: all.
     """
 
     task: str
     seed: int
     tuned: bool = False
-    draws: int = 0
+    draws: int = 10
     limits: tuple[tuple[int | None, int, int], tuple[int, int, int]] = ((90, 60, 60), (90, 75, 60))
 
     @property
@@ -91,8 +101,8 @@ class Family:
 
 
 FAMILIES = (
-    Family("arithmetic", 2, tuned=True, draws=10, limits=((None, 80, 60), (150, 100, 60))),
-    Family("qa", 21, tuned=True, draws=10, limits=((60, 60, 60), (90, 75, 60))),
+    Family("arithmetic", 2, tuned=True, limits=((None, 80, 60), (150, 100, 60))),
+    Family("qa", 21, tuned=True, limits=((60, 60, 60), (90, 75, 60))),
     Family("arithmetic", 12),
     Family("qa", 22),
     Family("arithmetic", 13),
@@ -159,10 +169,12 @@ def models(bench: Bench, seeds: int) -> dict[str, tuple[str, Graph, int]]:
         except PlanError as error:
             print(f"{point.label}: left out: {error}", file=sys.stderr)
     half = bench.plan((HALF, "merge.alpha=0.5"))
-    for seed in range(seeds):
-        for per_module, label in zip((False, True), CONTROLS, strict=True):
-            plan = controls.drawn(half, seed, per_module)
-            found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
+    gated = bench.plan(next(point.overrides for point in points() if point.label == GATED))
+    for picked, kinds in ((half, HALVES), (gated, AS_MANY)):
+        for seed in range(seeds):
+            for per_module, label in zip((False, True), kinds, strict=True):
+                plan = controls.drawn(picked, seed, per_module)
+                found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
     return found
 
 
@@ -188,7 +200,7 @@ def chosen(tuning: dict[str, Any], approaches: dict[str, str], utility: str) -> 
     floor = values["fine-tuned"][1] - ALLOWED_LOSS
     found: dict[str, str] = {}
     for approach in dict.fromkeys(approaches.values()):
-        if approach == "reference" or approach.startswith("random"):
+        if approach in ("reference", *CONTROLS):
             continue
         own = [label for label, its in approaches.items() if its == approach and label in values]
         good = [label for label in own if values[label][1] >= floor]
@@ -196,29 +208,6 @@ def chosen(tuning: dict[str, Any], approaches: dict[str, str], utility: str) -> 
             found[approach] = max(good, key=lambda label: values[label])
         elif own:
             found[approach] = max(own, key=lambda label: sum(values[label]))
-    return found
-
-
-def half_tests(tuning: dict[str, Any], approaches: dict[str, str], utility: str) -> list[dict[str, Any]]:
-    """Each half that a metric picks against random halves: exact one-sided p for safety and for utility.
-
-    No half was chosen by its score, so that the tuning split serves.
-    """
-    found = []
-    places = {"refusal": (f"{REFUSAL}_tuning", "refusal"), "utility": (f"{utility}_tuning", "acc")}
-    for quantity, (task, metric) in places.items():
-        values = {label: tasks[task][metric]["value"] for label, tasks in tuning.items() if task in tasks}
-        for label, approach in approaches.items():
-            if "half" not in approach or approach in CONTROLS or label not in values:
-                continue
-            for control in CONTROLS:
-                draws = sorted(values[one] for one, its in approaches.items() if its == control and one in values)
-                if draws:
-                    p = controls.exact_p(values[label], draws)
-                    row = {"half": label, "control": control, "quantity": quantity, "value": values[label]}
-                    found.append(
-                        {**row, "draws": draws, "p": p, "p_low": controls.exact_p(-values[label], [-d for d in draws])}
-                    )
     return found
 
 
@@ -310,22 +299,25 @@ class Study:
                 split: {label: found[label] for label in order if label in found}
                 for split, found in self.scores.items()
             },
-            "halves": half_tests(self.scores["tuning"], self.approaches, self.family.utility),
             "comparisons": self._comparisons(),
         }
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_json(self.file, content)
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        found = verdicts(self.outcomes)
+        found = verdicts({m: found for m, found in self.outcomes.items() if self.approaches[m] not in CONTROLS})
         what = ("model", "reference", "task", "metric")
         tested = {tuple(row[key] for key in what) for row in found}
         return [row for row in self.earlier if tuple(row[key] for key in what) not in tested] + found
 
     def halves(self) -> tuple[list[str], list[str]]:
         """The halves that a metric picks, and the random ones."""
-        drawn = [label for label, approach in self.approaches.items() if approach in CONTROLS]
+        drawn = self.drawn(HALVES)
         return [label for label in self.models if "half" in label and label not in drawn], drawn
+
+    def drawn(self, kinds: Sequence[str]) -> list[str]:
+        """The random controls of some kinds."""
+        return [label for label, approach in self.approaches.items() if approach in kinds]
 
     # What is scored, most needed first.
 
@@ -351,8 +343,7 @@ class Study:
         """Every point on the tuning split."""
         if not self.family.tuned:
             return True
-        halved, drawn = self.halves()
-        points = [label for label in self.models if label not in (*halved, *drawn)]
+        points = [label for label in self.models if label not in (*self.halves()[0], *self.drawn(CONTROLS))]
         return self.score("tuning", points, *self.tasks[:2])
 
     def gate(self) -> bool:
@@ -360,6 +351,10 @@ class Study:
         halved, drawn = self.halves()
         wanted = ["aligned", "fine-tuned", *halved, *drawn]
         return self.score("tuning", wanted, REFUSAL)
+
+    def vector(self) -> bool:
+        """The gated safety vector against as many random tensors, on the test split."""
+        return not self.family.tuned or self.score("test", [GATED, *self.drawn(AS_MANY)], *self.tasks[:2])
 
 
 def run(given: argparse.Namespace) -> None:
@@ -377,7 +372,7 @@ def run(given: argparse.Namespace) -> None:
             done = False
             break
         study = Study(family, deadline, given.keep)
-        for part in (study.tuning, study.main, study.test, study.gate, study.overrefusal):
+        for part in (study.tuning, study.main, study.test, study.gate, study.vector, study.overrefusal):
             if given.part in (None, part.__name__):
                 done = part() and done
         study.write()
@@ -391,7 +386,9 @@ def main() -> None:
     one = verbs.add_parser("run")
     one.add_argument("families", nargs="*", help="such as qa-21; default: all")
     one.add_argument("--minutes", type=float, default=1e6)
-    one.add_argument("--part", choices=["tuning", "main", "test", "gate", "overrefusal"], help="only this part")
+    one.add_argument(
+        "--part", choices=["tuning", "main", "test", "gate", "vector", "overrefusal"], help="only this part"
+    )
     one.add_argument("--keep", action="store_true", help="build on the scores in docs/evidence, whatever made them")
     one.set_defaults(call=run)
     page = verbs.add_parser("report")

@@ -16,7 +16,10 @@ from safemerge_recipes.controls import exact_p
 from safemerge_recipes.pareto import Mark, scatter
 
 REFUSAL, LOOKALIKES = "safemerge_refusal", "safemerge_overrefusal"
-CONTROLS = ("random half", "random half of each module type")
+GATED = "ρ < 0.1, Δf + 1.0 V"
+HALVES = ("random half", "random half of each module type")
+AS_MANY = ("as many at random, Δf + 1.0 V", "as many at random of each module type, Δf + 1.0 V")
+CONTROLS = (*HALVES, *AS_MANY)
 # Scored on the test split of every family.
 ANCHORS = (
     "uniform, α = 0.5",
@@ -25,12 +28,12 @@ ANCHORS = (
     "ρ > 0.1, α = 0.5",
     "RESTA, γ = 0.5",
     "RESTA, γ = 1.0",
-    "ρ < 0.1, Δf + 1.0 V",
+    GATED,
     "WiSE-FT, α = 0.5",
     "Safe LoRA, ρ ≤ 0.1",
 )
 # Those whose over-refusal is scored as well.
-MAIN = ("uniform, α = 0.3", "ρ < 0.1, α = 0.5", "RESTA, γ = 1.0", "ρ < 0.1, Δf + 1.0 V")
+MAIN = ("uniform, α = 0.3", "ρ < 0.1, α = 0.5", "RESTA, γ = 1.0", GATED)
 AIM = 0.9
 MOST_LOSS = 0.02
 TASKS = {"arithmetic": "sums", "qa": "questions about reports"}
@@ -156,7 +159,7 @@ def gains(results: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return {
         label: ((safety - bottom) / (top - bottom), kept - utility)
         for label, (safety, utility) in values.items()
-        if label not in ("aligned", "fine-tuned")
+        if label not in ("aligned", "fine-tuned") and not label.startswith(CONTROLS)
     }
 
 
