@@ -17,9 +17,10 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from benchmarks.study_page import (
     ANCHORS,
     AS_MANY,
     CONTROLS,
+    EVERYWHERE,
     GATED,
     HALVES,
     LOOKALIKES,
     MAIN,
+    PAIRS,
+    PROBES,
     REFUSAL,
     write_page,
 )
@@ -43,15 +47,18 @@ from safemerge_recipes.evaluate import Scores, TaskScores
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.folder import write_json
 from safemerge_recipes.graph import Graph
+from safemerge_recipes.probe import By, probe
 from safemerge_recipes.provenance import cache_folder, versions
 from safemerge_recipes.run import Silent
 from safemerge_recipes.scoring import compared, table
+from safemerge_recipes.statistics import Difference, holm
 
 HERE = Path(__file__).resolve().parent.parent
 DEMO = HERE / "recipes" / "demo"
 RESULTS = HERE / "docs" / "evidence"
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
+PROBED = 90  # prompts of each task
 ALLOWED_LOSS = 0.02  # of utility, for the choice on the tuning split
 
 
@@ -62,8 +69,9 @@ class Family:
     Attributes:
         task: What it was taught, as `recipes/demo/train.py` calls it.
         seed: Of its training.
-        tuned: Whether all points are scored on the tuning split and the chosen ones on the test split, and the
-            gated safety vector against random tensors; else only the points of `ANCHORS`, on the test split.
+        tuned: Whether all points are scored on the tuning split and the chosen ones on the test split, the gated
+            safety vector is held against random tensors, and single groups of tensors are probed; else only the
+            points of `ANCHORS` are scored, on the test split.
         draws: Random controls of each kind.
         limits: Prompts of (refusal, utility, over-refusal) on the tuning and on the test split; None: all.
     """
@@ -211,13 +219,14 @@ def chosen(tuning: dict[str, Any], approaches: dict[str, str], utility: str) -> 
     return found
 
 
-def verdicts(test: dict[str, dict[str, TaskScores]]) -> list[dict[str, Any]]:
-    """Paired tests on the test split: every model against the fine-tuned one and against the uniform merge."""
+def differences(test: dict[str, dict[str, TaskScores]]) -> list[Difference]:
+    """Paired differences on the test split: every model against the fine-tuned one, and the pairs of `PAIRS`."""
     models = {label: Scores(label, tasks, {}, 0.0) for label, tasks in test.items()}
-    uniform = next((label for label in models if label.startswith("uniform")), "")
-    return [
-        {**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in compared(models, ("fine-tuned", uniform))
-    ]
+    found = compared(models, ("fine-tuned",))
+    for one, other in PAIRS:
+        if one in models:
+            found += compared(models, (other,), one)
+    return found
 
 
 class Study:
@@ -248,7 +257,7 @@ class Study:
         self.file = RESULTS / f"{family.name}.json"
         self.scores: dict[str, dict[str, Any]] = {"tuning": {}, "test": {}}
         self.outcomes: dict[str, dict[str, TaskScores]] = {}
-        self.earlier: list[dict[str, Any]] = []
+        self.earlier: list[Difference] = []
         if keep and self.file.exists():
             self._take(json.loads(self.file.read_text(encoding="utf-8")))
 
@@ -256,7 +265,9 @@ class Study:
         """Take an earlier run's scores by the models' labels."""
         for split, found in earlier["scores"].items():
             self.scores[split] = {label: tasks for label, tasks in found.items() if label in self.models}
-        self.earlier = earlier["comparisons"]
+        names = {field.name for field in fields(Difference)}
+        rows = (Difference(**{key: row[key] for key in names}) for row in earlier["comparisons"])
+        self.earlier = [d for d in rows if d.reference == "fine-tuned" or (d.model, d.reference) in PAIRS]
 
     def score(self, split: str, labels: Sequence[str], *tasks: str) -> bool:
         """Score models on tasks, as long as time allows; return whether all are scored."""
@@ -305,10 +316,12 @@ class Study:
         write_json(self.file, content)
 
     def _comparisons(self) -> list[dict[str, Any]]:
-        found = verdicts({m: found for m, found in self.outcomes.items() if self.approaches[m] not in CONTROLS})
-        what = ("model", "reference", "task", "metric")
-        tested = {tuple(row[key] for key in what) for row in found}
-        return [row for row in self.earlier if tuple(row[key] for key in what) not in tested] + found
+        """Paired tests, those of an earlier run included; Holm's correction over all of them."""
+        scored = {label: tasks for label, tasks in self.outcomes.items() if self.approaches[label] not in CONTROLS}
+        known = {(d.model, d.reference, d.task, d.metric): d for d in (*self.earlier, *differences(scored))}
+        adjusted = holm([d.p for d in known.values()])
+        both = [replace(d, p_holm=p) for d, p in zip(known.values(), adjusted, strict=True)]
+        return [{**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in both]
 
     def halves(self) -> tuple[list[str], list[str]]:
         """The halves that a metric picks, and the random ones."""
@@ -356,6 +369,22 @@ class Study:
         """The gated safety vector against as many random tensors, on the test split."""
         return not self.family.tuned or self.score("test", [GATED, *self.drawn(AS_MANY)], *self.tasks[:2])
 
+    def probe(self) -> bool:
+        """What the safety vector does in one module type or block at a time; not stopped by the deadline."""
+        if not self.family.tuned:
+            return True
+        tasks = [f"{task}_tuning" for task in self.tasks[:2]]
+        everywhere = next(point.overrides for point in points() if point.label == EVERYWHERE)
+        kinds: tuple[By, ...] = ("type", "block")
+        (RESULTS / PROBES).mkdir(parents=True, exist_ok=True)
+        for by in kinds:
+            if time.monotonic() > self.deadline:
+                return False
+            with tempfile.TemporaryDirectory() as folder:
+                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=PROBED)
+            write_json(RESULTS / PROBES / f"{self.family.name}-{by}.json", found)
+        return True
+
 
 def run(given: argparse.Namespace) -> None:
     """Score what is missing, as long as time allows, and write the results."""
@@ -372,7 +401,7 @@ def run(given: argparse.Namespace) -> None:
             done = False
             break
         study = Study(family, deadline, given.keep)
-        for part in (study.tuning, study.main, study.test, study.gate, study.vector, study.overrefusal):
+        for part in (study.tuning, study.main, study.test, study.gate, study.vector, study.overrefusal, study.probe):
             if given.part in (None, part.__name__):
                 done = part() and done
         study.write()
@@ -387,7 +416,7 @@ def main() -> None:
     one.add_argument("families", nargs="*", help="such as qa-21; default: all")
     one.add_argument("--minutes", type=float, default=1e6)
     one.add_argument(
-        "--part", choices=["tuning", "main", "test", "gate", "vector", "overrefusal"], help="only this part"
+        "--part", choices=["tuning", "main", "test", "gate", "vector", "overrefusal", "probe"], help="only this part"
     )
     one.add_argument("--keep", action="store_true", help="build on the scores in docs/evidence, whatever made them")
     one.set_defaults(call=run)

@@ -16,6 +16,7 @@ from safemerge_recipes.controls import exact_p
 from safemerge_recipes.pareto import Mark, scatter
 
 REFUSAL, LOOKALIKES = "safemerge_refusal", "safemerge_overrefusal"
+EVERYWHERE = "RESTA, γ = 1.0"
 GATED = "ρ < 0.1, Δf + 1.0 V"
 HALVES = ("random half", "random half of each module type")
 AS_MANY = ("as many at random, Δf + 1.0 V", "as many at random of each module type, Δf + 1.0 V")
@@ -27,15 +28,22 @@ ANCHORS = (
     "ρ < 0.1, α = 0.5",
     "ρ > 0.1, α = 0.5",
     "RESTA, γ = 0.5",
-    "RESTA, γ = 1.0",
+    EVERYWHERE,
     GATED,
     "WiSE-FT, α = 0.5",
     "Safe LoRA, ρ ≤ 0.1",
 )
 # Those whose over-refusal is scored as well.
-MAIN = ("uniform, α = 0.3", "ρ < 0.1, α = 0.5", "RESTA, γ = 1.0", GATED)
+MAIN = ("uniform, α = 0.3", "ρ < 0.1, α = 0.5", EVERYWHERE, GATED)
+# Tested against each other on the test split: what a gate changes.
+PAIRS = (
+    ("ρ < 0.1, α = 0.5", "uniform, α = 0.5"),
+    ("ρ < 0.1, α = 0.5", "ρ > 0.1, α = 0.5"),
+    (GATED, EVERYWHERE),
+)
 AIM = 0.9
 MOST_LOSS = 0.02
+PROBES = "probes"
 TASKS = {"arithmetic": "sums", "qa": "questions about reports"}
 
 HEAD = """# Evidence
