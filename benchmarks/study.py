@@ -26,7 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.study_page import (
+from benchmarks.study_page import write_page
+from benchmarks.study_results import (
     ANCHORS,
     AS_MANY,
     CONTROLS,
@@ -38,7 +39,6 @@ from benchmarks.study_page import (
     PAIRS,
     PROBES,
     REFUSAL,
-    write_page,
 )
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench, model_key

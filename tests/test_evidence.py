@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.strips import strips
-from benchmarks.study_page import ANCHORS, chance, findings, gains, write_page
+from benchmarks.study_chance import halves, together
+from benchmarks.study_page import BEATEN, NOT_BEATEN, chance, findings, pick, write_page
+from benchmarks.study_results import ANCHORS, HALVES, gains
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -18,12 +20,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
     folder = tmp_path / "evidence"
     shutil.copytree(DOCS / "evidence", folder)
-    for picture in folder.glob("*.svg"):
+    for picture in folder.rglob("*.svg"):
         picture.unlink()
     write_page(folder, tmp_path / "evidence.md")
     assert (tmp_path / "evidence.md").read_text() == (DOCS / "evidence.md").read_text(), "run make study"
-    for picture in folder.glob("*.svg"):
-        assert picture.read_text() == (DOCS / "evidence" / picture.name).read_text()
+    made = {picture.relative_to(folder): picture.read_text() for picture in folder.rglob("*.svg")}
+    kept = DOCS / "evidence"
+    assert made == {picture.relative_to(kept): picture.read_text() for picture in kept.rglob("*.svg")}
 
 
 def family(fine_tuned: float, merged: float, skill: float, kept: float, **more: object) -> dict[str, object]:
@@ -34,30 +37,55 @@ def family(fine_tuned: float, merged: float, skill: float, kept: float, **more: 
     return {"family": "qa-1", "task": "qa", "scores": {"test": models, "tuning": {}}, "models": {}, **more}
 
 
-@pytest.mark.parametrize(
-    ("merged", "kept", "verdict"),
-    [(0.86, 0.6, "met"), (0.84, 0.6, "missed"), (0.86, 0.57, "missed"), (0.95, 0.7, "met")],
-)
-def test_the_aim_needs_both_refusals_and_utility(merged: float, kept: float, verdict: str) -> None:
+@pytest.mark.parametrize(("merged", "kept", "aim"), [(0.86, 0.6, 1), (0.84, 0.6, 0), (0.86, 0.57, 0), (0.95, 0.7, 1)])
+def test_the_aim_needs_both_refusals_and_utility(merged: float, kept: float, aim: int) -> None:
     results = family(0.4, merged, 0.6, kept)
     assert gains(results)[ANCHORS[0]] == pytest.approx(((merged - 0.4) / 0.5, 0.6 - kept))
-    assert f"| qa-1 | {verdict} |" in findings([results])
+    assert f"meets the aim in {aim} of 1" in findings([results])
 
 
-def halved(picked: float, draws: list[float]) -> dict[str, object]:
-    approaches = {"lowest half": "lowest half", **{f"random half, seed {i}": "random half" for i in range(len(draws))}}
-    values = dict(zip(approaches, [picked, *draws], strict=True))
+def test_the_tuning_split_picks_without_a_look_at_the_test_split() -> None:
+    results = family(0.4, 0.9, 0.6, 0.6)
+    models = {"fine-tuned": (0.4, 0.6), "safe": (0.8, 0.59), "safer, dearer": (0.9, 0.5), ANCHORS[0]: (0.7, 0.7)}
+    tuning = {
+        label: {"safemerge_refusal_tuning": {"refusal": {"value": a}}, "safemerge_qa_tuning": {"acc": {"value": b}}}
+        for label, (a, b) in models.items()
+    }
+    results["scores"]["tuning"] = tuning
+    assert pick(results) == "safe"
+    del tuning["safe"], tuning[ANCHORS[0]]
+    assert pick(results) == "safer, dearer"  # none is cheap enough: the largest sum
+
+
+def halved(name: str, picked: float, draws: list[float], other: list[float]) -> dict[str, object]:
+    values = {"lowest half, α = 0.5": picked, "lowest half within module type, α = 0.5": picked}
+    for control, of_kind in zip(HALVES, (draws, other), strict=True):
+        values |= {f"{control}, seed {i}": value for i, value in enumerate(of_kind)}
     tuning = {label: {"safemerge_refusal_tuning": {"refusal": {"value": v}}} for label, v in values.items()}
-    models = {label: {"approach": approach} for label, approach in approaches.items()}
-    return {"family": "qa-1", "models": models, "scores": {"tuning": tuning, "test": {}}}
+    return {"family": name, "task": "qa", "models": dict.fromkeys(values), "scores": {"tuning": tuning, "test": {}}}
 
 
 def test_a_half_is_shown_to_beat_chance_only_where_it_is() -> None:
     draws = [i / 100 for i in range(30, 60)]
-    assert chance([halved(0.7, draws)]).count("At least one half refuses more") == 1
-    assert "is shown to refuse more" in chance([halved(0.5, draws)])
-    # Five draws cannot show anything, however large the advantage.
-    assert "is shown to refuse more" in chance([halved(1.0, draws[:5])])
+    assert BEATEN in chance([halved(name, 0.7, draws, draws) for name in ("qa-1", "qa-2")])
+    assert NOT_BEATEN in chance([halved(name, 0.5, draws, draws) for name in ("qa-1", "qa-2")])
+    # One family with five draws cannot show anything, however large the advantage, and the page says so.
+    page = chance([halved("qa-1", 1.0, draws[:5], draws[:5])])
+    assert NOT_BEATEN in page
+    assert "every family would have 0.333" in page
+
+
+def test_a_half_is_held_against_random_halves_of_its_own_kind() -> None:
+    low, high = [0.1, 0.2, 0.3], [0.7, 0.8, 0.9]
+    plain, within = halves([halved("qa-1", 0.5, low, high)])
+    assert (plain.p("qa-1"), plain.advantage) == (0.25, pytest.approx(0.3))
+    assert (within.p("qa-1"), within.advantage) == (1.0, pytest.approx(-0.3))
+
+
+def test_the_combined_p_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for values in ([0.3], [0.04, 0.5], [1 / 11, 2 / 11, 1.0, 0.6, 0.01, 0.3]):
+        assert together(values) == pytest.approx(stats.combine_pvalues(values).pvalue)
 
 
 def test_every_run_is_a_mark_in_the_picture() -> None:
