@@ -127,12 +127,13 @@ def correlations(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture(rows: Mapping[str, Mapping[str, Any]], by: By) -> str:
-    """The heat map: ρ beside the changes in points, one row a group."""
-    cells = {}
-    for name, row in rows.items():
-        values = {"ρ": row["rho"], "refusal": row["safety"], "utility": row["utility"]}
-        cells[name, ""] = {key: value for key, value in values.items() if value is not None}
-    return heat_map(cells, ("ρ", "refusal", "utility"), f"change when one {by} is merged, beside ρ")
+    """The heat map: ρ and ‖V‖ beside the changes in points, one row a group."""
+    columns = {"ρ": "rho", "‖V‖": "v_norm", "refusal": "safety", "utility": "utility"}
+    cells = {
+        (name, ""): {title: row[key] for title, key in columns.items() if row[key] is not None}
+        for name, row in rows.items()
+    }
+    return heat_map(cells, tuple(columns), f"change when one {by} is merged, beside ρ", ("refusal", "utility"))
 
 
 def print_probe(content: Mapping[str, Any], console: Console) -> None:
