@@ -367,7 +367,9 @@ class Study:
 
     def vector(self) -> bool:
         """The gated safety vector against as many random tensors, on the test split."""
-        return not self.family.tuned or self.score("test", [GATED, *self.drawn(AS_MANY)], *self.tasks[:2])
+        if not self.family.tuned:
+            return True
+        return all([self.score("test", [GATED, *self.drawn([kind])], *self.tasks[:2]) for kind in AS_MANY])
 
     def probe(self) -> bool:
         """What the safety vector does in one module type or block at a time; not stopped by the deadline."""
