@@ -369,7 +369,8 @@ class Study:
         """The gated safety vector against as many random tensors, on the test split."""
         if not self.family.tuned:
             return True
-        return all([self.score("test", [GATED, *self.drawn([kind])], *self.tasks[:2]) for kind in AS_MANY])
+        done = [self.score("test", [GATED, *self.drawn([kind])], *self.tasks[:2]) for kind in AS_MANY]
+        return all(done)
 
     def probe(self) -> bool:
         """What the safety vector does in one module type or block at a time; not stopped by the deadline."""
