@@ -212,7 +212,7 @@ def test_sweep_end_to_end(recipe, tmp_path, capsys):
     assert content["test"]["models"]["merge none"] == content["test"]["models"]["finetuned"]
     for test in content["control_tests"]:
         assert test["p"] == controls.exact_p(test["value"], test["draws"])
-        assert test["of"] == 2
+        assert (test["reached"], len(test["draws"])) == (sum(d >= test["value"] for d in test["draws"]), 1)
     # The recipe of the choice is sound elsewhere and says the chosen keys.
     written = load_recipe(tmp_path / "s" / "chosen.yaml").recipe
     assert f"merge.alpha={written.merge.alpha}, gate.fraction={written.gate.fraction}" == chosen
