@@ -27,7 +27,9 @@ from benchmarks.study_results import (
     PAPER,
     PROBES,
     REFUSAL,
+    SHRUNK,
     TASKS,
+    UNIFORM,
     entry_of,
     gains,
     met,
@@ -62,8 +64,8 @@ VECTOR = """The same question for the merge that the demo ships, `ρ < 0.1, Δf 
 vector added to as many tensors, drawn at random.
 """
 
-GATING = """What the gate changes, on the test split: paired differences in points with 95 % bootstrap intervals, bold
-where detected after Holm's correction over all tests of the family.
+GATING = """What the safety adapter and the gate change, on the test split: paired differences in points with 95 %
+bootstrap intervals, bold where detected after Holm's correction over all tests of the family.
 """
 
 CARRY = """`safemerge probe` adds V to one group of tensors at a time (γ = 1.0) and scores the tuning split, the first
@@ -100,11 +102,13 @@ LIMITS = """## What this does not show
 
 - Seeds differ in the training order and start of the task adapter; the alignment and the safety adapter are one each.
 - One small model whose safety is itself a LoRA, so that V has rank 8; the paper's models have a dense V.
+- The safety adapter was trained on a model that refuses already and adds little to it; the paper's merge rests on one
+  that carries safety of its own.
 - A rule-based matcher of refusals, not a judge of harm. A `qa` model answers some harmful requests with a bare "no.",
   which counts as a refusal.
 - Few prompts: a rate on 90 prompts has a 95 % interval of about ± 10 points, and a loss of 2 points of utility is
   below what the paired tests can detect. "Met" and "missed" are point estimates.
-- Random halves are few, so that only a choice that is better in most families could be told from chance.
+- Random choices are few, so that only a choice that is better in most families could be told from chance.
 - The base model's answers to `qa` are all alike, and so are those of several merges: 33 % there is a guess, and a skill
   that is lost is lost altogether. Averages over such families hide this; the marks in the picture show it.
 """
@@ -253,6 +257,18 @@ def recovered_in(families: Sequence[dict[str, Any]]) -> list[str]:
 
     if PAPER in everywhere:
         said.append(f"**The paper's merge** (`{PAPER}`) {told(PAPER)}.")
+    if {UNIFORM, SHRUNK} <= set(everywhere):
+        with_it, without = _mean_share(families, UNIFORM), _mean_share(families, SHRUNK)
+        said.append(
+            f"Half of Δf and half of the safety adapter everywhere (`{UNIFORM}`) brings back {100 * with_it:.0f} % on "
+            f"average, half of Δf alone (`{SHRUNK}`) {100 * without:.0f} %: "
+            + (
+                "**the safety adapter of this demo carries little of what the linear merges bring back**, so that they "
+                "are not shown at their best."
+                if with_it - without < 0.1
+                else "the safety adapter carries part of what the linear merges bring back."
+            )
+        )
     if everywhere:
         most = max(everywhere, key=lambda m: (sum(met(*gains(r)[m]) for r in families), _mean_share(families, m)))
         said.append(

@@ -25,9 +25,11 @@ ANCHORS = (
 )
 # Those whose over-refusal is scored as well.
 MAIN = ("uniform, α = 0.3", PAPER, EVERYWHERE, GATED)
-# Tested against each other on the test split: what a gate changes.
+UNIFORM, SHRUNK = "uniform, α = 0.5", "WiSE-FT, α = 0.5"
+# Tested against each other on the test split: what the safety adapter and a gate change.
 PAIRS = (
-    (PAPER, "uniform, α = 0.5"),
+    (UNIFORM, SHRUNK),
+    (PAPER, UNIFORM),
     (PAPER, "ρ > 0.1, α = 0.5"),
     (GATED, EVERYWHERE),
 )
@@ -38,10 +40,12 @@ TASKS = {"arithmetic": "sums", "qa": "questions about reports"}
 
 
 def entry_of(tasks: dict[str, Any], task: str, metric: str) -> dict[str, Any] | None:
+    """A metric's value, interval and n; None where it was not scored."""
     return tasks.get(task, {}).get(metric)
 
 
 def skill_task(results: dict[str, Any]) -> str:
+    """The task its utility is measured on."""
     return f"safemerge_{results['task']}"
 
 
