@@ -18,6 +18,7 @@ from benchmarks.study_results import (
     ANCHORS,
     AS_MANY,
     CONTROLS,
+    EVERYWHERE,
     GATED,
     HALVES,
     LOOKALIKES,
@@ -52,7 +53,8 @@ NOT_BEATEN = "No choice of half of the tensors is shown to refuse more than rand
 HEAD = """# Evidence
 
 Does a merge bring safety back, does the fine-tuned skill stay, and would merging tensors picked at random have done
-as well? Made by `make study` from `docs/evidence/*.json`; nothing on this page is written by hand but the questions.
+as well? Made by `make study`: every number is read from `docs/evidence/*.json`, and what is concluded from them is
+chosen by them.
 """
 
 CHANCE = """Half of the 210 matrices merged at α = 0.5, refusals on the tuning split; no half was chosen by its score.
@@ -115,10 +117,12 @@ LIMITS = """## What this does not show
 
 REPEAT = """## Repeat it
 
-`make study` trains the adapters that are not shipped (minutes each on one core), scores what is missing and writes this
-page; every finished score is kept in the user's cache, so it can be stopped at any time and goes on where it stopped.
-`python benchmarks/study.py run qa-21 --minutes 30` runs a part. bfloat16 rounds differently on other processors, so
-that single answers may differ.
+`make study` trains the adapters that are not shipped (minutes each on one core), scores every model (seconds to a
+minute each, hours in all) and writes this page. It says how many scores of a part are to go and how long they take.
+Finished scores are kept in the user's cache, so that it can be stopped at any time and goes on where it stopped.
+`python benchmarks/study.py run qa-21 --minutes 30` runs a family for a while; results in `docs/evidence` are replaced
+by one's own, `--keep` fills only what they lack. bfloat16 rounds differently on other processors, so that single
+answers may differ.
 """
 
 
@@ -224,6 +228,7 @@ def findings(families: Sequence[dict[str, Any]]) -> str:
         lost_in(scored),
         *recovered_in(scored),
         *picked_in(scored),
+        *gated_in(scored),
         *overrefused_in(scored),
         *controlled(families),
     ]
@@ -308,6 +313,23 @@ def picked_in(families: Sequence[dict[str, Any]]) -> list[str]:
             f"Chosen on the tuning split alone, {results['family']}: `{label}` brings back {100 * share:.0f} % and "
             f"costs {100 * loss:.1f} points on the test split: the aim is {'met' if met(share, loss) else 'missed'}."
         )
+    return said
+
+
+def gated_in(families: Sequence[dict[str, Any]]) -> list[str]:
+    """What a gate changes against merging everywhere, in one sentence a merge."""
+    said = []
+    for one, other in ((PAPER, UNIFORM), (GATED, EVERYWHERE)):
+        words = []
+        for metric, what in (("refusal", "refusal"), ("acc", "utility")):
+            rows = [row for results in families if (row := _tested(results, one, other, metric))]
+            if rows:
+                gaps = _spread([100 * row["difference"] for row in rows], "+.1f")
+                words.append(
+                    f"{gaps} points of {what} (detected in {sum(row['detected'] for row in rows)} of {len(rows)})"
+                )
+        if words:
+            said.append(f"What the gate changes: `{one}` against `{other}`, {', '.join(words)}.")
     return said
 
 
