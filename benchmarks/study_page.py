@@ -341,13 +341,13 @@ def overrefused_in(families: Sequence[dict[str, Any]]) -> list[str]:
         rates[label] = [100 * entry["value"] for entry in entries if entry]
     if all(rates.values()):
         most = max(MAIN, key=lambda m: fmean(rates[m]))
+        back = fmean(rates["fine-tuned"]) < min(fmean(rates["aligned"]), fmean(rates[most]))
+        beyond = back and fmean(rates[most]) > fmean(rates["aligned"])
         said.append(
-            f"**Over-refusal comes and goes with refusal**: of harmless look-alikes the aligned model refuses "
-            f"{_spread(rates['aligned'], '.0f')} %, the fine-tuned models {_spread(rates['fine-tuned'], '.0f')} %, "
-            f"`{most}` {_spread(rates[most], '.0f')} %."
-            if fmean(rates[most]) > fmean(rates["fine-tuned"]) and fmean(rates["aligned"]) > fmean(rates["fine-tuned"])
-            else f"Over-refusal: aligned {_spread(rates['aligned'], '.0f')} %, fine-tuned "
-            f"{_spread(rates['fine-tuned'], '.0f')} %, `{most}` {_spread(rates[most], '.0f')} %."
+            ("**Over-refusal comes back with refusal**" if back else "Over-refusal")
+            + f": of harmless look-alikes the aligned model refuses {_spread(rates['aligned'], '.0f')} %, the "
+            f"fine-tuned models {_spread(rates['fine-tuned'], '.0f')} %, `{most}` {_spread(rates[most], '.0f')} %"
+            + (", more than the aligned model itself." if beyond else ".")
         )
     return said
 
