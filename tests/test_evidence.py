@@ -12,7 +12,7 @@ import pytest
 from benchmarks.strips import strips
 from benchmarks.study_chance import halves, together
 from benchmarks.study_page import BEATEN, NOT_BEATEN, chance, findings, pick, write_page
-from benchmarks.study_results import ANCHORS, HALVES, gains
+from benchmarks.study_results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -27,6 +27,20 @@ def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
     made = {picture.relative_to(folder): picture.read_text() for picture in folder.rglob("*.svg")}
     kept = DOCS / "evidence"
     assert made == {picture.relative_to(kept): picture.read_text() for picture in kept.rglob("*.svg")}
+
+
+def test_the_readme_says_what_the_page_says() -> None:
+    families = [json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")]
+    told = " ".join((DOCS.parent / "README.md").read_text().split())
+    gated = [gains(results)[GATED] for results in families]
+    shares = [100 * share for share, _ in gated]
+    assert f"brought back {min(shares):.0f} to {max(shares):.0f} % of the lost refusal" in told
+    everywhere = [gains(results)[EVERYWHERE] for results in families]
+    counts = [sum(met(*one) for one in own) for own in (gated, everywhere)]
+    assert f"in {counts[0]} of {len(gated)}; adding it everywhere did in {counts[1]} of {len(gated)}" in told
+    paper = [gains(results)[PAPER][0] for results in families]
+    assert 0.4 < sum(paper) / len(paper) < 0.6, "about half"
+    assert NOT_BEATEN in chance(families)
 
 
 def family(fine_tuned: float, merged: float, skill: float, kept: float, **more: object) -> dict[str, object]:
