@@ -58,7 +58,7 @@ DEMO = HERE / "recipes" / "demo"
 RESULTS = HERE / "docs" / "evidence"
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
-PROBED = 90  # prompts of each task
+PROBED: dict[By, int] = {"type": 90, "block": 60}  # prompts of each task
 ALLOWED_LOSS = 0.02  # of utility, for the choice on the tuning split
 
 
@@ -378,13 +378,12 @@ class Study:
             return True
         tasks = [f"{task}_tuning" for task in self.tasks[:2]]
         everywhere = next(point.overrides for point in points() if point.label == EVERYWHERE)
-        kinds: tuple[By, ...] = ("type", "block")
         (RESULTS / PROBES).mkdir(parents=True, exist_ok=True)
-        for by in kinds:
+        for by, limit in PROBED.items():
             if time.monotonic() > self.deadline:
                 return False
             with tempfile.TemporaryDirectory() as folder:
-                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=PROBED)
+                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=limit)
             write_json(RESULTS / PROBES / f"{self.family.name}-{by}.json", found)
         return True
 

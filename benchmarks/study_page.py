@@ -40,6 +40,7 @@ from benchmarks.study_results import (
 from safemerge_recipes.pareto import Mark, scatter
 from safemerge_recipes.probe import SYMBOLS
 from safemerge_recipes.probe import picture as probe_picture
+from safemerge_recipes.statistics import spearman
 
 AIMED = (
     f"The aim was to bring back at least {100 * AIM:.0f} % of the lost refusal for less than {100 * MOST_LOSS:.0f} "
@@ -70,8 +71,8 @@ GATING = """What the safety adapter and the gate change, on the test split: pair
 bootstrap intervals, bold where detected after Holm's correction over all tests of the family.
 """
 
-CARRY = """`safemerge probe` adds V to one group of tensors at a time (γ = 1.0) and scores the tuning split, the first
-90 prompts of refusal and of the task.
+CARRY = """`safemerge probe` adds V to one group of tensors at a time (γ = 1.0) and scores the tuning split: the first
+90 prompts of refusal and of the task for a module type, the first 60 for a block.
 """
 
 SETTING = """## The families
@@ -220,7 +221,7 @@ def across(families: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def findings(families: Sequence[dict[str, Any]]) -> str:
+def findings(families: Sequence[dict[str, Any]], probes: Mapping[str, dict[str, Any]]) -> str:
     """The answers in short, each chosen by the numbers."""
     scored = [results for results in families if gains(results)]
     if not scored:
@@ -232,6 +233,7 @@ def findings(families: Sequence[dict[str, Any]]) -> str:
         *gated_in(scored),
         *overrefused_in(scored),
         *controlled(families),
+        *ranked_in(probes),
     ]
     return "\n\n".join([AIMED, "\n".join(f"- {one}" for one in said)])
 
@@ -472,6 +474,8 @@ def probed(probes: Mapping[str, dict[str, Any]]) -> str:
         f"{len(tests)} correlations with refusal below), the opposite in {detected('rho', 1)}; that simply a large "
         f"‖V‖ is where it helps, in {detected('v_norm', 1)}."
     )
+    alike = [f"{name} {_alike(content):+.2f}" for name, content in probes.items()]
+    words += f" The two measures are themselves correlated, ρ with ‖V‖: {', '.join(alike)}."
     rows = []
     for name, content in probes.items():
         found = {(one["metric"], one["change"]): one for one in content["correlations"]}
@@ -483,9 +487,33 @@ def probed(probes: Mapping[str, dict[str, Any]]) -> str:
         base = content["merge_none"]
         parts.append(
             f"{name}, from {100 * base['safety']:.1f} % refusals and {100 * base['utility']:.1f} % utility with none "
-            f"merged:\n\n![Change when one {content['by']} is merged](evidence/{PROBES}/{name}.svg)"
+            f"merged:\n\n![Change when one {KINDS[content['by']]} is merged](evidence/{PROBES}/{name}.svg)"
         )
     return "\n\n".join(parts)
+
+
+KINDS = {"type": "module type", "block": "block", "tensor": "tensor"}
+
+
+def ranked_in(probes: Mapping[str, dict[str, Any]]) -> list[str]:
+    """How ρ and the size of V rank the groups that were merged alone."""
+    said = []
+    for name, content in probes.items():
+        found = {one["metric"]: one for one in content["correlations"] if one["change"] == "safety"}
+        rho, size = found["rho"]["spearman"], found["v_norm"]["spearman"]
+        if rho is None or size is None:
+            continue
+        said.append(
+            f"Adding V to one {KINDS[content['by']]} at a time ({name}), the change in refusal goes with ρ by "
+            f"{_correlation(found['rho'])} and with the mere size of V by {_correlation(found['v_norm'])} (Spearman)"
+            + (": **size ranks it as well as ρ or better.**" if abs(size) >= abs(rho) else ".")
+        )
+    return said
+
+
+def _alike(content: dict[str, Any]) -> float:
+    rows = content["groups"].values()
+    return spearman([row["rho"] for row in rows], [row["v_norm"] for row in rows])[0]
 
 
 def _correlation(one: dict[str, Any]) -> str:
@@ -601,7 +629,7 @@ def write_page(folder: Path, page: Path) -> None:
     parts = [
         HEAD.rstrip(),
         "## What came out",
-        findings(families),
+        findings(families, probes),
         "![What merges recover and cost](evidence/summary.svg)",
         across(families),
         "## Would chance have done as well?",

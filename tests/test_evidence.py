@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks.strips import strips
 from benchmarks.study_chance import halves, together
-from benchmarks.study_page import BEATEN, NOT_BEATEN, chance, findings, pick, write_page
+from benchmarks.study_page import BEATEN, NOT_BEATEN, chance, findings, pick, probed, ranked_in, write_page
 from benchmarks.study_results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
+from safemerge_recipes.probe import correlations
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -55,7 +56,7 @@ def family(fine_tuned: float, merged: float, skill: float, kept: float, **more: 
 def test_the_aim_needs_both_refusals_and_utility(merged: float, kept: float, aim: int) -> None:
     results = family(0.4, merged, 0.6, kept)
     assert gains(results)[ANCHORS[0]] == pytest.approx(((merged - 0.4) / 0.5, 0.6 - kept))
-    assert f"meets the aim in {aim} of 1" in findings([results])
+    assert f"meets the aim in {aim} of 1" in findings([results], {})
 
 
 def test_the_tuning_split_picks_without_a_look_at_the_test_split() -> None:
@@ -100,6 +101,28 @@ def test_the_combined_p_is_that_of_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     for values in ([0.3], [0.04, 0.5], [1 / 11, 2 / 11, 1.0, 0.6, 0.01, 0.3]):
         assert together(values) == pytest.approx(stats.combine_pvalues(values).pvalue)
+
+
+def probe_of(changes: list[float], rho: list[float], size: list[float]) -> dict[str, object]:
+    rows = {
+        f"block {i}": {"tensors": 7, "rho": a, "rho_ratio": a, "v_norm": b, "safety": c, "utility": 0.0}
+        for i, (a, b, c) in enumerate(zip(rho, size, changes, strict=True))
+    }
+    base = {"safety": 0.5, "utility": 0.5}
+    return {"by": "block", "merge_none": base, "groups": rows, "correlations": correlations(rows)}
+
+
+def test_what_a_probe_shows_of_rho_is_held_against_mere_size() -> None:
+    up = [i / 100 for i in range(12)]
+    down, mixed = up[::-1], [up[5 * i % 12] for i in range(12)]
+    page = probed({"a-block": probe_of(up, down, mixed), "b-block": probe_of(up, down, up)})
+    assert "detected in 2 of 2 probes" in page
+    assert "the opposite in 0; that simply a large ‖V‖ is where it helps, in 1." in page
+    assert "a-block +" in page or "a-block -" in page
+    only, both = ranked_in({"a": probe_of(up, down, mixed), "b": probe_of(up, down, up)})
+    assert "size ranks it" not in only
+    assert "size ranks it" in both
+    assert "detected in 0 of 1 probes" in probed({"a": probe_of(mixed, down, mixed)})
 
 
 def test_every_run_is_a_mark_in_the_picture() -> None:
