@@ -58,7 +58,7 @@ DEMO = HERE / "recipes" / "demo"
 RESULTS = HERE / "docs" / "evidence"
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
-PROBED: dict[By, int] = {"type": 90, "block": 60}  # prompts of each task
+PROBED: dict[By, tuple[int, int | None]] = {"type": (90, None), "block": (60, 15)}  # prompts of each task; groups
 ALLOWED_LOSS = 0.02  # of utility, for the choice on the tuning split
 
 
@@ -369,7 +369,7 @@ class Study:
         """The gated safety vector against as many random tensors, on the test split."""
         if not self.family.tuned:
             return True
-        done = [self.score("test", [GATED, *self.drawn([kind])], *self.tasks[:2]) for kind in AS_MANY]
+        done = [self.score("test", [GATED, *self.drawn([kind])], task) for task in self.tasks[:2] for kind in AS_MANY]
         return all(done)
 
     def probe(self) -> bool:
@@ -379,11 +379,11 @@ class Study:
         tasks = [f"{task}_tuning" for task in self.tasks[:2]]
         everywhere = next(point.overrides for point in points() if point.label == EVERYWHERE)
         (RESULTS / PROBES).mkdir(parents=True, exist_ok=True)
-        for by, limit in PROBED.items():
+        for by, (limit, only) in PROBED.items():
             if time.monotonic() > self.deadline:
                 return False
             with tempfile.TemporaryDirectory() as folder:
-                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=limit)
+                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=limit, only=only)
             write_json(RESULTS / PROBES / f"{self.family.name}-{by}.json", found)
         return True
 

@@ -72,7 +72,7 @@ bootstrap intervals, bold where detected after Holm's correction over all tests 
 """
 
 CARRY = """`safemerge probe` adds V to one group of tensors at a time (γ = 1.0) and scores the tuning split: the first
-90 prompts of refusal and of the task for a module type, the first 60 for a block.
+90 prompts of refusal and of the task for each module type, the first 60 for every other block.
 """
 
 SETTING = """## The families
@@ -381,11 +381,21 @@ def controlled(families: Sequence[dict[str, Any]]) -> list[str]:
         found = contests(families, "test", metric, {GATED: AS_MANY})
         if found:
             p, least = shown(found)
-            each = "; ".join(f"{100 * one.advantage:+.1f} points against {one.control}" for one in found)
-            said.append(
-                f"With the safety vector, the gate {what} {'more than' if p < 0.05 else 'no more than'} as many random "
-                f"tensors{'' if p < 0.05 else ', as far as this shows'}: {each} (p {p:.2f}, {least:.3f} was possible)."
+            topped = all(one.joint == one.least for one in found)
+            each = "; ".join(
+                f"{100 * one.advantage:+.1f} points against the median of {sum(map(len, one.draws.values()))} draws "
+                f"({one.control})"
+                for one in found
             )
+            verdict = (
+                f"**{what} more than** as many random tensors"
+                if p < 0.05
+                else f"{what} more than every draw of as many random tensors, too few draws to rule out chance"
+                if topped
+                else f"is not shown to {what.replace('refuses', 'refuse').replace('keeps', 'keep')} more than as many "
+                "random tensors"
+            )
+            said.append(f"With the safety vector, the gate {verdict}: {each} (p {p:.2f}, {least:.3f} was possible).")
     return said
 
 
