@@ -31,9 +31,9 @@ def strips(
 
         bottom = top + row_high * len(rows)
         parts.append(words(start + wide / 2, 16, name, "h", "middle"))
-        for value, style in ((0.0, "a"), (aimed, "front")):
+        for value, style, anchor in ((0.0, "a", "end"), (aimed, "front", "start")):  # apart where the lines are close
             parts.append(rule(x(value), top - 10, x(value), bottom, style))
-            parts.append(words(x(value), top - 14, f"{value:g}", anchor="middle"))
+            parts.append(words(x(value), top - 14, f"{value:g}", anchor=anchor))
         for j, (model, cells) in enumerate(rows.items()):
             at = top + row_high * j + row_high / 2
             parts.append(rule(start, at, start + wide, at, "g"))
