@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.study_results import HALVES, REFUSAL, entry_of, skill_task
 from safemerge_recipes.controls import exact_p
 
+FEWEST = 3  # draws that a choice is held against
+
 
 def together(p_values: Sequence[float]) -> float:
     """Fisher's combined p of independent tests: the tail of χ² with 2k degrees of freedom at −2 Σ ln p."""
@@ -29,7 +31,7 @@ class Contest:
         name: Of the choice.
         control: Of the random choices.
         values: Family -> the rate with the choice.
-        draws: Family -> the rates with random ones; at least one.
+        draws: Family -> the rates with random ones; at least `FEWEST`.
     """
 
     name: str
@@ -89,7 +91,7 @@ def contests(
             for results in families:
                 rates = _rates(results, split, REFUSAL if metric == "refusal" else skill_task(results), metric)
                 drawn = [rate for name, rate in rates.items() if name.startswith(f"{kind}, seed ")]
-                if label in rates and drawn:
+                if label in rates and len(drawn) >= FEWEST:
                     values[results["family"]], draws[results["family"]] = rates[label], drawn
             if values:
                 found.append(Contest(label.removesuffix(", α = 0.5"), kind, values, draws))
