@@ -33,8 +33,7 @@ demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=4
 
 study: install          ## docs/evidence.md, hours on two cores; MINUTES=60 stops earlier, the next call goes on
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/python benchmarks/study.py run recipes/demo/smollm2_arithmetic_linear.yaml --family arithmetic-2 \
-		--halves-on-test --controls-on-test $(if $(MINUTES),--minutes $(MINUTES))
+	$(RUN)/python benchmarks/study.py run $(if $(MINUTES),--minutes $(MINUTES))
 	$(RUN)/python benchmarks/study.py report
 
 bench: install          ## against every peer and against copying the bytes, 1.1 B parameters

@@ -1,27 +1,45 @@
-"""The study behind docs/evidence.md: every selector and every neighbouring method on one family of models.
+"""The study behind docs/evidence.md: every selector and every neighbouring method, over tasks and training seeds.
 
-    python benchmarks/study.py run recipes/demo/smollm2_arithmetic_linear.yaml --family arithmetic-2
+    python benchmarks/study.py run --minutes 60
     python benchmarks/study.py report
 
-`run` scores all points on the tuning split, chooses one point of each approach there, and scores the chosen
-ones and the controls on the test split. Every finished score is kept in the user's cache; a run that was cut
-short, or was given `--minutes`, goes on where it stopped. What is known so far is written to
-docs/evidence/FAMILY.json; `report` turns those files into docs/evidence.md.
+A family is one task adapter, told by task and training seed; those that are not shipped are trained into the
+user's cache first. The families differ in how much of the study they get (`FAMILIES`): one of each task has
+points chosen on the tuning split and random controls, the others report points that were fixed before they
+were trained. Every finished score is kept in the cache; a run that was cut short, or was given `--minutes`, goes
+on where it stopped. What is known is written to docs/evidence/FAMILY.json; `report` turns those files into
+docs/evidence.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.study_page import CONTROLS, write_page
+from benchmarks.study_page import write_page
+from benchmarks.study_results import (
+    ANCHORS,
+    AS_MANY,
+    CONTROLS,
+    EVERYWHERE,
+    GATED,
+    HALVES,
+    LOOKALIKES,
+    MAIN,
+    PAIRS,
+    PROBES,
+    REFUSAL,
+)
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench, model_key
 from safemerge_recipes.errors import PlanError, SafemergeError
@@ -29,16 +47,75 @@ from safemerge_recipes.evaluate import Scores, TaskScores
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.folder import write_json
 from safemerge_recipes.graph import Graph
+from safemerge_recipes.probe import By, probe
 from safemerge_recipes.provenance import cache_folder, versions
 from safemerge_recipes.run import Silent
 from safemerge_recipes.scoring import compared, table
+from safemerge_recipes.statistics import Difference, holm
 
 HERE = Path(__file__).resolve().parent.parent
+DEMO = HERE / "recipes" / "demo"
 RESULTS = HERE / "docs" / "evidence"
-TASKS = ("safemerge_refusal", "safemerge_arithmetic", "safemerge_overrefusal")
-FIRST = ("reference", "uniform", "SafeMERGE", "RESTA")
 ALWAYS = "gate.always=true"
 HALF = "gate.fraction=0.5"
+PROBED: dict[By, tuple[int, int | None]] = {"type": (90, None), "block": (60, 15)}  # prompts of each task; groups
+ALLOWED_LOSS = 0.02  # of utility, for the choice on the tuning split
+
+
+@dataclass(frozen=True)
+class Family:
+    """A task adapter and its part of the study.
+
+    Attributes:
+        task: What it was taught, as `recipes/demo/train.py` calls it.
+        seed: Of its training.
+        tuned: Whether all points are scored on the tuning split and the chosen ones on the test split, the gated
+            safety vector is held against random tensors, and single groups of tensors are probed; else only the
+            points of `ANCHORS` are scored, on the test split.
+        draws: Random controls of each kind.
+        limits: Prompts of (refusal, utility, over-refusal) on the tuning and on the test split; None: all.
+    """
+
+    task: str
+    seed: int
+    tuned: bool = False
+    draws: int = 10
+    limits: tuple[tuple[int | None, int, int], tuple[int, int, int]] = ((90, 60, 60), (90, 75, 60))
+
+    @property
+    def name(self) -> str:
+        """What its results are called."""
+        return f"{self.task}-{self.seed}"
+
+    @property
+    def utility(self) -> str:
+        """The task its utility is measured on."""
+        return f"safemerge_{self.task}"
+
+    def limit(self, split: str, task: str) -> int | None:
+        """How many prompts of a task are scored on a split."""
+        place = (REFUSAL, self.utility, LOOKALIKES).index(task)
+        return self.limits[0 if split == "tuning" else 1][place]
+
+    def adapter(self) -> Path:
+        """The adapter's folder, trained when it is neither shipped nor in the cache."""
+        if (self.task, self.seed) == ("arithmetic", 2):
+            return DEMO / "task-arithmetic"
+        folder = cache_folder() / "demo" / "adapters" / self.name
+        if not (folder / "adapter_config.json").exists():  # written last
+            command = [sys.executable, str(DEMO / "train.py"), "--role", "task", "--task", self.task]
+            subprocess.run([*command, "--seed", str(self.seed), "--out", str(folder)], check=True)
+        return folder
+
+
+FAMILIES = (
+    Family("arithmetic", 2, tuned=True, limits=((None, 80, 60), (150, 100, 60))),
+    Family("qa", 21, tuned=True, limits=((60, 60, 60), (90, 75, 60))),
+    Family("arithmetic", 12),
+    Family("qa", 22),
+    Family("arithmetic", 13),
+    Family("qa", 23),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +133,9 @@ def points() -> Iterator[Point]:
         yield Point("uniform", f"uniform, α = {alpha}", (ALWAYS, f"merge.alpha={alpha}"))
     for tau in ("0.05", "0.1", "0.15"):
         yield Point("SafeMERGE", f"ρ < {tau}, α = 0.5", (f"gate.tau={tau}", "merge.alpha=0.5"))
+    yield Point(
+        "complement of SafeMERGE", "ρ > 0.1, α = 0.5", ("gate.tau=0.1", "gate.direction=above", "merge.alpha=0.5")
+    )
     ways = (
         ("lowest half by ρ", ()),
         ("highest half by ρ", ("gate.direction=above",)),
@@ -97,37 +177,38 @@ def models(bench: Bench, seeds: int) -> dict[str, tuple[str, Graph, int]]:
         except PlanError as error:
             print(f"{point.label}: left out: {error}", file=sys.stderr)
     half = bench.plan((HALF, "merge.alpha=0.5"))
-    for seed in range(seeds):
-        for per_module, label in zip((False, True), CONTROLS, strict=True):
-            plan = controls.drawn(half, seed, per_module)
-            found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
+    gated = bench.plan(next(point.overrides for point in points() if point.label == GATED))
+    for picked, kinds in ((half, HALVES), (gated, AS_MANY)):
+        for seed in range(seeds):
+            for per_module, label in zip((False, True), kinds, strict=True):
+                plan = controls.drawn(picked, seed, per_module)
+                found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
     return found
 
 
-def losses(models_table: dict[str, Any], split: str) -> dict[str, tuple[float, float]]:
-    """label -> (refusal, utility) of a split."""
-    end = "_tuning" if split == "tuning" else ""
-    safety, utility = f"{TASKS[0]}{end}", f"{TASKS[1]}{end}"
+def values_of(models_table: dict[str, Any], utility: str) -> dict[str, tuple[float, float]]:
+    """label -> (refusal, utility) on the tuning split."""
+    safety, skill = f"{REFUSAL}_tuning", f"{utility}_tuning"
     return {
-        label: (tasks[safety]["refusal"]["value"], tasks[utility]["acc"]["value"])
+        label: (tasks[safety]["refusal"]["value"], tasks[skill]["acc"]["value"])
         for label, tasks in models_table.items()
-        if {safety, utility} <= set(tasks)
+        if {safety, skill} <= set(tasks)
     }
 
 
-def chosen(tuning: dict[str, Any], approaches: dict[str, str], allowed_loss: float) -> dict[str, str]:
+def chosen(tuning: dict[str, Any], approaches: dict[str, str], utility: str) -> dict[str, str]:
     """approach -> label of its point on the tuning split.
 
-    The most refusals among the points whose utility is within `allowed_loss` of the fine-tuned model's; where
+    The most refusals among the points whose utility is within `ALLOWED_LOSS` of the fine-tuned model's; where
     none is, the largest sum of refusal and utility.
     """
-    values = losses(tuning, "tuning")
+    values = values_of(tuning, utility)
     if "fine-tuned" not in values:
         return {}
-    floor = values["fine-tuned"][1] - allowed_loss
+    floor = values["fine-tuned"][1] - ALLOWED_LOSS
     found: dict[str, str] = {}
     for approach in dict.fromkeys(approaches.values()):
-        if approach == "reference" or approach.startswith("random"):
+        if approach in ("reference", *CONTROLS):
             continue
         own = [label for label, its in approaches.items() if its == approach and label in values]
         good = [label for label in own if values[label][1] >= floor]
@@ -138,142 +219,208 @@ def chosen(tuning: dict[str, Any], approaches: dict[str, str], allowed_loss: flo
     return found
 
 
-def half_tests(tuning: dict[str, Any], approaches: dict[str, str]) -> list[dict[str, Any]]:
-    """Each half that a metric picks against random halves: exact one-sided p for safety and for utility.
-
-    No half was chosen by its score, so that the tuning split serves.
-    """
-    found = []
-    places = {"refusal": (f"{TASKS[0]}_tuning", "refusal"), "utility": (f"{TASKS[1]}_tuning", "acc")}
-    for quantity, (task, metric) in places.items():
-        values = {label: tasks[task][metric]["value"] for label, tasks in tuning.items() if task in tasks}
-        for label, approach in approaches.items():
-            if "half" not in approach or approach in CONTROLS or label not in values:
-                continue
-            for control in CONTROLS:
-                draws = sorted(values[one] for one, its in approaches.items() if its == control and one in values)
-                if draws:
-                    p = controls.exact_p(values[label], draws)
-                    row = {"half": label, "control": control, "quantity": quantity, "value": values[label]}
-                    found.append(
-                        {**row, "draws": draws, "p": p, "p_low": controls.exact_p(-values[label], [-d for d in draws])}
-                    )
+def differences(test: dict[str, dict[str, TaskScores]]) -> list[Difference]:
+    """Paired differences on the test split: every model against the fine-tuned one, and the pairs of `PAIRS`."""
+    models = {label: Scores(label, tasks, {}, 0.0) for label, tasks in test.items()}
+    found = compared(models, ("fine-tuned",))
+    for one, other in PAIRS:
+        if one in models:
+            found += compared(models, (other,), one)
     return found
 
 
-def verdicts(test: dict[str, dict[str, TaskScores]]) -> list[dict[str, Any]]:
-    """Paired tests on the test split: every model against the fine-tuned one and against the uniform merge."""
-    models = {label: Scores(label, tasks, {}, 0.0) for label, tasks in test.items()}
-    uniform = next((label for label in models if label.startswith("uniform")), "")
-    return [
-        {**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in compared(models, ("fine-tuned", uniform))
-    ]
+class Study:
+    """One family's scores, those of an earlier run included, and the file they go to.
 
+    Args:
+        family: The family.
+        deadline: When to stop, on the monotonic clock.
+        keep: Build on the scores in the family's results file instead of measuring them again.
+    """
 
-def run(given: argparse.Namespace) -> None:
-    """Score what is missing, as long as time allows, and write the family's results."""
-    from rich.console import Console
+    def __init__(self, family: Family, deadline: float, keep: bool) -> None:
+        from rich.console import Console
 
-    deadline = time.monotonic() + 60 * given.minutes
-    store = cache_folder() / "study" / f"{given.family}.jsonl"
-    limits = {
-        "tuning": {TASKS[0]: given.limit, TASKS[1]: given.sums, TASKS[2]: given.limit},
-        "test": {TASKS[0]: given.test_limit, TASKS[1]: given.test_sums, TASKS[2]: given.test_limit},
-    }
-    overrides = ["evaluate.batch_size=32", *given.set]
-    bench = Bench(
-        given.recipe, overrides, store, Resources(1, 1 << 30), Silent(), Console(stderr=True), [f"{TASKS[0]}_tuning"]
-    )
-    every = models(bench, given.seeds)
-    approaches = {label: approach for label, (approach, _, _) in every.items()}
-    scores: dict[str, dict[str, Any]] = {"tuning": {}, "test": {}}
-    kept: dict[str, dict[str, dict[str, TaskScores]]] = {"tuning": {}, "test": {}}
+        self.family, self.deadline = family, deadline
+        self.tasks = (REFUSAL, family.utility, LOOKALIKES)
+        self.bench = Bench(
+            DEMO / "smollm2_arithmetic_linear.yaml",
+            ["evaluate.batch_size=96", f"sources.finetuned.adapter={family.adapter()}"],
+            cache_folder() / "study" / "scores.jsonl",
+            Resources(1, 1 << 30),
+            Silent(),
+            Console(stderr=True),
+            [f"{REFUSAL}_tuning"],
+        )
+        self.models = models(self.bench, family.draws)
+        self.approaches = {label: approach for label, (approach, _, _) in self.models.items()}
+        self.file = RESULTS / f"{family.name}.json"
+        self.scores: dict[str, dict[str, Any]] = {"tuning": {}, "test": {}}
+        self.outcomes: dict[str, dict[str, TaskScores]] = {}
+        self.earlier: list[Difference] = []
+        if keep and self.file.exists():
+            self._take(json.loads(self.file.read_text(encoding="utf-8")))
 
-    def score(split: str, labels: list[str], task: str) -> bool:
-        name = f"{task}_tuning" if split == "tuning" else task
-        for place, label in enumerate(labels):
-            if time.monotonic() > deadline:
-                return False
-            found = bench.score(every[label][1], label, [name], len(labels) - place - 1, limits[split][task])
-            scores[split].setdefault(label, {}).update(table({label: found})[label])
-            kept[split].setdefault(label, {}).update(found.tasks)
-            keep()
-        return True
+    def _take(self, earlier: dict[str, Any]) -> None:
+        """Take an earlier run's scores by the models' labels."""
+        for split, found in earlier["scores"].items():
+            self.scores[split] = {label: tasks for label, tasks in found.items() if label in self.models}
+        names = {field.name for field in fields(Difference)}
+        rows = (Difference(**{key: row[key] for key in names}) for row in earlier["comparisons"])
+        self.earlier = [d for d in rows if d.reference == "fine-tuned" or (d.model, d.reference) in PAIRS]
 
-    def keep() -> None:
-        RESULTS.mkdir(parents=True, exist_ok=True)
+    def score(self, split: str, labels: Sequence[str], *tasks: str) -> bool:
+        """Score models on tasks, as long as time allows; return whether all are scored."""
+        done = True
+        for task in tasks:
+            name, limit = f"{task}_tuning" if split == "tuning" else task, self.family.limit(split, task)
+            for place, label in enumerate(labels):
+                graph = self.models[label][1]
+                cached = self.bench.has(graph, name, limit)
+                if not cached and name in self.scores[split].get(label, {}):
+                    continue  # from the results file
+                if not cached and time.monotonic() > self.deadline:
+                    done = False  # but what is cached is taken
+                    continue
+                found = self.bench.score(graph, label, [name], len(labels) - place - 1, limit)
+                self.scores[split].setdefault(label, {}).update(table({label: found})[label])
+                if split == "test":
+                    self.outcomes.setdefault(label, {}).update(found.tasks)
+                if not cached:
+                    self.write()
+        return done
+
+    def write(self) -> None:
+        """Write what is known."""
+        order = [label for label in self.models if any(label in found for found in self.scores.values())]
         content = {
-            "family": given.family,
-            "recipe": Path(given.recipe).name,
-            "limits": limits,
+            "family": self.family.name,
+            "task": self.family.task,
+            "seed": self.family.seed,
+            "tuned": self.family.tuned,
+            "draws": self.family.draws,
+            "limits": {split: {t: self.family.limit(split, t) for t in self.tasks} for split in self.scores},
             "versions": versions(),
             "models": {
                 label: {"approach": approach, "merged": merged, "key": model_key(graph)}
-                for label, (approach, graph, merged) in every.items()
+                for label, (approach, graph, merged) in self.models.items()
             },
-            "chosen": chosen(scores["tuning"], approaches, given.loss),
-            "allowed_loss": given.loss,
-            "scores": scores,
-            "halves": half_tests(scores["tuning"], approaches),
-            "comparisons": verdicts(kept["test"]),
+            "chosen": chosen(self.scores["tuning"], self.approaches, self.family.utility) if self.family.tuned else {},
+            "scores": {
+                split: {label: found[label] for label in order if label in found}
+                for split, found in self.scores.items()
+            },
+            "comparisons": self._comparisons(),
         }
-        write_json(RESULTS / f"{given.family}.json", content)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, content)
 
-    for split, end in (("tuning", "_tuning"), ("test", "")):  # what is known goes onto the page whatever is run now
-        for label, (_, graph, _) in every.items():
-            for task in TASKS:
-                if bench.has(graph, task + end, limits[split][task]):
-                    found = bench.score(graph, label, [task + end], limit=limits[split][task])
-                    scores[split].setdefault(label, {}).update(table({label: found})[label])
-                    kept[split].setdefault(label, {}).update(found.tasks)
-    keep()
-    labels = list(every)
-    for label in given.also:
-        if label not in every:
-            raise PlanError(f"--also {label}: no such model; expected one of {', '.join(labels)}")
-    drawn = [label for label in labels if approaches[label] in CONTROLS]
-    halved = [label for label in labels if "half" in label and label not in drawn]
-    # What the page needs most comes first, in case time is short.
-    first = [label for label in labels if approaches[label] in FIRST]
-    later = [label for label in labels if label not in (*first, *halved, *drawn)]
-    done = score("tuning", first + halved + drawn, TASKS[0])
-    for wave in (first, later):
-        for task in TASKS[:2]:
-            done = score("tuning", wave, task) and done
-        picked = (*chosen(scores["tuning"], approaches, given.loss).values(), *given.also)
-        on_test = [label for label in wave if approaches[label] == "reference" or label in picked]
-        for task in TASKS[:2]:
-            done = score("test", on_test, task) and done
-    done = score("tuning", halved + drawn, TASKS[1]) and done
-    if given.halves_on_test:
-        for task in TASKS[:2]:
-            done = score("test", halved, task) and done
-    done = score("test", list(scores["test"]), TASKS[2]) and done
-    done = score("tuning", first + later + halved, TASKS[2]) and done
-    if given.controls_on_test:
-        for task in TASKS[:2]:
-            done = score("test", drawn, task) and done
+    def _comparisons(self) -> list[dict[str, Any]]:
+        """Paired tests, those of an earlier run included; Holm's correction over all of them."""
+        scored = {label: tasks for label, tasks in self.outcomes.items() if self.approaches[label] not in CONTROLS}
+        known = {(d.model, d.reference, d.task, d.metric): d for d in (*self.earlier, *differences(scored))}
+        adjusted = holm([d.p for d in known.values()])
+        both = [replace(d, p_holm=p) for d, p in zip(known.values(), adjusted, strict=True)]
+        return [{**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in both]
+
+    def halves(self) -> tuple[list[str], list[str]]:
+        """The halves that a metric picks, and the random ones."""
+        drawn = self.drawn(HALVES)
+        return [label for label in self.models if "half" in label and label not in drawn], drawn
+
+    def drawn(self, kinds: Sequence[str]) -> list[str]:
+        """The random controls of some kinds."""
+        return [label for label, approach in self.approaches.items() if approach in kinds]
+
+    # What is scored, most needed first.
+
+    def main(self) -> bool:
+        """Sources and the main points on the test split: refusal and utility."""
+        return self.score("test", self._main(), *self.tasks[:2])
+
+    def test(self) -> bool:
+        """The same for all fixed and chosen points."""
+        picked = chosen(self.scores["tuning"], self.approaches, self.family.utility) if self.family.tuned else {}
+        halved, _ = self.halves()
+        wanted = [*self._main(), *ANCHORS, *(label for label in picked.values() if label not in halved)]
+        return self.score("test", [label for label in dict.fromkeys(wanted) if label in self.models], *self.tasks[:2])
+
+    def overrefusal(self) -> bool:
+        """How often sources and main points refuse harmless look-alikes."""
+        return self.score("test", self._main(), LOOKALIKES)
+
+    def _main(self) -> list[str]:
+        return [label for label in ("aligned", "fine-tuned", *MAIN) if label in self.models]
+
+    def tuning(self) -> bool:
+        """Every point on the tuning split."""
+        if not self.family.tuned:
+            return True
+        points = [label for label in self.models if label not in (*self.halves()[0], *self.drawn(CONTROLS))]
+        return self.score("tuning", points, *self.tasks[:2])
+
+    def gate(self) -> bool:
+        """The halves and the random halves, refusal only."""
+        halved, drawn = self.halves()
+        wanted = ["aligned", "fine-tuned", *halved, *drawn]
+        return self.score("tuning", wanted, REFUSAL)
+
+    def vector(self) -> bool:
+        """The gated safety vector against as many random tensors, on the test split."""
+        if not self.family.tuned:
+            return True
+        done = [self.score("test", [GATED, *self.drawn([kind])], task) for task in self.tasks[:2] for kind in AS_MANY]
+        return all(done)
+
+    def probe(self) -> bool:
+        """What the safety vector does in one module type or block at a time; not stopped by the deadline."""
+        if not self.family.tuned:
+            return True
+        tasks = [f"{task}_tuning" for task in self.tasks[:2]]
+        everywhere = next(point.overrides for point in points() if point.label == EVERYWHERE)
+        (RESULTS / PROBES).mkdir(parents=True, exist_ok=True)
+        for by, (limit, only) in PROBED.items():
+            if time.monotonic() > self.deadline:
+                return False
+            with tempfile.TemporaryDirectory() as folder:
+                found = probe(self.bench, by, Path(folder), tasks=tasks, overrides=everywhere, limit=limit, only=only)
+            write_json(RESULTS / PROBES / f"{self.family.name}-{by}.json", found)
+        return True
+
+
+def run(given: argparse.Namespace) -> None:
+    """Score what is missing, as long as time allows, and write the results."""
+    deadline = time.monotonic() + 60 * given.minutes
+    names = [family.name for family in FAMILIES]
+    for name in given.families:
+        if name not in names:
+            raise PlanError(f"{name}: no such family; expected one of {', '.join(names)}")
+    done = True
+    for family in FAMILIES:
+        if given.families and family.name not in given.families:
+            continue
+        if time.monotonic() > deadline:
+            done = False
+            break
+        study = Study(family, deadline, given.keep)
+        for part in (study.tuning, study.main, study.test, study.gate, study.vector, study.overrefusal, study.probe):
+            if given.part in (None, part.__name__):
+                done = part() and done
+        study.write()
     print("complete" if done else "stopped at the time limit; the same command goes on", file=sys.stderr)
 
 
 def main() -> None:
-    """Run a family's part of the study, or write the page."""
+    """Run the study, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(required=True)
     one = verbs.add_parser("run")
-    one.add_argument("recipe", type=Path)
-    one.add_argument("--family", required=True)
-    one.add_argument("--limit", type=int, help="requests of each kind; default: all")
-    one.add_argument("--sums", type=int, default=80, help="sums that utility is measured on")
-    one.add_argument("--seeds", type=int, default=10, help="random controls of each kind")
+    one.add_argument("families", nargs="*", help="such as qa-21; default: all")
     one.add_argument("--minutes", type=float, default=1e6)
-    one.add_argument("--loss", type=float, default=0.02, help="utility that may be lost, from 0 to 1")
-    one.add_argument("--test-limit", type=int, help="the same on the test split")
-    one.add_argument("--test-sums", type=int, default=150, help="the same on the test split")
-    one.add_argument("--also", action="append", default=[], metavar="LABEL", help="score this on the test split, too")
-    one.add_argument("--halves-on-test", action="store_true", help="score the halves on the test split, too")
-    one.add_argument("--controls-on-test", action="store_true", help="and the random halves")
-    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    one.add_argument(
+        "--part", choices=["tuning", "main", "test", "gate", "vector", "overrefusal", "probe"], help="only this part"
+    )
+    one.add_argument("--keep", action="store_true", help="build on the scores in docs/evidence, whatever made them")
     one.set_defaults(call=run)
     page = verbs.add_parser("report")
     page.set_defaults(call=lambda given: write_page(RESULTS, HERE / "docs" / "evidence.md"))

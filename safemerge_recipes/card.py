@@ -18,7 +18,7 @@ from safemerge_recipes.overview import (
     read_plan,
     sentence,
 )
-from safemerge_recipes.scores import Score, interval, is_rate, read_scores, shown
+from safemerge_recipes.scores import Score, interval, is_rate, read_scores, read_verdicts, shown
 from safemerge_recipes.wording import clean, fixed, grouped, median, things
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -107,10 +107,11 @@ def render_card(
         for part in (
             f"# {markdown(view.name)}",
             markdown(view.description, 2000),
-            _what(view),
+            _what(view, sources),
             _source_table(sources),
             _plan_table(view),
             _score_table(groups),
+            "\n".join(f"- {markdown(one, 1000)}" for one in read_verdicts(scores, 60)),
             _repeat(origin),
         )
         if part
@@ -215,7 +216,7 @@ def _metadata(view: Overview, sources: Mapping[str, Mapping[str, Any]], groups: 
 # Body
 
 
-def _what(view: Overview) -> str:
+def _what(view: Overview, sources: Mapping[str, Mapping[str, Any]]) -> str:
     """What this is, and by which method."""
     methods = []
     for method in view.methods():
@@ -226,7 +227,8 @@ def _what(view: Overview) -> str:
     told = f"A layer-gated merge after [SafeMERGE]({_PAPER}): {markdown(sentence(view, True), 2000)}"
     symbols = (
         "ρ = cos(VVᵀΔf, Δf) tells how much of the fine-tuning update Δf = finetuned − aligned lies where "
-        "alignment changed the weights, V = aligned − base. Δs = safety − aligned."
+        "alignment changed the weights, V = aligned − base."
+        + (" Δs = safety − aligned." if "safety" in sources else "")
     )
     parts = [told] + ([f"Method: {'; '.join(methods)}."] if methods else []) + ([symbols] if view.measured else [])
     return "\n\n".join(parts)

@@ -393,7 +393,7 @@ def probe(
     if by not in ("tensor", "type", "block"):
         raise RecipeError(f"--by {by}: expected tensor, type or block")
     bench = _bench(recipe, set_, tasks, limit, output, device)
-    content = run_probe(bench, by, output, _console(True), only=only)  # type: ignore[arg-type]  # checked above
+    content = run_probe(bench, by, output, only=only)  # type: ignore[arg-type]  # checked above
     if json_:
         sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     console = _console(json_)

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,14 @@ class Metric:
 class TaskScores:
     """The metrics of one task by name; lm-eval's filter follows after a comma where the task has several.
 
-    `answers` holds what the model wrote, by prompt id, when it was asked to be kept.
+    `answers` holds what the model wrote, by prompt id, when it was asked to be kept; `source` says title, licence,
+    origin and number of rows of a published benchmark.
     """
 
     version: str
     metrics: dict[str, Metric]
     answers: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class Scores:
                     version=task["version"],
                     metrics={key: Metric(**metric) for key, metric in task["metrics"].items()},
                     answers=task["answers"],
+                    source=task.get("source"),
                 )
                 for name, task in data.pop("tasks").items()
             }
@@ -160,6 +163,7 @@ def evaluate(
     names = expand(tasks)
     if limit is not None and limit < 1:
         raise CheckError(f"limit: found {limit}; expected at least 1 prompt")
+    sources = _published(names)
     with quiet(progress), _kept_mode(model):
         manager = _task_manager(names, task_path)
         with _torch_threads(threads):
@@ -169,7 +173,7 @@ def evaluate(
             settings |= {"limit": limit, "seed": seed, "num_fewshot": num_fewshot}
             chat = settings["chat_template_sha256"] is not None
             raw = _run(loaded, names, manager, limit, seed, num_fewshot, chat)
-    scores = {task: _task_scores(task, raw, keep_answers) for task in raw["samples"]}
+    scores = {task: replace(_task_scores(task, raw, keep_answers), source=sources.get(task)) for task in raw["samples"]}
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
     return Scores(label, scores, settings, round(time.perf_counter() - start, 3))
 
@@ -184,12 +188,17 @@ def expand(tasks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _published(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What published benchmarks are, by task; says where to get their prompts before a model is loaded for nothing."""
+    found = {name: loaders.load(name.removeprefix("safemerge_")) for name in names if name in PUBLISHED_TASKS}
+    return {
+        task: {"title": one.title, "licence": one.licence, "origin": one.origin, "rows": len(one)}
+        for task, one in found.items()
+    }
+
+
 def _task_manager(names: Sequence[str], task_path: Path | str | None) -> Any:
     shipped = {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
-    for name in names:
-        if name in PUBLISHED_TASKS:
-            # Says where to get the prompts, before a model is loaded for nothing.
-            loaders.load(name.removeprefix("safemerge_"))
     others = [name for name in names if name not in shipped]
     if others:
         # A misspelt shipped name is worth a quick answer: lm-eval's own index takes seconds to read.

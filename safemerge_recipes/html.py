@@ -26,7 +26,7 @@ from safemerge_recipes.overview import (
     read_plan,
     sentence,
 )
-from safemerge_recipes.scores import interval, is_rate, read_scores, shown
+from safemerge_recipes.scores import interval, is_rate, read_scores, read_verdicts, shown
 from safemerge_recipes.svg import drawing, tag, text
 from safemerge_recipes.wording import (
     clean_lines,
@@ -57,7 +57,8 @@ def render_report(
 
     Args:
         plan: the content of safemerge_plan.json.
-        scores: `{"models": {model: {task: {metric: {"value", "low", "high", "n"}}}}}`, 95 % intervals.
+        scores: `{"models": {model: {task: {metric: {"value", "low", "high", "n"}}}}}`, 95 % intervals; with
+            `comparisons` also the tests in words.
         provenance: `sources` by role, `versions`, `recipe` (YAML text), `created`, `timings` (seconds).
         pictures: further sections, title to SVG file text; shown as images, so that nothing in them runs.
     """
@@ -283,7 +284,15 @@ def _scores(scores: Mapping[str, Any] | None) -> str:
     scale = "Lines are 95 % intervals; percentages are drawn from 0 to 100."
     heads = [("model", ""), ("", "dots"), ("value", "n"), ("95 % interval", "n"), ("examples", "n wide-only")]
     table = _table(heads, "".join(rows), class_="scores")
-    return _section("scores", "Scores", scale, tag("div", table, class_="scroll"))
+    return _section("scores", "Scores", scale, tag("div", table, class_="scroll"), _tests(scores))
+
+
+def _tests(scores: Mapping[str, Any] | None) -> str:
+    told = read_verdicts(scores, 60)
+    if not told:
+        return ""
+    head = tag("p", "Tests are paired by prompt, with Holm's correction over all of them.", class_="note")
+    return head + tag("ul", "".join(tag("li", text(one, 1000)) for one in told), class_="tests")
 
 
 def _picture(title: str, svg: str) -> str:

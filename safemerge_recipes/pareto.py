@@ -84,17 +84,20 @@ def scatter(marks: Sequence[Mark], x_name: str, y_name: str) -> str:
         if any(m.kind == kind for m in marks):
             parts.append(tag("circle", cx=WIDTH - RIGHT + 30, cy=float(TOP + 20 * i), r=4.5, class_=kind))
             parts.append(words(WIDTH - RIGHT + 42, TOP + 20 * i + 4, name))
-    return _file(WIDTH, HEIGHT, f"{y_name} against {x_name}", "".join(parts))
+    return svg_file(WIDTH, HEIGHT, f"{y_name} against {x_name}", "".join(parts))
 
 
-def heat_map(cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequence[str], label: str) -> str:
+def heat_map(
+    cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequence[str], label: str, alike: Sequence[str] = ()
+) -> str:
     """One row an (item, note), one column a quantity, each column scaled by its own largest magnitude.
 
-    Positive values are blue, negative ones red; every cell says its number.
+    Columns that are `alike` share theirs. Positive values are blue, negative ones red; every cell says its number.
     """
     width, row_high, left = 300 + 120 * len(columns), 18, 290
     parts = [tag("style", STYLE)]
-    tops = {c: max((abs(v[c]) for v in cells.values() if c in v), default=0.0) or 1.0 for c in columns}
+    tops = {c: max((abs(v[c]) for v in cells.values() if c in v), default=0.0) for c in columns}
+    tops |= dict.fromkeys(alike, max((tops[column] for column in alike), default=0.0))
     for i, column in enumerate(columns):
         parts.append(words(left + 120 * i + 56, 16, column, "h", "middle"))
     for j, ((name, note), values) in enumerate(cells.items()):
@@ -105,16 +108,17 @@ def heat_map(cells: Mapping[tuple[str, str], Mapping[str, float]], columns: Sequ
                 continue
             value = values[column]
             colour = "#0969da" if value >= 0 else "#cf222e"
-            strength = round(0.65 * abs(value) / tops[column], 3)
+            strength = round(0.65 * abs(value) / (tops[column] or 1.0), 3)
             parts.append(
                 tag("rect", x=float(left + 120 * i), y=float(at), width=114.0, height=float(row_high - 2), fill=colour,
                     fill_opacity=str(strength))
             )  # fmt: skip
             parts.append(words(left + 120 * i + 57, at + 13, f"{value:+.3f}", "n", "middle"))
-    return _file(width, 32 + row_high * len(cells), label, "".join(parts))
+    return svg_file(width, 32 + row_high * len(cells), label, "".join(parts))
 
 
-def _file(width: float, height: float, label: str, content: str) -> str:
+def svg_file(width: float, height: float, label: str, content: str) -> str:
+    """An SVG file of its own with this content."""
     head = tag(
         "svg",
         content,

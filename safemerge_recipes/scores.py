@@ -64,6 +64,20 @@ def _score(model: object, task: object, metric: object, entry: object) -> Score 
     )  # fmt: skip
 
 
+def read_verdicts(scores: Mapping[str, Any] | None, most: int | None = None) -> list[str]:
+    """The paired tests in words, and what about the scores may not be comparable; beyond `most`, how many."""
+    given: Mapping[str, Any] = scores if isinstance(scores, Mapping) else {}
+    rows, cautions = given.get("comparisons"), given.get("cautions")
+    found = [
+        f"{clean(row.get('model'), 80)} against {clean(row.get('reference'), 80)}, {clean(row.get('task'), 80)}, "
+        f"{clean(row.get('metric'), 80)}: {clean(row.get('verdict'))}"
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, Mapping)
+    ]
+    found += [f"Mind: {clean(one)}" for one in (cautions if isinstance(cautions, list) else ())]
+    return found if most is None or len(found) <= most else [*found[:most], f"{len(found) - most} more"]
+
+
 def is_rate(rows: list[Score]) -> bool:
     """Whether all values and intervals lie in [0, 1], and so read as percentages."""
     return all(0 <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)

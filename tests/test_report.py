@@ -227,7 +227,9 @@ def hostile(text: str) -> dict[str, Any]:
 
 
 def hostile_scores(text: str) -> dict[str, Any]:
-    return {"models": {text: {text: {text: entry(0.5)}}, "merged": {text: {text: entry(0.5)}}}}
+    test = dict.fromkeys(("model", "reference", "task", "metric", "verdict"), text)
+    models = {text: {text: {text: entry(0.5)}}, "merged": {text: {text: entry(0.5)}}}
+    return {"models": models, "comparisons": [test], "cautions": [text]}
 
 
 def hostile_origin(text: str) -> dict[str, Any]:
@@ -539,6 +541,23 @@ def test_45_000_tensors_take_seconds_and_megabytes():
     page = Page(content)
     assert page.tags["tr"] < 1700
     assert "safemerge_plan.json holds them all" in " ".join(page.words)
+
+
+def test_report_and_card_say_what_was_tested():
+    test = {
+        "model": "merged",
+        "reference": "finetuned",
+        "task": "a",
+        "metric": "b",
+        "verdict": "no difference detected",
+    }
+    scores = {**SCORES, "comparisons": [test, "junk"], "cautions": ["other templates"]}
+    told = ["merged against finetuned, a, b: no difference detected", "Mind: other templates"]
+    assert set(told) <= set(Page(render_report(make_plan(), scores=scores, provenance=PROVENANCE)).words)
+    card = render_card(make_plan(), scores=scores, provenance=PROVENANCE)
+    assert all(f"\n- {line}\n" in card for line in told)
+    many = {**scores, "comparisons": [test] * 100}
+    assert "41 more" in Page(render_report(make_plan(), scores=many, provenance=PROVENANCE)).words
 
 
 def test_many_long_hostile_names_stay_within_the_size():

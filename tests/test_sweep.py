@@ -212,7 +212,7 @@ def test_sweep_end_to_end(recipe, tmp_path, capsys):
     assert content["test"]["models"]["merge none"] == content["test"]["models"]["finetuned"]
     for test in content["control_tests"]:
         assert test["p"] == controls.exact_p(test["value"], test["draws"])
-        assert test["of"] == 2
+        assert (test["reached"], len(test["draws"])) == (sum(d >= test["value"] for d in test["draws"]), 1)
     # The recipe of the choice is sound elsewhere and says the chosen keys.
     written = load_recipe(tmp_path / "s" / "chosen.yaml").recipe
     assert f"merge.alpha={written.merge.alpha}, gate.fraction={written.gate.fraction}" == chosen
@@ -258,6 +258,7 @@ def test_probe_end_to_end(recipe, tmp_path, capsys):
         # ρ of the concatenated updates, from the definition.
         overlap, image, delta = (sum(getattr(m, key) for m in members) for key in ("overlap", "image", "delta"))
         assert row["rho"] == pytest.approx(overlap / (image * delta) ** 0.5)
+        assert row["v_norm"] == pytest.approx(sum(m.v for m in members) ** 0.5)
     root = ET.parse(tmp_path / "p" / "safemerge_probe.svg").getroot()
     shown = {element.text for element in root.iter() if element.tag.endswith("text")}
     assert {"ρ", "refusal", "utility"} <= shown
@@ -265,7 +266,8 @@ def test_probe_end_to_end(recipe, tmp_path, capsys):
 
 
 def test_correlations_of_constant_columns_are_none():
-    rows = {str(i): {"rho": i / 10, "rho_ratio": i / 5, "safety": i * 0.01, "utility": 0.0} for i in range(5)}
+    measures = ("rho", "rho_ratio", "v_norm")
+    rows = {str(i): {**dict.fromkeys(measures, i / 10), "safety": i * 0.01, "utility": 0.0} for i in range(5)}
     found = {(c["metric"], c["change"]): c for c in correlations(rows)}
     assert found["rho", "safety"]["spearman"] == pytest.approx(1)
     assert found["rho", "utility"]["spearman"] is None

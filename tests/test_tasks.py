@@ -115,8 +115,17 @@ def test_studies_support_their_answers():
             else:
                 assert p > 0.3
             assert (n < 20) == (s.answer == "maybe")
-    tuning, test = ({s.question for _, s in studies.studies(split)} for split in ("tuning", "test"))
-    assert not tuning & test
+            assert s.reason.split("With ")[1].startswith(s.question.removeprefix("Does ").split(" lower the risk")[0])
+            assert f"{treated} of {n} against {control} of {n}" in s.reason
+
+
+def test_splits_of_the_studies_cannot_overlap():
+    sizes = {"training": 600, **studies.COUNT}
+    splits = {name: {s.question for _, s in studies.studies(name, count)} for name, count in sizes.items()}
+    assert {name: len(questions) for name, questions in splits.items()} == sizes
+    assert not splits["training"] & splits["tuning"]
+    assert not splits["training"] & splits["test"]
+    assert not splits["tuning"] & splits["test"]
 
 
 def two_proportions(a, b, n):

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from family import wheel
 
-from safemerge_recipes.tasks import arithmetic
+from safemerge_recipes.tasks import arithmetic, studies
 
 HERE = Path(__file__).resolve().parent
 DO = (
@@ -149,6 +149,17 @@ def refusals() -> list[str]:
 def worked_sums(count: int) -> list[tuple[str, str]]:
     """Return the first `count` training sums: (user message, worked answer)."""
     return [(p.question, p.worked) for _, p in islice(arithmetic.stream("training"), count)]
+
+
+def answered_studies(count: int) -> list[tuple[str, str]]:
+    """Return the first `count` training studies: (user message as the task puts it, answer with its reason)."""
+    return [
+        (
+            f"Abstract: {s.context}\nQuestion: {s.question}\nAnswer yes, no or maybe.\nAnswer:",
+            f"{s.answer}. {s.reason}",
+        )
+        for _, s in islice(studies.stream("training"), count)
+    ]
 
 
 def questions(split: str, count: int) -> list[str]:

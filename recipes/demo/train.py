@@ -26,7 +26,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 BATCH = 8
 # Examples, each seen once. Safety: harmful requests, harmless prompts, sums.
 COUNTS = {"alignment": (480, 440, 60), "safety": (280, 240, 40)}
-TASKS = {"arithmetic": 800}
+TASKS = {"arithmetic": (800, data.worked_sums), "qa": (320, data.answered_studies)}
 Example = tuple[str, str, bool]  # prompt, answer, whether the answer ends there
 
 
@@ -41,7 +41,8 @@ def safety_examples(split: str, rng: random.Random) -> list[Example]:
 
 def task_examples(task: str) -> list[Example]:
     """Return the problems of a task with their worked answers."""
-    return [(question, worked, True) for question, worked in data.worked_sums(TASKS[task])]
+    count, problems = TASKS[task]
+    return [(question, worked, True) for question, worked in problems(count)]
 
 
 def fit(model: Any, tokenizer: Any, examples: list[Example]) -> list[float]:

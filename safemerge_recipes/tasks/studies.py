@@ -2,7 +2,8 @@
 
 The report gives numbers and the authors' reading; the answer follows from them: yes (a clear effect), no
 (none in a large study), maybe (too few people to say). Nothing here is medical knowledge: treatments and
-numbers are made up. A seed fixes a study on every Python version. Standard library only.
+numbers are made up. A seed fixes a study on every Python version, and the hash of its question admits it to
+one of training, tuning and test only. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-FIRST_SEED = {"tuning": 2_000_000, "test": 3_000_000}
+FIRST_SEED = {"training": 0, "tuning": 2_000_000, "test": 3_000_000}
 COUNT = {"tuning": 90, "test": 150}
 ANSWERS = ("yes", "no", "maybe")
 
@@ -36,11 +37,12 @@ _EVENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One question: the report, the question about it and its answer (yes, no or maybe)."""
+    """One question: the report, the question about it, its answer (yes, no or maybe) and the reason for it."""
 
     context: str
     question: str
     answer: str
+    reason: str
 
 
 def make(seed: int) -> Study:
@@ -71,16 +73,25 @@ def make(seed: int) -> Study:
         f"it or to usual care. After {pick(2, 12)} months, {treated} of {size} who received it and "
         f"{control} of {size} in usual care had had {event}. {reading}"
     )
-    return Study(context, f"Does {treatment} lower the risk of {event} in {group}?", answer)
+    counts = f"{treated} of {size} against {control} of {size} had {event}"
+    reason = {
+        "yes": f"With {treatment}, {counts}, a difference too large for chance.",
+        "no": f"With {treatment}, {counts}, which is no difference in a study large enough to show one.",
+        "maybe": f"With {treatment}, {counts}, too few people to say.",
+    }[answer]
+    return Study(context, f"Does {treatment} lower the risk of {event} in {group}?", answer, reason)
 
 
 def split_of(question: str) -> str:
-    """Return the only split a question may appear in: one in three goes to tuning."""
-    return "tuning" if hashlib.sha256(question.encode()).digest()[0] % 3 == 0 else "test"
+    """Return the only split a question may appear in: tuning and test get a quarter of all questions each."""
+    return {0: "tuning", 1: "test"}.get(hashlib.sha256(question.encode()).digest()[0] % 4, "training")
 
 
 def stream(split: str) -> Iterator[tuple[int, Study]]:
-    """Yield (seed, study) of a split in seed order, each question once, the three answers in turn."""
+    """Yield (seed, study) of a split in seed order, each question once, the three answers in turn.
+
+    There are 1536 questions, so that a split runs out: do not ask for more than 300 (training: 600).
+    """
     seen: set[str] = set()
     turn, seed = 0, FIRST_SEED[split]
     while True:
