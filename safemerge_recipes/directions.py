@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
+def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, A) of a purely low-rank weight, coefficients and scales folded into A."""
     import torch
 
@@ -32,7 +32,7 @@ def left_directions(
     import torch
 
     if v.low_rank:
-        b, a = _factors(v, reader, arena)
+        b, a = factors(v, reader, arena)
         q, r = torch.linalg.qr(b)
         left, values, _ = torch.linalg.svd(r @ torch.linalg.qr(a.T).R.T, full_matrices=False)
         real = values[:rank] > NEGLIGIBLE * values[:1]
@@ -66,7 +66,7 @@ def energy_inside(
 
     found = left_directions(name, v, rank, reader, arena, room, exact)
     if delta.low_rank:
-        b, a = _factors(delta, reader, arena)
+        b, a = factors(delta, reader, arena)
         inside, total = found.left.T @ b, float((b.T @ b * (a @ a.T)).sum())
         energy = float((inside.T @ inside * (a @ a.T)).sum())
     else:

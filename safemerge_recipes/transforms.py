@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.algebra import Weight
-from safemerge_recipes.directions import left_directions
+from safemerge_recipes.directions import factors, left_directions
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.kernels import BLOCK, Evaluator, joined_factors, working_dtype
+from safemerge_recipes.kernels import BLOCK, Evaluator, working_dtype
 from safemerge_recipes.spectrum import leading_memory
 from safemerge_recipes.streamed import ROW_BLOCK, Streamed
 from safemerge_recipes.work import Rows, Tools
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 
 PANEL = 512
 """Rows of a projected full-rank Δ that are computed together."""
-
-
-def _factors(weight: Weight, tools: Tools) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    pair = joined_factors(weight, tools.reader, torch.float64, tools.arena.device)
-    assert pair is not None  # callers have asked weight.low_rank
-    return pair
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> Rows:
@@ -48,7 +40,7 @@ def _left_times(left: torch.Tensor, delta: Weight, tools: Tools) -> torch.Tensor
     import torch
 
     if delta.low_rank:
-        b, a = _factors(delta, tools)
+        b, a = factors(delta, tools.reader, tools.arena)
         return (left.T @ b) @ a
     matrix = Streamed(delta, tools.reader, tools.arena, "delta", 0)
     narrow = left.to(matrix.dtype)
@@ -105,13 +97,13 @@ class Project:
             left = left_directions(name, v, self.rank, tools.reader, tools.arena, tools.room).left
             return _product(left, _left_times(left, delta, tools), dtype)
         if v.low_rank:
-            b, a = _factors(v, tools)
+            b, a = factors(v, tools.reader, tools.arena)
             left = b @ (a @ a.T)
             scale = self._scale(name, v, float((left * b).sum()), tools)
             return _product(left / scale, _left_times(b, delta, tools), dtype)
         matrix = Streamed(v, tools.reader, tools.arena, "v", tools.room // 2)
         if delta.low_rank:
-            return self._narrow(name, v, matrix, *_factors(delta, tools), tools, dtype)
+            return self._narrow(name, v, matrix, *factors(delta, tools.reader, tools.arena), tools, dtype)
         return self._wide(name, v, matrix, delta, tools)
 
     def _scale(self, name: str, v: Weight, square: float, tools: Tools) -> float:
