@@ -37,7 +37,7 @@ def _leave(code: int) -> NoReturn:
     """Ends the process without taking torch apart first, which takes half a second and serves nobody."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError, ValueError):  # nobody listens any more
+        with contextlib.suppress(OSError, ValueError):  # `guarded` has told, or nobody listens any more
             stream.flush()
     os._exit(code)
 
@@ -51,6 +51,7 @@ def guarded(call: Callable[[], Any]) -> int:
     try:
         signal.signal(signal.SIGTERM, stop)  # a scheduler's notice ends a run as Ctrl-C does
         code = call()
+        sys.stdout.flush()  # what cannot be printed is told here, too
         return code if isinstance(code, int) else 0
     except SafemergeError as error:
         _complain(str(error))
@@ -65,6 +66,11 @@ def guarded(call: Callable[[], Any]) -> int:
         return WriteError.exit_code
     except BrokenPipeError:
         return 0
+    except OSError as error:  # those of sources and outputs were told where they happened
+        _complain(
+            f"{error.filename or 'standard output'}: {error.strerror or error}; free some space or write elsewhere"
+        )
+        return WriteError.exit_code
     except MemoryError:
         _complain("the machine has no memory left; lower --max-memory or --workers, or close other programs")
         return PlanError.exit_code

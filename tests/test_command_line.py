@@ -153,3 +153,16 @@ def test_the_schema_is_what_recipes_are_checked_by(call: Callable[..., Any], rec
     assert call("validate", path).code == 0
     path.write_text(path.read_text().replace("tau", "tua"))
     assert call("validate", path).code == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["schema"], ["--version"]], ids=["more than a buffer", "a line"])
+def test_a_full_standard_output_is_one_message(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "safemerge_recipes.cli", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 5
+    assert done.stderr.startswith("safemerge: standard output: No space left on device")
+    assert done.stderr.count("\n") == 1
