@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes import torch_blocks
 from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.adapter_keys import KEY_PREFIX, WEIGHTS_FILE
 from safemerge_recipes.algebra import Stored, Weight, exact
 from safemerge_recipes.blocks import Arena, Reader, torch_dtype
 from safemerge_recipes.checkpoint import same_bytes
 from safemerge_recipes.errors import PlanError, SourceError
-from safemerge_recipes.execute import TaskRun
 from safemerge_recipes.graph import Graph, Task
 from safemerge_recipes.header import TensorRef, header_bytes
 from safemerge_recipes.kernels import joined_factors
@@ -32,7 +32,7 @@ from safemerge_recipes.names import is_block_matrix
 from safemerge_recipes.operands import LowRankStack, Rescaled, Rows
 from safemerge_recipes.plan import Plan
 from safemerge_recipes.roles import Family
-from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
+from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Tools, Work
 
 if TYPE_CHECKING:
     import torch
@@ -50,26 +50,16 @@ class _Parts:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-class _Collected(TaskRun):
-    """A task whose values are kept in memory instead of being written."""
-
-    def __init__(self, task: Task, reader: Reader, arena: Arena, room: int) -> None:
-        super().__init__(task, -1, reader, arena, room, False, threading.Event(), lambda nbytes: None)
-        self.blocks: list[torch.Tensor] = []
-
-    def _emit(self, values: torch.Tensor) -> None:
-        if not bool(values.sum().isfinite()):
-            self._refuse(values, values)
-        self.blocks.append(values.float().clone())
-
-
 def _evaluated(task: Task, work: Sum | Apply | Prepare, reader: Reader, arena: Arena) -> torch.Tensor:
     """All values of a task's work, float32, in the tensor's shape."""
     import torch
 
-    run = _Collected(replace(task, slot=replace(task.slot, dtype="F64"), work=work), reader, arena, 0)
-    run.run()
-    return torch.cat(run.blocks).view(task.slot.shape)
+    parts = []
+    for block in torch_blocks.values(work, task.slot, Tools(reader, arena, 0), threading.Event()):
+        if not bool(block.sum().isfinite()):
+            torch_blocks.refuse(work, task.slot, block, block, False)
+        parts.append(block.float().clone())
+    return torch.cat(parts).view(task.slot.shape)
 
 
 def _update(work: Work, reference: Weight) -> Sum | Apply | Prepare:

@@ -94,7 +94,10 @@ class Bench:
     def graph(self, plan: Plan) -> Graph:
         """The work of a plan."""
         registry = self.prepared.registry
-        return build_graph(plan, self.prepared.family, self.prepared.identities, registry.methods, registry.brings)
+        return build_graph(
+            plan, self.prepared.family, self.prepared.identities, registry.methods, registry.brings,
+            self.prepared.resources.device,
+        )  # fmt: skip
 
     def role(self, role: Role) -> Graph:
         """The work of writing a source itself.

@@ -195,8 +195,6 @@ def write_bytes(file: int, view: memoryview, at: int) -> None:
         done += os.pwrite(file, view[done:], at + done)
 
 
-def write_tensor(file: int, tensor: torch.Tensor, at: int) -> memoryview:
-    """Writes a contiguous tensor's bytes at byte `at` of the file; returns the view that was written."""
-    view = tensor.reshape(-1).view(_bytes()).cpu().numpy().data
-    write_bytes(file, view, at)
-    return view
+def torch_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's bytes; shared where it lies on the CPU."""
+    return tensor.reshape(-1).view(_bytes()).cpu().numpy().data

@@ -2,7 +2,7 @@
 
 Files are `.part` files of their full size from the start; a seal thread follows the finished bytes of each,
 takes the sha256, flushes it to the disk and gives it its name. Memory is a few blocks a worker, plus what a
-kernel may hold between passes within the budget. Knows no recipe and no gate.
+method may hold between passes within the budget. Knows no recipe, no gate and no arithmetic.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safemerge_recipes.algebra import Weight
-from safemerge_recipes.blocks import Arena, Reader, torch_dtype, write_bytes, write_tensor
+from safemerge_recipes import native_blocks, torch_blocks
+from safemerge_recipes.blocks import Arena, Reader, write_bytes
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
 from safemerge_recipes.finite import non_finite
 from safemerge_recipes.graph import Graph, Task
 from safemerge_recipes.journal import Journal
-from safemerge_recipes.kernels import Evaluator, as_interpolation, blocks, has_factors, working_dtype
-from safemerge_recipes.pool import StoppedError, run_parallel
+from safemerge_recipes.pool import StoppedError, check, run_parallel
 from safemerge_recipes.shards import Layout
-from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Tools
-
-if TYPE_CHECKING:
-    import torch
+from safemerge_recipes.work import Copy, Tools
 
 HASH_CHUNK = 1 << 22
 """Bytes hashed at once."""
@@ -218,139 +214,44 @@ def region_digest(file: int, offset: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-class TaskRun:
-    """One task on one worker: where it reads, writes and reports.
+def produce(
+    task: Task,
+    tools: Tools,
+    file: int,
+    stop: threading.Event,
+    *,
+    allow_overflow: bool = False,
+    tick: Callable[[int], None] = lambda nbytes: None,
+    turn: AbstractContextManager[Any] = _ALONE,
+) -> str | None:
+    """Writes one tensor into an open file; returns the xxh3 of its bytes, None for a copy.
 
-    `room`: bytes it may hold between passes. `turn`: held while writing, as the kernel lets one thread at a time write
-    to a file and has the others spin.
+    `turn` is held while writing, as the kernel lets one thread at a time write to a file and has the others spin.
     """
+    import xxhash
 
-    def __init__(
-        self,
-        task: Task,
-        file: int,
-        reader: Reader,
-        arena: Arena,
-        room: int,
-        allow_overflow: bool,
-        stop: threading.Event,
-        tick: Callable[[int], None],
-        turn: AbstractContextManager[Any] = _ALONE,
-    ) -> None:
-        import xxhash
+    at, digest = task.slot.offset, xxhash.xxh3_128()
+    if isinstance(task.work, Copy):
+        ref = task.work.source
+        for done in tools.reader.copy_bytes(ref.path, ref.offset, ref.nbytes, file, at):
+            tick(done)
+            check(stop)
+        return None
+    for view in _blocks(task, tools, stop, allow_overflow):
+        with turn:
+            write_bytes(file, view, at)
+        digest.update(view)
+        at += len(view)
+        tick(len(view))
+        check(stop)
+    return digest.hexdigest()
 
-        self.task, self.file, self.reader, self.arena = task, file, reader, arena
-        self.room, self.allow_overflow, self.stop, self.tick, self.turn = room, allow_overflow, stop, tick, turn
-        self.dtype = torch_dtype(task.slot.dtype) if not isinstance(task.work, Copy) else None
-        self.at = task.slot.offset
-        self.digest = xxhash.xxh3_128()
 
-    def run(self) -> str | None:
-        """Writes the tensor; returns the digest of its bytes, None for a copy."""
-        work = self.task.work
-        if isinstance(work, Copy):
-            ref = work.source
-            for done in self.reader.copy_bytes(ref.path, ref.offset, ref.nbytes, self.file, self.at):
-                self._step(done)
-            return None
-        if isinstance(work, Sum):
-            pair = as_interpolation(work.weight, self.task.slot.dtype)
-            if pair is not None:
-                self._interpolate(*pair)
-            else:
-                self._sum(work.weight)
-        elif isinstance(work, Prepare):
-            self._prepare(work)
-        else:
-            self._apply(work)
-        return self.digest.hexdigest()
-
-    def _step(self, nbytes: int) -> None:
-        self.tick(nbytes)
-        if self.stop.is_set():
-            raise StoppedError
-
-    def _emit(self, values: torch.Tensor) -> None:
-        """Rounds a block to the output dtype, checks it, writes it after the last one."""
-        assert self.dtype is not None
-        out = values
-        if values.dtype != self.dtype:
-            out = self.arena.take("out", values.numel(), self.dtype).copy_(values)
-        if not bool(out.sum().isfinite()):  # one cheap pass; what it suspects is counted
-            self._refuse(values, out)
-        with self.turn:
-            view = write_tensor(self.file, out, self.at)
-        self.digest.update(view)
-        self.at += len(view)
-        self._step(len(view))
-
-    def _refuse(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        bad = int((~out.isfinite()).sum())
-        if not bad:
-            return
-        name = self.task.slot.name
-        if bool(values.isfinite().all()):
-            if self.allow_overflow:
-                return
-            raise SourceError(
-                f"{name}: {bad} merged values do not fit {self.task.slot.dtype}; choose another output.dtype, "
-                "or say output.allow_overflow: true"
-            )
-        paths = ", ".join(dict.fromkeys(ref.path for ref in self.task.work.refs))
-        raise SourceError(f"{name}: {bad} merged values are NaN or infinite; expected finite weights in {paths}")
-
-    def _interpolate(self, start: object, end: object, t: float) -> None:
-        import torch
-
-        shape = self.task.slot.shape
-        out_dtype = self.dtype
-        assert out_dtype is not None
-        for first, last in blocks(shape, False):
-            a = self.reader.read(start, first, last - first, self.arena, "a")  # type: ignore[arg-type]  # refs
-            b = self.reader.read(end, first, last - first, self.arena, "b")  # type: ignore[arg-type]
-            out = self.arena.take("out", last - first, out_dtype)
-            self._emit(torch.lerp(a, b, t, out=out))
-
-    def _sum(self, weight: Weight) -> None:
-        evaluate = Evaluator((weight,), self.reader, self.arena, "sum", working_dtype(weight))
-        for first, last in blocks(self.task.slot.shape, has_factors(weight)):
-            (values,) = evaluate(first, last)
-            self._emit(values)
-
-    def _prepare(self, work: Prepare) -> None:
-        shape = self.task.slot.shape
-        columns = shape[-1]
-        tools = Tools(self.reader, self.arena, self.room)
-        rows = work.transform.prepare(self.task.slot.name, work.inputs, shape, tools)
-        dtype = working_dtype(work.origin, *work.inputs)
-        origin = None if work.origin.is_zero else Evaluator((work.origin,), self.reader, self.arena, "sum", dtype)
-        for first, last in blocks(shape, True):
-            values = rows(first // columns, last // columns).reshape(-1)
-            self._emit(values if origin is None else origin(first, last)[0].add_(values))
-
-    def _apply(self, work: Apply) -> None:
-        kernel, slot = work.kernel, self.task.slot
-        weights = (*work.inputs, work.origin)
-        dtype = working_dtype(*weights)
-        ranges = list(blocks(slot.shape, any(map(has_factors, weights))))
-        inputs = Evaluator(work.inputs, self.reader, self.arena, "inputs", dtype)
-
-        def passes(every: int = 1) -> Iterator[tuple[Any, ...]]:
-            """Reads again what was read: from the page cache that costs less than keeping it as float32."""
-            for first, last in ranges[::every]:
-                if self.stop.is_set():
-                    raise StoppedError
-                yield first, *inputs(first, last)
-
-        state = kernel.scan(slot.name, ranges[-1][1], passes, self.arena)
-        if work.origin.is_zero:
-            for first, *found in passes():
-                self._emit(kernel.apply(state, first, *found, self.arena))
-            return
-        every = Evaluator(weights, self.reader, self.arena, "all", dtype)
-        for first, last in ranges:
-            *found, origin = every(first, last)
-            self._emit(kernel.apply(state, first, *found, self.arena).add_(origin))
+def _blocks(task: Task, tools: Tools, stop: threading.Event, allow_overflow: bool) -> Iterator[memoryview]:
+    """The task's bytes, however they are computed."""
+    if task.native:
+        return native_blocks.rounded(task.work, task.slot, tools, stop, allow_overflow)  # type: ignore[arg-type]  # fits
+    return torch_blocks.rounded(task.work, task.slot, tools, stop, allow_overflow)
 
 
 def execute(
@@ -393,17 +294,17 @@ def execute(
     with Reader() as reader:
 
         def work(task: Task, arena: Arena) -> None:
-            run = TaskRun(
-                task, files.descriptors[task.slot.shard], reader, arena,
-                room_of(task, resources.share), allow_overflow, stop, tick, turns[task.slot.shard],
+            digest = produce(
+                task, Tools(reader, arena, room_of(task, resources.share)), files.descriptors[task.slot.shard], stop,
+                allow_overflow=allow_overflow, tick=tick, turn=turns[task.slot.shard],
             )  # fmt: skip
-            digest = run.run()
             journal.done(task.slot.name, task.key, digest)
             sealer.finished(task.slot.name, digest)
 
         open_ = [task for task in graph.tasks if task.slot.name not in done]
         try:
-            run_parallel(open_, work, resources.workers, resources.device, stop)
+            light = not any(task.needs_torch for task in open_)
+            run_parallel(open_, work, resources.workers, resources.device, stop, light=light)
             sealer.join()
             if sealer.error is not None:
                 raise sealer.error

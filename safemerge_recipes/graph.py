@@ -15,9 +15,10 @@ from safemerge_recipes.algebra import Stored, Weight
 from safemerge_recipes.catalogue import METHODS, Method, Sides
 from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES
-from safemerge_recipes.kernels import BLOCK, as_interpolation
+from safemerge_recipes.header import FLOAT_DTYPES
+from safemerge_recipes.kernels import BLOCK
 from safemerge_recipes.methods import FORMS, KERNELS, Ties
+from safemerge_recipes.native_blocks import fits, memory
 from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
@@ -27,7 +28,7 @@ from safemerge_recipes.work import Apply, Copy, Prepare, Sum, Work
 
 __all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
 
-ENGINE = 3
+ENGINE = 4
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
 
 
@@ -38,6 +39,13 @@ class Task:
     slot: Slot
     work: Work
     key: str
+    native: bool = False
+    """Whether the compiled kernels do it."""
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch must be loaded for it."""
+        return not self.native and not isinstance(self.work, Copy)
 
     @property
     def bytes_read(self) -> int:
@@ -143,10 +151,11 @@ def describe(weight: Weight, identity: Mapping[str, str]) -> str:
     return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
 
 
-def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str) -> str:
+def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str, arithmetic: str) -> str:
     import xxhash
 
     if isinstance(work, Copy):
+        arithmetic = ""
         text = describe(Weight.of(Stored(work.source)), identity)
     elif isinstance(work, Sum):
         text = describe(work.weight, identity)
@@ -155,7 +164,7 @@ def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: st
         merge = tensor.policy.merge
         sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
         text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{'|'.join(sums)}"
-    return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{tensor.dtype}|{tensor.shape}|{text}".encode())
+    return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{arithmetic}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
 
 def build_graph(
@@ -164,6 +173,7 @@ def build_graph(
     identities: tuple[FileIdentity, ...],
     methods: Mapping[str, Method] = METHODS,
     origin_of: Callable[[str], str] = lambda method: "",
+    device: str = "cpu",
 ) -> Graph:
     """The tasks of a plan. Reads nothing.
 
@@ -173,6 +183,7 @@ def build_graph(
         identities: of every file that is read.
         methods: merge methods by name.
         origin_of: the distribution and version that brings a method; part of what names a result.
+        device: where it will be computed: on "cpu" by the compiled kernels as far as they go.
 
     Raises:
         RecipeError: a method is not known.
@@ -188,7 +199,9 @@ def build_graph(
     for tensor in plan.tensors:
         work = _work(tensor, family, methods)
         origin = origin_of(tensor.policy.merge.method) if tensor.policy and tensor.action == "merge" else ""
-        tasks.append(Task(layout.slots[tensor.name], work, _key(tensor, work, identity, origin)))
+        native = device == "cpu" and fits(work, tensor.dtype)
+        key = _key(tensor, work, identity, origin, "native" if native else device.partition(":")[0])
+        tasks.append(Task(layout.slots[tensor.name], work, key, native))
     return Graph(layout, tuple(tasks))
 
 
@@ -206,16 +219,16 @@ def task_memory(task: Task) -> int:
     width = 8 if "F64" in {ref.dtype for ref in work.refs} else 4
     if isinstance(work, Copy):
         return 1 << 22
+    # Both sides as pieces, one of them joined; and what was looked at first.
+    ties = isinstance(work, Apply) and isinstance(work.kernel, Ties)
+    numel = math.prod(task.slot.shape)
+    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[1], numel)) * width if ties else 0
+    if task.native and isinstance(work, Sum | Apply):
+        return memory(work, task.slot, block) + collected
     if isinstance(work, Sum):
-        if as_interpolation(work.weight, task.slot.dtype):
-            return 3 * block * DTYPE_BITS[task.slot.dtype] // 8
         return block * (3 * width + 8) + work.weight.memory(block)
     factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
     if isinstance(work, Prepare):
         return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
-    numel = math.prod(task.slot.shape)
     slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
-    ties = isinstance(work.kernel, Ties)
-    # both sides as pieces, one of them joined; and what was looked at first
-    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[1], numel)) * width if ties else 0
     return block * slots * width + collected + factors

@@ -81,11 +81,7 @@ class Evaluator:
             for number, weight in enumerate(weights)
         ]
         self.refs = tuple(dict.fromkeys(ref for terms in self.stored for _, ref in terms))
-        last = {ref: number for number, terms in enumerate(self.stored) for _, ref in terms}
-        # The sum that needs a block last may overwrite it; at most one of its terms is chosen for that.
-        self.reused = [
-            next((ref for _, ref in terms if last[ref] == number), None) for number, terms in enumerate(self.stored)
-        ]
+        self.last = {ref: number for number, terms in enumerate(self.stored) for _, ref in terms}
 
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Elements [start, stop) of each flattened weight, in `dtype`, valid until the next call."""
@@ -97,17 +93,18 @@ class Evaluator:
         return tuple(self._sum(number, blocks, start, stop) for number in range(len(self.stored)))
 
     def _sum(self, number: int, blocks: dict[TensorRef, torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        terms, reused = self.stored[number], self.reused[number]
-        if reused is None:
+        terms = self.stored[number]
+        if not terms:
             out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).zero_()
-        else:
-            out = blocks[reused]
-            coefficient = next(c for c, ref in terms if ref is reused)
+        for place, (coefficient, ref) in enumerate(terms):
+            if place:
+                out.add_(blocks[ref], alpha=coefficient)
+                continue
+            out = blocks[ref]
+            if self.last[ref] != number:  # a later sum needs it as it is
+                out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).copy_(out)
             if coefficient != 1:
                 out.mul_(coefficient)
-        for coefficient, ref in terms:
-            if ref is not reused:
-                out.add_(blocks[ref], alpha=coefficient)
         pair = self.factors[number]
         if pair is not None:
             columns = pair[1].shape[1]
@@ -171,18 +168,3 @@ def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> 
         assert total is not None  # a blend has parts
         sums.append(total)
     return sums[0], sums[1]
-
-
-def as_interpolation(weight: Weight, dtype: str) -> tuple[TensorRef, TensorRef, float] | None:
-    """(start, end, t) where the weight is (1−t)·start + t·end of two tensors stored as `dtype`, else None.
-
-    Such sums take one fused pass over the stored numbers: float32 inside, one rounding at the end.
-    """
-    if len(weight.terms) != 2:
-        return None
-    (first, one), (second, two) = weight.terms
-    if not (isinstance(one, Stored) and isinstance(two, Stored)):
-        return None
-    if one.ref.dtype != dtype or two.ref.dtype != dtype or first + second != 1 or not 0 < first < 1:
-        return None
-    return two.ref, one.ref, float(first)

@@ -18,7 +18,7 @@ from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.checkpoint import INDEX_FILE
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import choose, quiet
-from safemerge_recipes.execute import TaskRun, execute
+from safemerge_recipes.execute import execute, produce
 from safemerge_recipes.folder import copy_side_files, side_files, write_file
 from safemerge_recipes.graph import Graph, Task, build_graph
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
@@ -26,6 +26,7 @@ from safemerge_recipes.plan import Plan
 from safemerge_recipes.recipe import Role
 from safemerge_recipes.roles import ROLES
 from safemerge_recipes.run import Prepared
+from safemerge_recipes.work import Tools
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,9 @@ def role_graph(prepared: Prepared, role: Role) -> Graph:
     tensors = tuple(
         replace(tensor, action="keep", gated=False, take=role, policy=None) for tensor in prepared.plan.tensors
     )
-    return build_graph(Plan(prepared.recipe, tensors, ()), prepared.family, prepared.identities)
+    return build_graph(
+        Plan(prepared.recipe, tensors, ()), prepared.family, prepared.identities, device=prepared.resources.device
+    )
 
 
 class LiveModel:
@@ -158,7 +161,7 @@ class LiveModel:
         at_start = replace(task, slot=replace(task.slot, offset=0))
         allow = self.prepared.recipe.output.allow_overflow
         room = self.prepared.resources.memory
-        TaskRun(at_start, file, reader, arena, room, allow, threading.Event(), lambda nbytes: None).run()
+        produce(at_start, Tools(reader, arena, room), file, threading.Event(), allow_overflow=allow)
         held = bytearray(task.slot.nbytes)
         view, done = memoryview(held), 0
         while done < len(held):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from safemerge_recipes.algebra import Weight, exact
 from safemerge_recipes.blocks import Arena
 from safemerge_recipes.lanes import bits, choose, spread_sign, zero_where_dropped
 from safemerge_recipes.recipe import Merge
+from safemerge_recipes.threshold import Bracket, Trim, trims
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +101,8 @@ class Slerp:
         import torch
 
         xx = yy = xy = 0.0
-        for _, x, y in blocks():
+        for _, *pair in blocks():
+            x, y = (one.double() for one in pair)
             xx += float(torch.dot(x, x))
             yy += float(torch.dot(y, y))
             xy += float(torch.dot(x, y))
@@ -122,33 +124,29 @@ class Slerp:
         return x.mul_(state[0]).add_(y, alpha=state[1])
 
 
-class Trim:
-    """Keeps the elements of largest magnitude: all above `threshold`, and the first `ties` of those at it.
+class Trimmer:
+    """Trims block after block, in order, as ties go by position; what is left of them is the only state."""
 
-    Ties go by position, so blocks must come in order; what is left to keep is the only state. Threshold inf keeps
-    nothing; NaN, where the k-th magnitude is not finite, keeps everything.
-    """
-
-    def __init__(self, threshold: float, ties: float) -> None:
-        self.threshold, self.ties = threshold, ties
+    def __init__(self, trim: Trim) -> None:
+        self.trim, self.ties = trim, trim.ties
 
     def __call__(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
         """Trims one block in place: float32 or float64, dropped elements become 0."""
         import numpy as np
         import torch
 
-        if self.threshold == math.inf:
+        if self.trim.threshold == math.inf:
             return x.zero_()
-        if self.threshold <= 0 or math.isnan(self.threshold):
+        if self.trim.keeps_all:
             return x  # what is at the threshold is 0 anyway; what is not finite stays, for the engine to refuse
-        floor = self.threshold
+        floor = self.trim.threshold
         if self.ties == math.inf:
-            floor = _below(self.threshold, x.dtype)
+            floor = _below(floor, x.dtype)
         elif self.ties:
-            equal = self.equal(x, arena)
+            equal = self._equal(x, arena)
             count = int(np.count_nonzero(equal))
             if count <= self.ties:
-                floor = _below(self.threshold, x.dtype)
+                floor = _below(floor, x.dtype)
                 self.ties -= count
             else:
                 kept = torch.from_numpy(np.flatnonzero(equal)[: int(self.ties)]).to(x.device)
@@ -159,14 +157,51 @@ class Trim:
                 return x
         return torch.ops.aten.hardshrink.out(x, floor, out=x)
 
-    def equal(self, x: torch.Tensor, arena: Arena) -> np.ndarray:
+    def _equal(self, x: torch.Tensor, arena: Arena) -> np.ndarray:
         """Which magnitudes are at the threshold."""
         import numpy as np
         import torch
 
         size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype)).cpu().numpy()
         found = arena.take("equal", x.numel(), torch.bool, device="cpu").numpy()
-        return np.equal(size, size.dtype.type(self.threshold), out=found)
+        return np.equal(size, size.dtype.type(self.trim.threshold), out=found)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """|x| and |y| of torch blocks, for the search of their thresholds."""
+
+    blocks: Blocks
+    arena: Arena
+
+    def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(side, every stride-th magnitude of a block)."""
+        for _, *pair in self.blocks(every=every):
+            for side, x in enumerate(pair):
+                yield side, x[::stride].abs().cpu().numpy()
+
+    def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """(side, magnitudes above the bracket, inside it, those) of block after block; numpy compares fastest."""
+        import numpy as np
+        import torch
+
+        for _, *pair in self.blocks():
+            for side, (x, bracket) in enumerate(zip(pair, brackets, strict=True)):
+                if bracket is None:
+                    continue
+                size = torch.abs(x, out=self.arena.take("size", x.numel(), x.dtype)).cpu().numpy()
+                low, high = (size.dtype.type(end) for end in bracket)
+                above, inside = (
+                    self.arena.take(slot, x.numel(), torch.bool, device="cpu").numpy() for slot in ("above", "inside")
+                )
+                np.greater(size, high, out=above)
+                if low == high:
+                    np.equal(size, low, out=inside)
+                else:
+                    np.greater_equal(size, low, out=inside)
+                    np.not_equal(inside, above, out=inside)  # what is above is also at least `low`
+                found = size[inside] if low != high else size[:0]
+                yield side, int(np.count_nonzero(above)), int(np.count_nonzero(inside)), found
 
 
 def _below(value: float, dtype: torch.dtype) -> float:
@@ -218,14 +253,17 @@ class Ties:
     density: float
     consensus: Consensus
 
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trim, Trim]:
-        """The two trims: exact thresholds, found without sorting the tensor."""
-        from safemerge_recipes.threshold import trims
+    def kept(self, numel: int) -> int:
+        """How many elements of each side stay."""
+        return int(exact(self.density) * numel)
 
-        return trims(int(exact(self.density) * numel), numel, blocks, arena)
+    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trimmer, Trimmer]:
+        """The two trims: exact thresholds, found without sorting the tensor."""
+        first, second = trims(self.kept(numel), numel, Sizes(blocks, arena))
+        return Trimmer(first), Trimmer(second)
 
     def apply(
-        self, state: tuple[Trim, Trim], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
+        self, state: tuple[Trimmer, Trimmer], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
     ) -> torch.Tensor:
         """Trim, then consensus."""
         trim_x, trim_y = state
@@ -261,23 +299,27 @@ class Draw:
         """What makes the expectation whole again: 1 / the probability that an element stays."""
         return LEVELS / self.limit
 
+    def key(self, name: str) -> tuple[int, int]:
+        """Two 32-bit numbers from seed and tensor name."""
+        digest = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
     def hashes(self, name: str, start: int, count: int, arena: Arena) -> Any:
         """uint32 array `(count,)` for the elements from `start` on."""
         import numpy as np
         import torch
 
-        key = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
-        first, second = np.frombuffer(key[:8], np.uint32)
+        first, second = self.key(name)
         x, shifted = (
             arena.take(slot, count, torch.int32, device="cpu").numpy().view(np.uint32) for slot in ("hash", "shifted")
         )
-        origin = (start * SPREAD + int(first)) % 2**32
+        origin = (start * SPREAD + first) % 2**32
         counters = arena.take("counters", count, torch.int32, device="cpu", fill=_count)
         np.add(counters.numpy().view(np.uint32), np.uint32(origin), out=x)
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
             x ^= np.right_shift(x, np.uint32(shift), out=shifted)
             x *= np.uint32(factor)
-            x += second
+            x += np.uint32(second)
         x ^= np.right_shift(x, np.uint32(16), out=shifted)
         return x
 
@@ -307,16 +349,21 @@ class Dare:
 
     def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[str, float, float]:
         """(tensor name, rescaling of x, rescaling of y)."""
-        if not self.l1:
-            return name, self.draw.rescale, self.draw.rescale
         sums = [0.0, 0.0, 0.0, 0.0]
-        for start, *pair in blocks():
-            kept = self.draw.keep(name, start, pair[0].numel(), arena)
-            for side, (block, keep) in enumerate(zip(pair, kept, strict=True)):
-                size = block.abs()
-                sums[2 * side] += float(size.sum())
-                sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
-        return name, sums[0] / sums[1] if sums[1] else 0.0, sums[2] / sums[3] if sums[3] else 0.0
+        if self.l1:
+            for start, *pair in blocks():
+                kept = self.draw.keep(name, start, pair[0].numel(), arena)
+                for side, (block, keep) in enumerate(zip(pair, kept, strict=True)):
+                    size = block.abs().double()
+                    sums[2 * side] += float(size.sum())
+                    sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
+        return name, *self.rescaling(*sums)
+
+    def rescaling(self, x: float, kept_x: float, y: float, kept_y: float) -> tuple[float, float]:
+        """What x and y are multiplied by, from the sums of all and of the kept magnitudes, where l1 asks for them."""
+        if not self.l1:
+            return self.draw.rescale, self.draw.rescale
+        return x / kept_x if kept_x else 0.0, y / kept_y if kept_y else 0.0
 
     def apply(
         self, state: tuple[str, float, float], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena

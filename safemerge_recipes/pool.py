@@ -17,6 +17,12 @@ class StoppedError(Exception):
     """Raised inside a worker to leave its item because another failed or the user interrupted."""
 
 
+def check(stop: threading.Event) -> None:
+    """Leaves the item where the others have to stop, too: to be called at every block."""
+    if stop.is_set():
+        raise StoppedError
+
+
 def _threads(wanted: int = 0) -> int:
     """The number of torch's own threads for one operation, changed where another one is wanted."""
     import torch

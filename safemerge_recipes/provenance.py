@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes import __version__
+from safemerge_recipes import __version__, native
 from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import ReadError, SourceError
 
@@ -144,4 +144,5 @@ def versions() -> dict[str, str]:
     found = {"safemerge-recipes": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", "safetensors", "xxhash", "huggingface_hub"):
         found[name] = version(name)
+    found["native"] = str(native.VERSION) if native.LIBRARY is not None else "not built"
     return found

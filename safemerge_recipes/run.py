@@ -191,7 +191,7 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
         measurer = Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
     plan = make_plan(recipe, family, outlooks, measurer, registry.metrics, registry.selectors)
     measured = time.perf_counter()
-    graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings)
+    graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings, resources.device)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
     workers = fit_workers(needs, resources.workers, resources.memory)
     peak = projected_peak(graph, workers, measurer.peak if measurer else 0)

@@ -9,14 +9,15 @@ way, the answer is the exact order statistic.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-    from safemerge_recipes.blocks import Arena
-    from safemerge_recipes.methods import Blocks, Trim
+Bracket = tuple[float, float]
+"""Two magnitudes, ends included, between which a threshold is sought; equal where one value is tried."""
 
 LOOKS = 1 << 16, 1 << 19
 """Elements of a tensor that are looked at first, about: the least, and the most; between them one of 512."""
@@ -26,6 +27,35 @@ SLACK = 6.0
 """Half-width of the bracket in standard deviations of the looked-at quantile."""
 HELD = 1 << 22
 """Elements collected of one side at most; where more lie inside the bracket, evenly spread ones narrow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """What keeps the largest magnitudes: all above `threshold`, and the first `ties` of those at it, by position.
+
+    Threshold inf keeps nothing, `ties` inf all of those at it.
+    """
+
+    threshold: float
+    ties: float
+
+    @property
+    def keeps_all(self) -> bool:
+        """At 0 or below only zeros could go; NaN, where the k-th magnitude is not finite, keeps everything."""
+        return self.threshold <= 0 or math.isnan(self.threshold)
+
+
+class Magnitudes(Protocol):
+    """|x| and |y| of a tensor, block by block; the sides are 0 and 1."""
+
+    def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(side, every stride-th magnitude of a block), of every so-many-th block."""
+
+    def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """(side, magnitudes of a block above the bracket, number inside it, those unless its ends are equal).
+
+        For the sides that have a bracket; what it holds is valid until the next.
+        """
 
 
 class Selection:
@@ -47,11 +77,15 @@ class Selection:
         self._stride = 1
         self._inside: list[np.ndarray] = []
 
-    def look(self, x: torch.Tensor) -> None:
-        """Takes every so-many-th element of a block into the sample."""
+    @property
+    def stride(self) -> int:
+        """Distance of the elements that are looked at; odd, so that it does not walk along columns."""
         looks = min(max(LOOKS[0], self.numel >> 9), LOOKS[1])
-        stride = max(1, self.numel // (GLANCE * looks)) | 1  # odd, so that it does not walk along columns
-        self._looked.append(x[::stride].abs().cpu().numpy())
+        return max(1, self.numel // (GLANCE * looks)) | 1
+
+    def look(self, magnitudes: np.ndarray) -> None:
+        """Takes some of a block's magnitudes into the sample."""
+        self._looked.append(magnitudes)
 
     def bracket(self) -> None:
         """Sets the magnitudes between which the threshold lies almost surely; wider at each further call."""
@@ -71,25 +105,16 @@ class Selection:
             # Differences of rounded weights take few values; a common one is tried by counting alone.
             self.low = self.high = float(values[counts.argmax()])
 
-    def count(self, x: torch.Tensor, arena: Arena) -> None:
-        """Counts what lies above the bracket and collects what lies inside, ends included."""
+    def count(self, above: int, inside: int, found: np.ndarray) -> None:
+        """Takes a block's counts, and what lies inside the bracket."""
         import numpy as np
-        import torch
 
-        # numpy compares and compresses several times faster than torch
-        size = torch.abs(x, out=arena.take("size", x.numel(), x.dtype)).cpu().numpy()
-        above, inside = (arena.take(s, x.numel(), torch.bool, device="cpu").numpy() for s in ("above", "inside"))
-        if self.high < math.inf:
-            self._above += int(np.count_nonzero(np.greater(size, size.dtype.type(self.high), out=above)))
+        self._above += above
         if self.low == self.high:  # one value fills the bracket: counting it is enough
-            self._equal += int(np.count_nonzero(np.equal(size, size.dtype.type(self.low), out=inside)))
+            self._equal += inside
             return
-        np.greater_equal(size, size.dtype.type(self.low), out=inside)
-        if self.high < math.inf:
-            np.not_equal(inside, above, out=inside)  # what is above is also at least `low`
-        found = size[inside]
-        self._within += len(found)
-        self._inside.append(found[:: self._stride])
+        self._within += inside
+        self._inside.append(found[:: self._stride].copy())
         self._held += len(self._inside[-1])
         if self._held > HELD:
             self._inside = [np.concatenate(self._inside)[::2].copy()]
@@ -112,8 +137,6 @@ class Selection:
     def settle(self) -> None:
         """Sets `trim` from what was collected, or a wider bracket if the threshold was missed."""
         import numpy as np
-
-        from safemerge_recipes.methods import Trim
 
         wanted, equal, within, stride = self.keep - self._above, self._equal, self._within, self._stride
         inside = np.concatenate(self._inside) if self._inside else np.full(0, self.low)
@@ -143,36 +166,30 @@ class Selection:
         self.trim = Trim(math.nan if threshold == math.inf else threshold, math.inf if ties == equal else ties)
 
 
-def trims(keep: int, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trim, Trim]:
+def trims(keep: int, numel: int, tensor: Magnitudes) -> tuple[Trim, Trim]:
     """What keeps the `keep` largest magnitudes of x and of y, each exactly.
 
     Args:
         keep: elements to keep of each, 0 to `numel`.
         numel: elements of the tensor.
-        blocks: passes over the pair.
-        arena: the worker's buffers.
+        tensor: passes over the pair.
     """
-    from safemerge_recipes.methods import Trim
-
     if keep <= 0:
         return Trim(math.inf, 0), Trim(math.inf, 0)
     if keep >= numel:
         return Trim(0.0, 0), Trim(0.0, 0)
     sides = Selection(keep, numel), Selection(keep, numel)
-    for _, *pair in blocks(every=GLANCE):
-        for side, block in zip(sides, pair, strict=True):
-            side.look(block)
-    for side in sides:
-        side.bracket()
-    while any(side.trim is None for side in sides):
-        for _, *pair in blocks():
-            for side, block in zip(sides, pair, strict=True):
-                if side.trim is None:
-                    side.count(block, arena)
-        for side in sides:
-            if side.trim is None:
-                side.settle()
-    first, second = (side.trim for side in sides)
-    assert first is not None
-    assert second is not None
-    return first, second
+    for side, magnitudes in tensor.look(GLANCE, sides[0].stride):
+        sides[side].look(magnitudes)
+    for one in sides:
+        one.bracket()
+    while True:
+        brackets = [None if one.trim else (one.low, one.high) for one in sides]
+        for side, above, inside, found in tensor.count(brackets):
+            sides[side].count(above, inside, found)
+        for one in sides:
+            if one.trim is None:
+                one.settle()
+        first, second = (one.trim for one in sides)
+        if first is not None and second is not None:
+            return first, second

@@ -20,16 +20,16 @@ from safemerge_recipes.adapter_config import CONFIG_FILE
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
 from safemerge_recipes.errors import CheckError, SourceError
-from safemerge_recipes.execute import Resources, TaskRun, region_digest
+from safemerge_recipes.execute import Resources, produce, region_digest
 from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.graph import ENGINE, Copy, Task
 from safemerge_recipes.header import TensorRef, read_header
 from safemerge_recipes.manifest import Manifest, output_files, read_manifest, read_record
 from safemerge_recipes.memory import room_of
 from safemerge_recipes.pool import run_parallel
-from safemerge_recipes.progress import Quiet
 from safemerge_recipes.provenance import file_digest, versions
 from safemerge_recipes.run import Prepared, Progress, prepare, resolve
+from safemerge_recipes.work import Tools
 
 CHUNK = 1 << 20
 """Bytes hashed at once."""
@@ -229,7 +229,8 @@ def _recompute(
                     file = prepared.graph.layout.files[task.slot.shard]
                     problems.append(f"{file}: {task.slot.name}: computed again from the sources, it has other bytes")
 
-            run_parallel(tasks, work, prepared.resources.workers, prepared.resources.device, stop)
+            light = not any(task.needs_torch for task in tasks)
+            run_parallel(tasks, work, prepared.resources.workers, prepared.resources.device, stop, light=light)
     finally:
         os.close(nowhere)
     if problems:
@@ -270,8 +271,8 @@ def _digest(
         finally:
             os.close(source)
     room = room_of(task, prepared.resources.share)
-    run = TaskRun(task, nowhere, reader, arena, room, prepared.recipe.output.allow_overflow, stop, Quiet().tick)
-    return run.run()
+    allow = prepared.recipe.output.allow_overflow
+    return produce(task, Tools(reader, arena, room), nowhere, stop, allow_overflow=allow)
 
 
 def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:

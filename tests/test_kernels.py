@@ -20,7 +20,7 @@ from safemerge_recipes import threshold
 from safemerge_recipes.algebra import Stored, Weight, exact
 from safemerge_recipes.blocks import Arena
 from safemerge_recipes.header import TensorRef
-from safemerge_recipes.methods import Consensus, Draw, Slerp
+from safemerge_recipes.methods import Consensus, Draw, Sizes, Slerp, Trimmer
 from safemerge_recipes.threshold import trims
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -36,7 +36,8 @@ def _blocks(x: Tensor, y: Tensor, size: int) -> Any:
 
 
 def _trimmed(x: Tensor, keep: int, size: int) -> Tensor:
-    trim, _ = trims(keep, len(x), _blocks(x, x.flip(0), size), Arena())
+    first, _ = trims(keep, len(x), Sizes(_blocks(x, x.flip(0), size), Arena()))
+    trim = Trimmer(first)
     return torch.cat([trim(x[start : start + size].clone(), Arena()) for start in range(0, len(x), size)])
 
 

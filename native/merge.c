@@ -1,0 +1,412 @@
+/* The merge methods on a CPU: every block is read once, merged in strips that stay in the nearest cache, and rounded
+ * once.
+ *
+ * The same arithmetic, step by step, as the torch code in safemerge_recipes, which runs on every other device and
+ * where this is not compiled: float32, with the fused multiply-adds spelled out and none left to the compiler
+ * (-ffp-contract=off), sums over a tensor in float64. So the bytes are the same on every processor. Knows no files,
+ * no names and no recipe; native.py calls it.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define STRIP 1024 /* elements of a strip: a few of them fill a part of the first-level cache */
+#define ROWS 4     /* rows of a low-rank product that are computed together */
+
+enum { F32, F16, BF16 };
+
+/* coefficient * data, one stored tensor's block. */
+typedef struct {
+    const void *data;
+    float coefficient;
+    int32_t dtype;
+} term;
+
+/* The sum of the terms, plus left (rows, rank) @ right (rank, columns) where rank > 0. */
+typedef struct {
+    const term *terms;
+    int64_t count;
+    const float *left, *right;
+    int64_t rank, columns;
+} weight;
+
+/* What trimming keeps: all (0), nothing (1), or magnitudes above `threshold` and the next `ties` of those at it (2);
+ * with ties < 0 all of those at it. */
+typedef struct {
+    int64_t ties;
+    float threshold;
+    int32_t kind;
+} trim;
+
+/* DARE's random choice: the two halves of the key, and how many of 65536 draws keep an element. */
+typedef struct {
+    uint32_t first, second, limit;
+} draw;
+
+/* TIES' election. */
+typedef struct {
+    float alpha, beta, total, scale;
+    int32_t normalize;
+} consensus;
+
+enum { SUM, BLEND, TIES, DARE_LINEAR, DARE_TIES };
+
+/* One tensor's merge: origin + method(x, y), stored as `dtype`. */
+typedef struct {
+    weight x, y, origin;
+    int32_t method, dtype;
+    float a, b; /* of a*x + b*y */
+    trim trims[2];
+    draw draws;
+    float scales[2]; /* DARE's rescaling of x and y */
+    consensus elect;
+} merge;
+
+static inline float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float from_half(uint16_t h) {
+    uint32_t size = (uint32_t)(h & 0x7fff) << 13;
+    float value = from_bits(size) * 0x1p112f; /* moves the exponent's bias; exact for subnormals, too */
+    uint32_t bits = to_bits(value) | (size >= 0x7c00u << 13 ? 0x7f800000u : 0);
+    return from_bits(bits | ((uint32_t)(h & 0x8000) << 16));
+}
+
+static inline uint16_t to_half(float value) {
+    uint32_t bits = to_bits(value), size = bits & 0x7fffffffu;
+    uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    uint32_t small = to_bits(from_bits(size) + 0.5f) - to_bits(0.5f); /* the addition rounds to multiples of 2^-24 */
+    uint32_t huge = size > 0x7f800000u ? 0x7e00 : 0x7c00;
+    uint32_t found = size < 0x38800000u ? small : size >= 0x47800000u ? huge : normal;
+    return (uint16_t)(found | (bits >> 16 & 0x8000));
+}
+
+static inline float from_bfloat(uint16_t b) { return from_bits((uint32_t)b << 16); }
+
+static inline uint16_t to_bfloat(float value) {
+    uint32_t bits = to_bits(value);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0 : rounded);
+}
+
+/* out = coefficient * data for the first term, out = fma(coefficient, data, out) for the others. */
+#define EACH(type, convert)                                                                                           \
+    do {                                                                                                              \
+        const type *data = (const type *)t->data + start;                                                             \
+        if (first && c == 1)                                                                                          \
+            for (int64_t i = 0; i < n; i++) out[i] = convert(data[i]);                                                \
+        else if (first)                                                                                               \
+            for (int64_t i = 0; i < n; i++) out[i] = c * convert(data[i]);                                            \
+        else                                                                                                          \
+            for (int64_t i = 0; i < n; i++) out[i] = fmaf(c, convert(data[i]), out[i]);                               \
+    } while (0)
+
+static void add_term(const term *t, int first, int64_t start, int64_t n, float *restrict out) {
+    const float c = t->coefficient;
+    if (t->dtype == F32)
+        EACH(float, (float));
+    else if (t->dtype == F16)
+        EACH(uint16_t, from_half);
+    else
+        EACH(uint16_t, from_bfloat);
+}
+
+#define TILE 32 /* columns of a tile: its sums stay in registers */
+
+/* out (rows, columns) += left (rows, rank) @ right (rank, columns), each product summed over rank in order. */
+static void add_product(const float *left, const float *right, int64_t rows, int64_t rank, int64_t columns,
+                        float *restrict out) {
+    int64_t c = 0;
+    for (; c + TILE <= columns; c += TILE) {
+        int64_t r = 0;
+        for (; r + ROWS <= rows; r += ROWS) {
+            float sums[ROWS][TILE] = {{0}};
+            for (int64_t k = 0; k < rank; k++)
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < TILE; j++)
+                        sums[i][j] = fmaf(left[(r + i) * rank + k], right[k * columns + c + j], sums[i][j]);
+            for (int i = 0; i < ROWS; i++)
+                for (int j = 0; j < TILE; j++) out[(r + i) * columns + c + j] += sums[i][j];
+        }
+        for (; r < rows; r++) {
+            float sums[TILE] = {0};
+            for (int64_t k = 0; k < rank; k++)
+                for (int j = 0; j < TILE; j++) sums[j] = fmaf(left[r * rank + k], right[k * columns + c + j], sums[j]);
+            for (int j = 0; j < TILE; j++) out[r * columns + c + j] += sums[j];
+        }
+    }
+    for (; c < columns; c++)
+        for (int64_t r = 0; r < rows; r++) {
+            float sum = 0;
+            for (int64_t k = 0; k < rank; k++) sum = fmaf(left[r * rank + k], right[k * columns + c], sum);
+            out[r * columns + c] += sum;
+        }
+}
+
+/* Elements [start, start + n) of a weight, whole rows where it has a product. */
+static void evaluate(const weight *w, int64_t start, int64_t n, float *restrict out) {
+    for (int64_t t = 0; t < w->count; t++) add_term(w->terms + t, t == 0, start, n, out);
+    if (!w->count) memset(out, 0, n * sizeof(float));
+    if (w->rank)
+        add_product(w->left + start / w->columns * w->rank, w->right, n / w->columns, w->rank, w->columns, out);
+}
+
+/* Elements of a strip of this merge: whole rows where a weight has a product. */
+int64_t sm_strip(const merge *m) {
+    const weight *all[] = {&m->x, &m->y, &m->origin};
+    for (int i = 0; i < 3; i++)
+        if (all[i]->rank) return ROWS * all[i]->columns;
+    return STRIP;
+}
+
+static void trim_strip(trim *t, int64_t n, float *restrict x) {
+    const float threshold = t->threshold;
+    if (t->kind == 0) return;
+    if (t->kind == 1) {
+        memset(x, 0, n * sizeof(float));
+        return;
+    }
+    int64_t ties = t->ties;
+    if (ties > 0) {
+        int32_t equal = 0;
+        for (int64_t i = 0; i < n; i++) equal += fabsf(x[i]) == threshold;
+        if (equal <= ties) {
+            t->ties -= equal;
+            ties = -1;
+        } else {
+            t->ties = 0;
+            for (int64_t i = 0; i < n; i++) {
+                float size = fabsf(x[i]);
+                int keep = !(size <= threshold) || (size == threshold && ties-- > 0);
+                x[i] = keep ? x[i] : 0;
+            }
+            return;
+        }
+    }
+    if (ties < 0) /* what is not a number stays, for the caller to refuse */
+        for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) < threshold ? 0 : x[i];
+    else
+        for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) <= threshold ? 0 : x[i];
+}
+
+/* The weighted sum where the signs agree, else the side that has the sign of the sum; into x. */
+static void elect_strip(const consensus *c, int64_t n, float *restrict x, const float *restrict y) {
+    const float alpha = c->alpha, beta = c->beta, scale = c->scale, whole = c->total;
+    if (c->normalize && (alpha == 0 || beta == 0)) { /* a side without weight neither votes nor counts */
+        const float *one = alpha == 0 ? y : x;
+        for (int64_t i = 0; i < n; i++) x[i] = one[i] * scale;
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float u = x[i], v = y[i], total;
+        if (c->normalize) {
+            total = fmaf(v, beta, u * alpha);
+            total = whole == 1 ? total : total / whole;
+        } else {
+            u *= alpha;
+            v *= beta;
+            total = u + v;
+        }
+        float high = u > v || u != u ? u : v, low = u < v || u != u ? u : v; /* NaN stays NaN */
+        high += 0.0f;                                                       /* -0 becomes 0 */
+        low += 0.0f;
+        float one = (int32_t)to_bits(total) < 0 ? low : high;
+        x[i] = ((low > 0 || high < 0) ? total : one) * scale;
+    }
+}
+
+/* Wellons' lowbias32 of an element's counter, keyed. */
+static inline uint32_t hash(const draw *d, uint32_t element) {
+    uint32_t h = element * 0x9E3779B9u + d->first;
+    h = (h ^ h >> 16) * 0x7FEB352Du + d->second;
+    h = (h ^ h >> 15) * 0x846CA68Bu + d->second;
+    return h ^ h >> 16;
+}
+
+/* The upper half of an element's hash decides for x, the lower half for y; limit 65536 keeps all. */
+static inline float kept_x(const draw *d, uint32_t h) { return h >> 16 < d->limit ? 1.0f : 0.0f; }
+static inline float kept_y(const draw *d, uint32_t h) { return (h & 0xffff) < d->limit ? 1.0f : 0.0f; }
+
+static void drop_strip(const draw *d, uint32_t element, int64_t n, float *restrict x, float *restrict y) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t h = hash(d, element + (uint32_t)i);
+        x[i] *= kept_x(d, h); /* a dropped infinity becomes NaN, for the caller to refuse */
+        y[i] *= kept_y(d, h);
+    }
+}
+
+/* Rounds to the output's dtype; counts results that are not finite, and those among them that were finite before. */
+static void round_strip(int32_t dtype, int64_t n, const float *restrict x, void *out, int64_t bad[2]) {
+    int32_t infinite = 0, before = 0;
+    if (dtype == F32) {
+        memcpy(out, x, n * sizeof(float));
+        for (int64_t i = 0; i < n; i++) infinite += (to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+        before = infinite;
+    } else {
+        uint16_t *restrict to = out;
+        const uint32_t exponent = dtype == F16 ? 0x7c00 : 0x7f80;
+        if (dtype == F16)
+            for (int64_t i = 0; i < n; i++) to[i] = to_half(x[i]);
+        else
+            for (int64_t i = 0; i < n; i++) to[i] = to_bfloat(x[i]);
+        for (int64_t i = 0; i < n; i++) infinite += (to[i] & exponent) == exponent;
+        if (infinite)
+            for (int64_t i = 0; i < n; i++) before += (to_bits(x[i]) & 0x7f800000u) == 0x7f800000u;
+    }
+    bad[0] += infinite;
+    bad[1] += infinite - before;
+}
+
+/* Merges a block of n elements, the tensor's `first` being its first. `scratch` holds three strips. */
+void sm_merge(merge *m, int64_t first, int64_t n, void *out, float *scratch, int64_t bad[2]) {
+    const int64_t strip = sm_strip(m), width = m->dtype == F32 ? 4 : 2;
+    float *x = scratch, *y = x + strip, *origin = y + strip;
+    for (int64_t at = 0; at < n; at += strip) {
+        const int64_t count = n - at < strip ? n - at : strip;
+        evaluate(&m->x, at, count, x);
+        if (m->method != SUM) evaluate(&m->y, at, count, y);
+        if (m->method == TIES) {
+            trim_strip(m->trims, count, x);
+            trim_strip(m->trims + 1, count, y);
+        } else if (m->method == DARE_LINEAR || m->method == DARE_TIES)
+            drop_strip(&m->draws, (uint32_t)(first + at), count, x, y);
+        if (m->method == DARE_TIES)
+            for (int64_t i = 0; i < count; i++) {
+                x[i] *= m->scales[0];
+                y[i] *= m->scales[1];
+            }
+        if (m->method == TIES || m->method == DARE_TIES)
+            elect_strip(&m->elect, count, x, y);
+        else if (m->method != SUM) {
+            const float a = m->a, b = m->b;
+            for (int64_t i = 0; i < count; i++) x[i] = fmaf(b, y[i], a * x[i]);
+        }
+        if (m->origin.count || m->origin.rank) {
+            evaluate(&m->origin, at, count, origin);
+            for (int64_t i = 0; i < count; i++) x[i] += origin[i];
+        }
+        round_strip(m->dtype, count, x, (char *)out + at * width, bad);
+    }
+}
+
+#define LANES 16 /* partial sums of a sum over a strip, so that it may run side by side in any processor's registers */
+
+static double total_of(const double *lanes) {
+    double total = 0;
+    for (int j = 0; j < LANES; j++) total += lanes[j];
+    return total;
+}
+
+static double dot_strip(int64_t n, const float *x, const float *y) {
+    double lanes[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lanes[j] += (double)x[i + j] * (double)y[i + j];
+    for (; i < n; i++) lanes[0] += (double)x[i] * (double)y[i];
+    return total_of(lanes);
+}
+
+/* Adds |x|^2, |y|^2 and x.y of a block to `sums`. */
+void sm_dots(const merge *m, int64_t n, double sums[3], float *scratch) {
+    const int64_t strip = sm_strip(m);
+    float *x = scratch, *y = x + strip;
+    for (int64_t at = 0; at < n; at += strip) {
+        const int64_t count = n - at < strip ? n - at : strip;
+        evaluate(&m->x, at, count, x);
+        evaluate(&m->y, at, count, y);
+        sums[0] += dot_strip(count, x, x);
+        sums[1] += dot_strip(count, y, y);
+        sums[2] += dot_strip(count, x, y);
+    }
+}
+
+static double size_strip(int64_t n, const float *x) {
+    double lanes[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lanes[j] += (double)fabsf(x[i + j]);
+    for (; i < n; i++) lanes[0] += (double)fabsf(x[i]);
+    return total_of(lanes);
+}
+
+/* Adds the magnitudes of a block to `sums`: of x, of what is kept of x, of y, of what is kept of y. */
+void sm_sizes(const merge *m, int64_t first, int64_t n, double sums[4], float *scratch) {
+    const int64_t strip = sm_strip(m);
+    float *x = scratch, *y = x + strip;
+    for (int64_t at = 0; at < n; at += strip) {
+        const int64_t count = n - at < strip ? n - at : strip;
+        evaluate(&m->x, at, count, x);
+        evaluate(&m->y, at, count, y);
+        sums[0] += size_strip(count, x);
+        sums[2] += size_strip(count, y);
+        drop_strip(&m->draws, (uint32_t)(first + at), count, x, y);
+        sums[1] += size_strip(count, x);
+        sums[3] += size_strip(count, y);
+    }
+}
+
+/* Every stride-th magnitude of a block of one side; returns their number. */
+int64_t sm_look(const merge *m, int side, int64_t n, int64_t stride, float *found, float *scratch) {
+    const int64_t strip = sm_strip(m);
+    int64_t number = 0, next = 0;
+    for (int64_t at = 0; at < n; at += strip) {
+        const int64_t count = n - at < strip ? n - at : strip;
+        if (next >= at + count) continue;
+        evaluate(side ? &m->y : &m->x, at, count, scratch);
+        for (; next < at + count; next += stride) found[number++] = fabsf(scratch[next - at]);
+    }
+    return number;
+}
+
+/* Of one side's block: how many magnitudes lie above `high` (counts[0]) and how many in [low, high] (counts[1]), which
+ * are collected in `found` unless low = high. */
+void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_t counts[2], float *found,
+              float *scratch) {
+    const int64_t strip = sm_strip(m);
+    int64_t above = 0, inside = 0;
+    for (int64_t at = 0; at < n; at += strip) {
+        const int64_t count = n - at < strip ? n - at : strip;
+        int32_t more = 0, within = 0;
+        evaluate(side ? &m->y : &m->x, at, count, scratch);
+        for (int64_t i = 0; i < count; i++) {
+            float size = fabsf(scratch[i]);
+            more += size > high;
+            within += size >= low && size <= high;
+        }
+        above += more;
+        if (low == high || !within) {
+            inside += within;
+            continue;
+        }
+        for (int64_t i = 0; i < count; i++) {
+            float size = fabsf(scratch[i]);
+            found[inside] = size;
+            inside += size >= low && size <= high;
+        }
+    }
+    counts[0] = above;
+    counts[1] = inside;
+}
+
+/* Changes whenever a structure or a signature does: an old library is not called by new code. */
+int32_t sm_version(void) { return 1; }
+
+/* Whether the processor has the instructions that the library compiled with -march=x86-64-v3 uses. */
+int32_t sm_has_v3(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,102 @@
+"""The compiled merge kernels (native/merge.c): their structures, and the library where it was built.
+
+Calls release the interpreter's lock. Without the library, or with one that is older than this file, `LIBRARY` is
+None and torch does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+VERSION = 1
+"""What `sm_version` must say; changes with every structure, signature and result."""
+STRIP = 1024
+"""Elements merged at a time where no weight has a product."""
+ROWS = 4
+"""Rows merged at a time where one has."""
+DTYPES = {"F32": 0, "F16": 1, "BF16": 2}
+"""safetensors dtype -> its number there."""
+SUM, BLEND, TIES, DARE_LINEAR, DARE_TIES = range(5)
+KEEP_ALL, KEEP_NONE, KEEP_LARGEST = range(3)
+
+
+class Term(Structure):
+    """coefficient · data: a stored tensor's block."""
+
+    _fields_ = (("data", c_void_p), ("coefficient", c_float), ("dtype", c_int32))
+
+
+class Sum(Structure):
+    """The terms' sum, and left `(rows, rank)` @ right `(rank, columns)`, float32, where rank > 0."""
+
+    _fields_ = (
+        ("terms", POINTER(Term)), ("count", c_int64),
+        ("left", c_void_p), ("right", c_void_p), ("rank", c_int64), ("columns", c_int64),
+    )  # fmt: skip
+
+
+class Trim(Structure):
+    """What trimming keeps: `threshold` and how many of those at it, all of them if negative."""
+
+    _fields_ = (("ties", c_int64), ("threshold", c_float), ("kind", c_int32))
+
+
+class Draw(Structure):
+    """DARE's choice: the key's halves, and how many of 65536 draws keep an element."""
+
+    _fields_ = (("first", c_uint32), ("second", c_uint32), ("limit", c_uint32))
+
+
+class Consensus(Structure):
+    """TIES' election; `total` is alpha + beta."""
+
+    _fields_ = (
+        ("alpha", c_float), ("beta", c_float), ("total", c_float), ("scale", c_float), ("normalize", c_int32),
+    )  # fmt: skip
+
+
+class Merge(Structure):
+    """One tensor's merge: origin + method(x, y), stored as `dtype`."""
+
+    _fields_ = (
+        ("x", Sum), ("y", Sum), ("origin", Sum), ("method", c_int32), ("dtype", c_int32),
+        ("a", c_float), ("b", c_float), ("trims", Trim * 2), ("draw", Draw), ("scales", c_float * 2),
+        ("consensus", Consensus),
+    )  # fmt: skip
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    merge, pointer = POINTER(Merge), c_void_p
+    for name, arguments in {
+        "sm_merge": (merge, c_int64, c_int64, pointer, pointer, POINTER(c_int64)),
+        "sm_dots": (merge, c_int64, POINTER(c_double), pointer),
+        "sm_sizes": (merge, c_int64, c_int64, POINTER(c_double), pointer),
+        "sm_look": (merge, c_int32, c_int64, c_int64, pointer, pointer),
+        "sm_count": (merge, c_int32, c_int64, c_float, c_float, POINTER(c_int64), pointer, pointer),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, c_int64 if name == "sm_look" else None
+    return library
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """A library of this package by name, or None where it was not built or belongs to another version."""
+    found = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in found if path.exists()), None)
+    try:
+        library = ctypes.CDLL(str(path)) if path else None
+        return _declared(library) if library is not None and library.sm_version() == VERSION else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _best() -> ctypes.CDLL | None:
+    """The one for newer processors where this is one."""
+    plain = load("_merge")
+    return (load("_merge_v3") or plain) if plain is not None and plain.sm_has_v3() else plain
+
+
+LIBRARY = _best()
