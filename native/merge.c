@@ -368,6 +368,8 @@ int64_t sm_look(const merge *m, int side, int64_t n, int64_t stride, float *foun
     return number;
 }
 
+#define GROUP 32 /* elements that are collected only if one of them is wanted: a few in a hundred are */
+
 /* Of one side's block: how many magnitudes lie above `high` (counts[0]) and how many in [low, high] (counts[1]), which
  * are collected in `found` unless low = high. */
 void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_t counts[2], float *found,
@@ -376,27 +378,36 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
     int64_t above = 0, inside = 0;
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
-        int32_t more = 0, within = 0;
         evaluate(side ? &m->y : &m->x, at, count, scratch);
+        for (int64_t i = 0; i < count; i++) scratch[i] = fabsf(scratch[i]);
+        int32_t more = 0, within = 0;
         for (int64_t i = 0; i < count; i++) {
-            float size = fabsf(scratch[i]);
-            more += size > high;
-            within += size >= low && size <= high;
+            more += scratch[i] > high;
+            within += scratch[i] >= low && scratch[i] <= high;
         }
         above += more;
         if (low == high || !within) {
             inside += within;
             continue;
         }
-        for (int64_t i = 0; i < count; i++) {
-            float size = fabsf(scratch[i]);
-            found[inside] = size;
-            inside += size >= low && size <= high;
+        for (int64_t i = 0; i < count; i += GROUP) {
+            const int64_t end = i + GROUP < count ? i + GROUP : count;
+            int32_t some = i + GROUP > count;
+            if (!some)
+                for (int j = 0; j < GROUP; j++) some |= scratch[i + j] >= low && scratch[i + j] <= high;
+            if (some)
+                for (int64_t j = i; j < end; j++) {
+                    found[inside] = scratch[j]; /* what is not inside is overwritten by the next */
+                    inside += scratch[j] >= low && scratch[j] <= high;
+                }
         }
     }
     counts[0] = above;
     counts[1] = inside;
 }
+
+/* For checking that the caller's structure is laid out alike. */
+int64_t sm_size(void) { return sizeof(merge); }
 
 /* Changes whenever a structure or a signature does: an old library is not called by new code. */
 int32_t sm_version(void) { return 1; }

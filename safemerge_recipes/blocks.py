@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -106,18 +107,19 @@ class Reader:
 
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def _descriptor(self, path: str) -> int:
-        found = self._files.get(path)
-        if found is None:
-            try:
-                opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise ReadError(f"{path}: cannot be opened: {error.strerror}; it was readable when planned") from None
-            found = self._files.setdefault(path, opened)
-            if found != opened:  # another thread was first
-                os.close(opened)
-        return found
+        with self._opening:
+            found = self._files.get(path)
+            if found is None:
+                try:
+                    found = self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise ReadError(
+                        f"{path}: cannot be opened: {error.strerror}; it was readable when planned"
+                    ) from None
+            return found
 
     def read(self, ref: TensorRef, start: int, count: int, arena: Arena, slot: str) -> torch.Tensor:
         """Elements [start, start + count) of the flattened tensor, in its stored dtype, on the arena's device.

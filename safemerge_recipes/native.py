@@ -88,7 +88,8 @@ def load(name: str) -> ctypes.CDLL | None:
     path = next((path for path in found if path.exists()), None)
     try:
         library = ctypes.CDLL(str(path)) if path else None
-        return _declared(library) if library is not None and library.sm_version() == VERSION else None
+        fits = library is not None and (library.sm_version(), library.sm_size()) == (VERSION, ctypes.sizeof(Merge))
+        return _declared(library) if library is not None and fits else None
     except (OSError, AttributeError):
         return None
 

@@ -1,7 +1,8 @@
 """Gate and merge on another device: the same plan, the same decisions, the same results.
 
 Where there is no GPU, `cpu:0` stands for one: every block then goes through the staging buffers and back, as it would
-to a GPU, and the arithmetic is the CPU's, so that the bytes must be equal. With a GPU the same runs are made there.
+to a GPU, and the arithmetic is torch's on the CPU, so that the bytes must equal those of a machine without compiled
+kernels. With a GPU the same runs are made there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from safemerge_recipes import native
 from safemerge_recipes.execute import Resources
 from safemerge_recipes.loading import load_recipe
 from safemerge_recipes.provenance import Digests
@@ -38,8 +40,9 @@ def _merged(recipe: dict[str, Any], output: Path, device: str) -> tuple[dict[str
 @pytest.mark.parametrize("sides", ["full", "adapters"])
 @pytest.mark.parametrize("method", METHODS)
 def test_another_device_decides_and_merges_alike(
-    wide: pico.Family, method: str, sides: str, device: str, tmp_path: Path
+    wide: pico.Family, method: str, sides: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(native, "LIBRARY", None)
     end = "-lora" if sides == "adapters" else ""
     sources: dict[str, Any] = {role: str(wide / role) for role in ("base", "aligned")}
     for role in ("finetuned", "safety"):

@@ -1,0 +1,301 @@
+"""The compiled kernels give torch's bytes, on every kind of processor they are compiled for."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safemerge_recipes import native, native_blocks, torch_blocks
+from safemerge_recipes.algebra import LowRank, Stored, Weight
+from safemerge_recipes.blocks import Arena, Reader
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.header import read_header
+from safemerge_recipes.kernels import BLOCK
+from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.shards import Slot
+from safemerge_recipes.work import Apply, Kernel, Sum, Tools
+
+pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="the kernels were not compiled")
+
+PLAIN = native.load("_merge")
+LIBRARIES = {"plain": PLAIN, "best": native.LIBRARY}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EVEN = Consensus((0.5, 0.5), True, 1.0)
+KERNELS: dict[str, Kernel] = {
+    "slerp": Slerp(0.3),
+    "ties": Ties(0.3, Consensus((0.8, 0.2), True, 0.9)),
+    "ties, plain sum": Ties(0.7, Consensus((0.6, 0.4), False, 1.0)),
+    "ties, one side": Ties(0.5, Consensus((1.0, 0.0), True, 1.3)),
+    "ties, all": Ties(1.0, EVEN),
+    "ties, none": Ties(0.0, EVEN),
+    "dare": Dare(Draw(0.4, 1), False, (0.7, 0.3), None),
+    "dare, l1": Dare(Draw(0.4, 2), True, (0.7, 0.3), None),
+    "dare, ties": Dare(Draw(0.5, 3), True, (0.7, 0.3), EVEN),
+    "dare, all": Dare(Draw(1.0, 3), False, (0.7, 0.3), EVEN),
+}
+
+
+def _store(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Weight]:
+    save_file(tensors, folder / "x.safetensors")
+    return {name: Weight.of(Stored(ref)) for name, ref in read_header(folder / "x.safetensors").items()}
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 0.02) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def _models(folder: Path, shape: tuple[int, ...], dtypes: dict[str, str]) -> dict[str, Weight]:
+    """Aligned, fine-tuned and safety, which differ by updates with many equal magnitudes."""
+    near = _normal(shape, torch.float32, 0)
+    return _store(
+        folder,
+        {
+            role: (near + seed * _normal(shape, torch.float32, seed, 1e-3)).to(DTYPES[dtype])
+            for seed, (role, dtype) in enumerate(dtypes.items())
+        },
+    )
+
+
+def _bytes(rounded: Callable[..., Any], work: Any, dtype: str, shape: tuple[int, ...], allow: bool = False) -> bytes:
+    slot = Slot("w", dtype, shape, 0, 0, 0)
+    with Reader() as reader:
+        return b"".join(map(bytes, rounded(work, slot, Tools(reader, Arena(), 0), threading.Event(), allow)))
+
+
+def _merged(work: Any, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The bytes, which must be the same from every library."""
+    assert native_blocks.fits(work, dtype)
+    found = []
+    for library in LIBRARIES.values():
+        monkeypatch.setattr(native, "LIBRARY", library)
+        found.append(_bytes(native_blocks.rounded, work, dtype, shape))
+    assert found[0] == found[1]
+    return found[0]
+
+
+SIZES = [(1,), (3, 5), (1023,), (64, 1025), (3, BLOCK // 2 + 7)]
+
+
+@pytest.mark.parametrize("method", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SIZES)
+def test_methods_give_the_bytes_of_torch(
+    method: str, dtype: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = _models(tmp_path, shape, {"aligned": dtype, "finetuned": dtype, "safety": "BF16"})
+    a, f, s = w["aligned"], w["finetuned"], w["safety"]
+    for work in (Apply(a, (f - a, s - a), KERNELS[method]), Apply(Weight(), (f, s), KERNELS[method])):
+        expected = _bytes(torch_blocks.rounded, work, dtype, shape)
+        assert _merged(work, dtype, shape, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("shape", SIZES)
+def test_sums_give_the_bytes_of_torch(
+    stored: str, dtype: str, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = _models(tmp_path, shape, {"aligned": stored, "finetuned": "F32", "safety": stored})
+    a, f, s = w["aligned"], w["finetuned"], w["safety"]
+    for weight in (0.7 * f + 0.3 * s, 1.0 * a + 1.0 * f + -1.0 * s, 0.3 * s, a, a + 0.4 * (f - s), Weight()):
+        work = Sum(weight)
+        assert _merged(work, dtype, shape, monkeypatch) == _bytes(torch_blocks.rounded, work, dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_every_stored_number_is_read_as_torch_reads_it(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
+    finite = every[every.isfinite()]
+    w = _store(tmp_path, {"x": finite})
+    found = _merged(Sum(w["x"]), "F32", tuple(finite.shape), monkeypatch)
+    assert found == finite.float().numpy().tobytes()
+
+
+NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.integers(0, 2**32 - 1).map(
+    lambda bits: float(np.uint32(bits).view(np.float32))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=st.lists(NUMBERS.filter(math.isfinite), min_size=1, max_size=40), dtype=st.sampled_from(["F16", "BF16"]))
+def test_numbers_are_rounded_as_torch_rounds_them(
+    values: list[float], dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    work = Sum(_store(tmp_path_factory.mktemp("x"), {"x": x})["x"])
+    found = _bytes(native_blocks.rounded, work, dtype, tuple(x.shape), allow=True)
+    assert found == x.to(DTYPES[dtype]).view(torch.int16).numpy().tobytes()
+
+
+def test_halves_between_two_numbers_are_rounded_to_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every middle between neighbouring float16 numbers, subnormals too, and what lies just beside it."""
+    every = torch.arange(0x7BFF, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    following = torch.arange(1, 0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    middle = (every + following) / 2  # exact in float32
+    up, down = (torch.nextafter(middle, torch.tensor(end)) for end in (math.inf, -math.inf))
+    x = torch.cat([middle, up, down, -middle])
+    found = _merged(Sum(_store(tmp_path, {"x": x})["x"]), "F16", tuple(x.shape), monkeypatch)
+    assert found == x.half().view(torch.int16).numpy().tobytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (9, 100), (130, 257), (3, BLOCK // 2 + 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_exact_to_rounding(
+    shape: tuple[int, int], transposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, (rows, columns) = 7, shape
+    factors = {"b": (columns, rank) if transposed else (rows, rank), "a": (rank, rows if transposed else columns)}
+    tensors = {name: _normal(size, torch.bfloat16, 5, 1.0) for name, size in factors.items()}
+    tensors["w"] = _normal(shape, torch.bfloat16, 6)
+    w = _store(tmp_path, tensors)
+    b, a = (w[name].stored for name in ("b", "a"))
+    assert b is not None
+    assert a is not None
+    update = Weight.of(LowRank(b, a, 1.5, transposed))
+    product = tensors["b"].double() @ tensors["a"].double()
+    dense = 1.5 * (product.T if transposed else product)
+    found = np.frombuffer(_merged(Sum(w["w"] + 0.5 * update), "F32", shape, monkeypatch), np.float32)
+    wanted = tensors["w"].double() + 0.5 * dense
+    torch.testing.assert_close(torch.tensor(found).double().view(shape), wanted, rtol=1e-5, atol=1e-5)
+    # Inside a method, and added to its result.
+    work = Apply(w["w"], (update, -1.0 * update + w["w"]), KERNELS["slerp"])
+    merged = np.frombuffer(_merged(work, "F32", shape, monkeypatch), np.float32)
+    by_torch = np.frombuffer(_bytes(torch_blocks.rounded, work, "F32", shape), np.float32)
+    np.testing.assert_allclose(merged, by_torch, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", ["slerp", "ties", "ties, plain sum", "dare", "dare, l1", "dare, ties"])
+@pytest.mark.parametrize("place", ["finetuned", "safety"])
+def test_what_is_not_finite_is_refused_wherever_it_is(value: float, method: str, place: str, tmp_path: Path) -> None:
+    n = 3000
+    tensors = {role: _normal((n,), torch.float32, seed) for seed, role in enumerate(("finetuned", "safety"))}
+    tensors[place][1234:] = value  # more than any method drops
+    w = _store(tmp_path, tensors)
+    work = Apply(Weight(), (w["finetuned"], w["safety"]), KERNELS[method])
+    for rounded in (native_blocks.rounded, torch_blocks.rounded):
+        with pytest.raises(SourceError, match="NaN or infinite"):
+            _bytes(rounded, work, "BF16", (n,), allow=True)
+
+
+def test_one_bad_number_is_enough(tmp_path: Path) -> None:
+    for place in (0, 1023, 1024, 2999):
+        x = _normal((3000,), torch.bfloat16, 0)
+        x[place] = math.inf
+        with pytest.raises(SourceError, match=r"w: 1 merged values are NaN or infinite; expected .*x\.safetensors"):
+            _bytes(native_blocks.rounded, Sum(_store(tmp_path, {"x": x})["x"]), "F32", (3000,))
+
+
+def test_values_that_do_not_fit_are_refused_or_allowed(tmp_path: Path) -> None:
+    w = _store(tmp_path, {"x": torch.tensor([1.0, 65520.0, 70000.0, -1e9, 65519.0])})
+    with pytest.raises(SourceError, match="3 merged values do not fit F16"):
+        _bytes(native_blocks.rounded, Sum(w["x"]), "F16", (5,))
+    found = np.frombuffer(_bytes(native_blocks.rounded, Sum(w["x"]), "F16", (5,), allow=True), np.float16)
+    assert found.tolist() == [1.0, math.inf, math.inf, -math.inf, 65504.0]
+
+
+def test_what_needs_float64_or_is_not_compiled_goes_to_torch(tmp_path: Path) -> None:
+    w = _store(tmp_path, {"x": torch.ones(3), "wide": torch.ones(3, dtype=torch.float64)})
+    assert native_blocks.fits(Sum(w["x"]), "F32")
+    assert not native_blocks.fits(Sum(w["wide"]), "F32")
+    assert not native_blocks.fits(Sum(w["x"]), "F64")
+
+    class Mean:
+        pass
+
+    assert not native_blocks.fits(Apply(Weight(), (w["x"],), Mean()), "F32")  # type: ignore[arg-type]
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.load("_merge") is not None
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    assert native.load("_merge") is None
+    assert native.load("_no_such_library") is None
+
+
+def test_structures_are_laid_out_as_in_c() -> None:
+    """The sizes that the compiler sees, by way of a field behind all others."""
+    assert native.LIBRARY is not None
+    merge = native.Merge()
+    merge.x.rank = 2
+    merge.x.columns = 11
+    native.LIBRARY.sm_strip.restype = ctypes.c_int64
+    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.ROWS * 11
+    merge.x.rank = 0
+    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.STRIP
+    merge.origin.rank, merge.origin.columns = 1, 5
+    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.ROWS * 5
+    assert native.LIBRARY.sm_size() == ctypes.sizeof(native.Merge)
+
+
+def test_a_merge_that_is_all_compiled_does_not_load_torch(
+    llama: Any, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    sources: dict[str, Any] = {role: llama / role for role in ("base", "aligned")}
+    sources |= {role: {"adapter": str(llama / f"{role}-lora")} for role in ("finetuned", "safety")}
+    code = (
+        "import sys; from safemerge_recipes.program import guarded; from safemerge_recipes.cli import run_app as app\n"
+        "code = guarded(lambda: app(sys.argv[1:], standalone_mode=False))\n"
+        "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    for method in ("linear", "slerp", "ties", "dare_ties"):
+        path = recipe(sources=sources, gate={"tau": 0.5}, merge={"method": method})
+        output = tmp_path / method
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path), "--output", str(output)], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+        plan = json.loads((output / "safemerge_plan.json").read_text())
+        assert plan["summary"]["merged"]
+
+
+def test_a_machine_without_the_library_merges_alike(
+    llama: Any, call: Callable[..., Any], recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in ("linear", "ties"):
+        path = recipe(
+            sources={role: llama / role for role in ("base", "aligned", "finetuned", "safety")},
+            gate={"fraction": 0.5}, merge={"method": method},
+        )  # fmt: skip
+        found = []
+        for library in (native.LIBRARY, None):
+            monkeypatch.setattr(native, "LIBRARY", library)
+            output = tmp_path / f"{method}-{library is None}"
+            assert call("run", path, "--output", output).code == 0
+            found.append((output / "model.safetensors").read_bytes())
+            manifest = json.loads((output / "safemerge_manifest.json").read_text())
+            assert manifest["versions"]["native"] == ("not built" if library is None else str(native.VERSION))
+        assert found[0] == found[1]
+        monkeypatch.undo()
+
+
+def test_ties_are_kept_by_position_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant tensor: what is kept of it is its beginning, in a later block and in the middle of a strip."""
+    n = 2 * BLOCK + 5000
+    w = _store(tmp_path, {"x": torch.full((n,), 0.25), "y": torch.zeros(n)})
+    keep = BLOCK + 1500
+    kernel = Ties(keep / n, Consensus((1.0, 0.0), False, 1.0))
+    work = replace(Apply(Weight(), (w["x"], w["y"]), kernel))
+    found = np.frombuffer(_merged(work, "F32", (n,), monkeypatch), np.float32)
+    kept = kernel.kept(n)
+    assert abs(kept - keep) <= 1
+    assert (found[:kept] == 0.25).all()
+    assert not found[kept:].any()
