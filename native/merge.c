@@ -169,6 +169,15 @@ int64_t sm_strip(const merge *m) {
     return STRIP;
 }
 
+/* The first n elements of a weight; for measuring. */
+void sm_evaluate(const weight *w, int64_t n, float *out) {
+    if (w->rank) {
+        evaluate(w, 0, n, out);
+        return;
+    }
+    for (int64_t at = 0; at < n; at += STRIP) evaluate(w, at, n - at < STRIP ? n - at : STRIP, out + at);
+}
+
 static void trim_strip(trim *t, int64_t n, float *restrict x) {
     const float threshold = t->threshold;
     if (t->kind == 0) return;
@@ -410,7 +419,7 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
 int64_t sm_size(void) { return sizeof(merge); }
 
 /* Changes whenever a structure or a signature does: an old library is not called by new code. */
-int32_t sm_version(void) { return 1; }
+int32_t sm_version(void) { return 2; }
 
 /* Whether the processor has the instructions that the library compiled with -march=x86-64-v3 uses. */
 int32_t sm_has_v3(void) {

@@ -7,11 +7,12 @@ None and torch does the work.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 """What `sm_version` must say; changes with every structure, signature and result."""
 STRIP = 1024
 """Elements merged at a time where no weight has a product."""
@@ -72,6 +73,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     merge, pointer = POINTER(Merge), c_void_p
     for name, arguments in {
         "sm_merge": (merge, c_int64, c_int64, pointer, pointer, POINTER(c_int64)),
+        "sm_evaluate": (POINTER(Sum), c_int64, pointer),
         "sm_dots": (merge, c_int64, POINTER(c_double), pointer),
         "sm_sizes": (merge, c_int64, c_int64, POINTER(c_double), pointer),
         "sm_look": (merge, c_int32, c_int64, c_int64, pointer, pointer),
@@ -80,6 +82,14 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int64 if name == "sm_look" else None
     return library
+
+
+def terms(stored: Sequence[tuple[float, str, int]]) -> ctypes.Array[Term]:
+    """Terms from (coefficient, safetensors dtype, address of the block)."""
+    found = (Term * len(stored))()
+    for term, (coefficient, dtype, address) in zip(found, stored, strict=True):
+        term.coefficient, term.dtype, term.data = coefficient, DTYPES[dtype], address
+    return found
 
 
 def load(name: str) -> ctypes.CDLL | None:

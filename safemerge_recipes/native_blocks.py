@@ -90,10 +90,7 @@ class _Blocks:
 
     def _point(self, place: native.Sum, weight: Weight) -> None:
         stored = [(float(c), operand.ref) for c, operand in weight if isinstance(operand, Stored)]
-        terms = (native.Term * len(stored))()
-        for term, (coefficient, ref) in zip(terms, stored, strict=True):
-            term.data, term.coefficient = self.raw[self.refs.index(ref)].ctypes.data, coefficient
-            term.dtype = native.DTYPES[ref.dtype]
+        terms = native.terms([(c, ref.dtype, self.raw[self.refs.index(ref)].ctypes.data) for c, ref in stored])
         place.terms, place.count = terms, len(stored)
         self._kept.append(terms)
         thin = Weight(tuple((c, operand) for c, operand in weight if isinstance(operand, LowRank)))

@@ -1,7 +1,7 @@
 """Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
 
 The same arithmetic as `kernels.Evaluator`, for the weights that need no other: float32 (float64 where a float64
-tensor takes part), a row block at a time. Loading torch takes longer than gating a model of a billion parameters.
+tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a model of a billion parameters.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from safemerge_recipes import native
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.header import DTYPE_BITS, FLOAT_DTYPES, TensorRef
@@ -40,9 +41,17 @@ class PlainRows:
         self.dtype = np.dtype(np.float64 if wide else np.float32)
         self._step = min(self.rows, max(1, block // self.columns))
         size = self._step * self.columns
-        width = max(DTYPE_BITS[ref.dtype] // 8 for _, ref in self._terms)
-        self._sum, self._term = (arena.array(slot, size, self.dtype) for slot in ("sum", "term"))
-        self._raw = arena.array("raw", size * width, np.uint8)
+        self._sum = arena.array("sum", size, self.dtype)
+        self._raw = [
+            arena.array(f"raw {number}", size * DTYPE_BITS[ref.dtype] // 8, np.uint8)
+            for number, (_, ref) in enumerate(self._terms)
+        ]
+        self._term = arena.array("term", size, self.dtype)
+        self._native = None
+        if native.LIBRARY is not None and all(ref.dtype in native.DTYPES for _, ref in self._terms):
+            self._native = native.terms(
+                [(c, ref.dtype, raw.ctypes.data) for (c, ref), raw in zip(self._terms, self._raw, strict=True)]
+            )
 
     def lift(self, x: np.ndarray) -> np.ndarray:
         """The array as it goes into products with the blocks."""
@@ -53,24 +62,25 @@ class PlainRows:
         for first in range(0, self.rows, self._step):
             rows = slice(first, min(first + self._step, self.rows))
             count = (rows.stop - first) * self.columns
-            total, term = self._sum[:count], self._term[:count]
-            for number, (coefficient, ref) in enumerate(self._terms):
-                into = term if number else total
-                self._load(ref, first * self.columns, into)
-                if coefficient == -1 and number:
-                    total -= term
-                    continue
-                if coefficient != 1:
-                    into *= coefficient
-                if number:
-                    total += term
+            for (_, ref), raw in zip(self._terms, self._raw, strict=True):
+                width = DTYPE_BITS[ref.dtype] // 8
+                at = ref.offset + first * self.columns * width
+                self._reader.read_bytes(ref.path, at, raw[: count * width].data)
+            total = self._sum[:count]
+            if self._native is not None and native.LIBRARY is not None:
+                native.LIBRARY.sm_evaluate(native.Sum(self._native, len(self._native)), count, total.ctypes.data)
+            else:
+                self._add_up(total)
             yield rows, total.reshape(-1, self.columns)
 
-    def _load(self, ref: TensorRef, start: int, into: np.ndarray) -> None:
-        width = DTYPE_BITS[ref.dtype] // 8
-        raw = self._raw[: len(into) * width]
-        self._reader.read_bytes(ref.path, ref.offset + start * width, raw.data)
-        widen(raw, ref.dtype, into)
+    def _add_up(self, total: np.ndarray) -> None:
+        for number, ((coefficient, ref), raw) in enumerate(zip(self._terms, self._raw, strict=True)):
+            into = self._term[: len(total)] if number else total
+            widen(raw[: len(total) * DTYPE_BITS[ref.dtype] // 8], ref.dtype, into)
+            if coefficient != 1:
+                into *= coefficient
+            if number:
+                total += into
 
 
 def widen(raw: np.ndarray, dtype: str, into: np.ndarray) -> None:
