@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from safemerge_recipes.overview import (
     FORMULAS,
     Overview,
@@ -96,8 +98,6 @@ def render_card(
     Raises:
         ValueError: huggingface_hub does not accept the metadata.
     """
-    from huggingface_hub import ModelCard
-
     view = read_plan(plan)
     origin = provenance if isinstance(provenance, Mapping) else {}
     sources = _sources(view, origin)
@@ -116,9 +116,7 @@ def render_card(
         )
         if part
     )
-    card = f"---\n{_metadata(view, sources, groups)}\n---\n\n{body}\n"
-    ModelCard(card)  # parses the metadata again: what we publish is what the hub will read
-    return card
+    return f"---\n{_metadata(view, sources, groups)}\n---\n\n{body}\n"
 
 
 def markdown(value: object, limit: int = 300) -> str:
@@ -184,7 +182,7 @@ def _license(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(view: Overview, sources: Mapping[str, Mapping[str, Any]], groups: Mapping[str, list[Score]]) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub.repocard_data import EvalResult, ModelCardData  # not all of the hub's client
 
     bases = list(dict.fromkeys(name for source in sources.values() if (name := hub_id(source))))
     results = [
@@ -210,7 +208,9 @@ def _metadata(view: Overview, sources: Mapping[str, Mapping[str, Any]], groups: 
         **_license(sources),
         **more,
     )
-    return data.to_yaml()
+    text = data.to_yaml()
+    ModelCardData(**yaml.safe_load(text))  # what we publish is what the hub will read
+    return text
 
 
 # Body

@@ -14,10 +14,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes import native_blocks, torch_blocks
+from safemerge_recipes.ahead import AHEAD, ahead
 from safemerge_recipes.blocks import Arena, Reader, write_bytes
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
 from safemerge_recipes.finite import non_finite
@@ -27,8 +29,10 @@ from safemerge_recipes.pool import StoppedError, check, run_parallel
 from safemerge_recipes.shards import Layout
 from safemerge_recipes.work import Copy, Tools
 
-HASH_CHUNK = 1 << 22
-"""Bytes hashed at once."""
+HASH_CHUNK = 1 << 21
+"""Bytes hashed at once: whole elements of any dtype."""
+ALIGNED = 8
+"""Bytes of the widest element."""
 FLUSH_CHUNK = 1 << 26
 """Bytes after which the kernel is asked to begin writing to the disk."""
 _ALONE: AbstractContextManager[Any] = contextlib.nullcontext()
@@ -118,7 +122,10 @@ class Files:
 
 
 class Sealer(threading.Thread):
-    """Reads each file back behind the workers, checks and hashes it, seals it when its last tensor is there."""
+    """Reads each file back behind the workers, checks and hashes it, seals it when its last tensor is there.
+
+    Reading and checking a piece goes on while the one before is hashed, which takes longest.
+    """
 
     def __init__(self, files: Files, tasks: tuple[Task, ...], stop: threading.Event) -> None:
         super().__init__(daemon=True)
@@ -150,14 +157,13 @@ class Sealer(threading.Thread):
                 by_shard.setdefault(task.slot.shard, []).append(task)
             for shard, tasks in sorted(by_shard.items()):
                 digest = hashlib.sha256(self.files.layout.headers[shard])
-                flushed = 0
-                for task in sorted(tasks, key=lambda task: task.slot.offset):
-                    self._wait(task.slot.name)
-                    self._follow(task, digest)
-                    end = task.slot.offset + task.slot.nbytes
-                    if end - flushed >= FLUSH_CHUNK:
-                        self.files.flush(shard, flushed, end)
-                        flushed = end
+                flushed = at = len(self.files.layout.headers[shard])
+                for piece in ahead(self._checked(sorted(tasks, key=lambda task: task.slot.offset)), self.stop):
+                    digest.update(piece)
+                    at += len(piece)
+                    if at - flushed >= FLUSH_CHUNK:
+                        self.files.flush(shard, flushed, at)
+                        flushed = at
                 self.files.seal(shard)
                 self.digests[self.files.layout.files[shard]] = digest.hexdigest()
         except StoppedError:
@@ -166,42 +172,59 @@ class Sealer(threading.Thread):
             self.error = error
             self.stop.set()
 
-    def _follow(self, task: Task, digest: hashlib._Hash) -> None:
-        """Hashes one tensor as it lies on the disk and compares it with what was meant to be there."""
+    def _checked(self, tasks: list[Task]) -> Iterator[memoryview]:
+        """The tensors' bytes of one file, in pieces that stay as they are while two more are made.
+
+        Every tensor is compared with what was meant to be there when its last byte was read.
+        """
         import xxhash
 
-        slot, own, bad = task.slot, xxhash.xxh3_128(), 0
-        copied = isinstance(task.work, Copy)  # computed tensors were checked when they were rounded
-        for piece in _pieces(self.files.descriptors[slot.shard], slot.offset, slot.nbytes):
-            digest.update(piece)
-            own.update(piece)
-            bad += non_finite(piece, slot.dtype) if copied else 0
-        self.tensors[slot.name] = own.hexdigest()
+        buffers = cycle([memoryview(bytearray(HASH_CHUNK)) for _ in range(AHEAD)])
+        piece, filled = next(buffers), 0
+        for task in tasks:
+            self._wait(task.slot.name)
+            slot, own, bad = task.slot, xxhash.xxh3_128(), 0
+            copied = isinstance(task.work, Copy)  # computed tensors were checked when they were rounded
+            at, end = slot.offset, slot.offset + slot.nbytes
+            if filled % ALIGNED:  # no element in two pieces
+                yield piece[:filled]
+                piece, filled = next(buffers), 0
+            while at < end:
+                part = piece[filled : min(filled + end - at, HASH_CHUNK)]
+                _fill(self.files.descriptors[slot.shard], at, part)
+                own.update(part)
+                bad += non_finite(part, slot.dtype) if copied else 0
+                at, filled = at + len(part), filled + len(part)
+                if filled == HASH_CHUNK:
+                    yield piece
+                    piece, filled = next(buffers), 0
+            self._check(task, own.hexdigest(), bad)
+        if filled:
+            yield piece[:filled]
+
+    def _check(self, task: Task, found: str, bad: int) -> None:
+        name = task.slot.name
+        self.tensors[name] = found
         if bad:
             ref = task.work.refs[0]
             raise SourceError(
-                f"{ref.path}: {slot.name}: {bad} of {ref.numel} values are NaN or infinite; expected finite weights"
+                f"{ref.path}: {name}: {bad} of {ref.numel} values are NaN or infinite; expected finite weights"
             )
-        if self._done[slot.name] not in (None, own.hexdigest()):
+        if self._done[name] not in (None, found):
             raise WriteError(
-                f"{self.files.folder}: {slot.name}: the bytes read back are not those written; is the disk failing, or "
+                f"{self.files.folder}: {name}: the bytes read back are not those written; is the disk failing, or "
                 "another program writing there? The same command writes the tensor again"
             )
 
 
-def _pieces(file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-    """A region in pieces of `HASH_CHUNK` bytes, the last one shorter."""
-    buffer = memoryview(bytearray(min(HASH_CHUNK, nbytes)))
-    end = offset + nbytes
-    while offset < end:
-        piece, filled = buffer[: min(len(buffer), end - offset)], 0
-        while filled < len(piece):
-            got = os.preadv(file, [piece[filled:]], offset + filled)
-            if not got:
-                raise WriteError("a weight file became shorter while it was written; is another program changing it?")
-            filled += got
-        yield piece
-        offset += filled
+def _fill(file: int, offset: int, view: memoryview) -> None:
+    """Reads all of `view` from byte `offset` on."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(file, [view[done:]], offset + done)
+        if not got:
+            raise WriteError("a weight file became shorter while it was written; is another program changing it?")
+        done += got
 
 
 def region_digest(file: int, offset: int, nbytes: int) -> str:
@@ -209,7 +232,10 @@ def region_digest(file: int, offset: int, nbytes: int) -> str:
     import xxhash
 
     digest = xxhash.xxh3_128()
-    for piece in _pieces(file, offset, nbytes):
+    buffer = memoryview(bytearray(min(HASH_CHUNK, nbytes)))
+    for at in range(0, nbytes, HASH_CHUNK):
+        piece = buffer[: min(HASH_CHUNK, nbytes - at)]
+        _fill(file, offset + at, piece)
         digest.update(piece)
     return digest.hexdigest()
 

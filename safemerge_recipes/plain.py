@@ -1,7 +1,8 @@
 """Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
 
 The same arithmetic as `kernels.Evaluator`, for the weights that need no other: float32 (float64 where a float64
-tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a model of a billion parameters.
+tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a
+model of a billion parameters.
 """
 
 from __future__ import annotations
