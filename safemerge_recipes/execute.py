@@ -8,8 +8,10 @@ method may hold between passes within the budget. Knows no recipe, no gate and n
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -35,7 +37,20 @@ ALIGNED = 8
 """Bytes of the widest element."""
 FLUSH_CHUNK = 1 << 26
 """Bytes after which the kernel is asked to begin writing to the disk."""
+_WRITE = 2
+"""SYNC_FILE_RANGE_WRITE of Linux."""
 _ALONE: AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+def _system_call(name: str, *arguments: type[ctypes._SimpleCData[int]]) -> Callable[..., int] | None:
+    """A function of the C library that Python does not offer, where there is one."""
+    found = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if found is not None:
+        found.argtypes = arguments
+    return found
+
+
+_start_writing = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +115,9 @@ class Files:
         return file
 
     def flush(self, shard: int, start: int, end: int) -> None:
-        """Begins to write a region to the disk and does not wait, so that less is left to do when sealing.
-
-        The advice is to forget the pages; the kernel first starts writing those that are not on the disk yet,
-        and keeps them.
-        """
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptors[shard], start, end - start, os.POSIX_FADV_DONTNEED)
+        """Begins to write a region to the disk and does not wait, so that less is left to do when sealing."""
+        if _start_writing is not None:
+            _start_writing(self.descriptors[shard], start, end - start, _WRITE)
 
     def seal(self, shard: int) -> None:
         """Flushes a file to the disk and gives it its final name."""
