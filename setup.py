@@ -4,7 +4,7 @@ import platform
 
 from setuptools import Extension, setup
 
-FLAGS = ["-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-g0", "-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def library(name: str, *flags: str) -> Extension:

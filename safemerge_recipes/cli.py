@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safemerge_recipes import __version__
+from safemerge_recipes import __version__, native
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.program import run_program
 
@@ -453,7 +453,8 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(__version__)
+        kernels = "compiled kernels" if native.LIBRARY is not None else "kernels not compiled: slower, see the README"
+        print(f"{__version__} ({kernels})")
         raise typer.Exit
 
 
