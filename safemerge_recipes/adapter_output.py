@@ -23,9 +23,9 @@ from safemerge_recipes.algebra import Stored, Weight, exact
 from safemerge_recipes.blocks import Arena, Reader, torch_dtype
 from safemerge_recipes.checkpoint import same_bytes
 from safemerge_recipes.errors import PlanError, SourceError
+from safemerge_recipes.evaluator import joined_factors
 from safemerge_recipes.graph import Graph, Task
 from safemerge_recipes.header import TensorRef, header_bytes
-from safemerge_recipes.kernels import joined_factors
 from safemerge_recipes.low_rank import recompress, truncate
 from safemerge_recipes.methods import Slerp
 from safemerge_recipes.names import is_block_matrix

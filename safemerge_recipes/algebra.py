@@ -4,7 +4,7 @@ A weight of any role is a sum of terms, each an exact rational coefficient times
 stored, the product of two LoRA factors, or one of the rarer things in `operands`. Differences of roles are
 differences of sums, in which equal operands cancel: with two adapters on one model, W_f − W_a is the product
 of the factors alone, and αW_f + (1−α)W_s over full checkpoints does not mention W_a any more. Knows nothing
-of files being read or of torch; `kernels` turns sums into numbers.
+of files being read or of torch; `evaluator` turns sums into numbers.
 """
 
 from __future__ import annotations

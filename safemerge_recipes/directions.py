@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.dense import panel_width
-from safemerge_recipes.kernels import joined_factors
+from safemerge_recipes.evaluator import joined_factors
 from safemerge_recipes.null import SMALL
 from safemerge_recipes.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram
 from safemerge_recipes.streamed import Streamed, square_sum

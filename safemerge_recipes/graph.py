@@ -16,10 +16,10 @@ from safemerge_recipes.catalogue import METHODS, Method, Sides
 from safemerge_recipes.checkpoint import FileIdentity
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.header import FLOAT_DTYPES
-from safemerge_recipes.kernels import BLOCK
 from safemerge_recipes.methods import FORMS, KERNELS, Ties
 from safemerge_recipes.native_blocks import fits, memory
 from safemerge_recipes.plan import Outlook, Plan, TensorPlan, told
+from safemerge_recipes.ranges import largest
 from safemerge_recipes.roles import Family
 from safemerge_recipes.shards import Layout, Slot, lay_out
 from safemerge_recipes.threshold import HELD, LOOKS
@@ -205,17 +205,9 @@ def build_graph(
     return Graph(layout, tuple(tasks))
 
 
-def block_elements(shape: tuple[int, ...]) -> int:
-    """Elements of the largest block of a tensor of this shape."""
-    total = 1
-    for size in shape:
-        total *= size
-    return min(total, max(BLOCK, shape[-1] if shape else 1))
-
-
 def task_memory(task: Task) -> int:
     """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
-    work, block = task.work, block_elements(task.slot.shape)
+    work, block = task.work, largest(task.slot.shape)
     width = 8 if "F64" in {ref.dtype for ref in work.refs} else 4
     if isinstance(work, Copy):
         return 1 << 22

@@ -13,9 +13,9 @@ from safemerge_recipes import native
 from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.finite import refuse_non_finite
 from safemerge_recipes.header import DTYPE_BITS, TensorRef
-from safemerge_recipes.kernels import blocks, has_factors
 from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
 from safemerge_recipes.pool import check
+from safemerge_recipes.ranges import has_factors, ranges
 from safemerge_recipes.shards import Slot
 from safemerge_recipes.threshold import Bracket, Trim, trims
 from safemerge_recipes.work import Apply, Kernel, Sum, Tools, Work
@@ -69,7 +69,7 @@ class _Blocks:
         assert native.LIBRARY is not None  # callers have asked `fits`
         self.library, self.reader, arena = native.LIBRARY, tools.reader, tools.arena
         weights, shape, dtype = _weights(work), slot.shape, slot.dtype
-        self.ranges = list(blocks(shape, any(map(has_factors, weights))))
+        self.ranges = list(ranges(shape, any(map(has_factors, weights))))
         self.columns = shape[-1] if shape else 1
         largest = max((last - first for first, last in self.ranges), default=0)
         self.refs = _stored(work)

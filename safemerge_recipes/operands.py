@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from safemerge_recipes.algebra import LowRank, Naming, Operand, Stored, Weight
 from safemerge_recipes.header import TensorRef
+from safemerge_recipes.ranges import ranges
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ class LowRankStack:
 
     def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
         """Rows of one expert after the other; a block may begin and end inside experts."""
-        from safemerge_recipes.kernels import load
+        from safemerge_recipes.evaluator import load
 
         a = load(reader, self.a, dtype, arena.device).view(self.count, -1, self.a.shape[1]) * self.scale
         b = load(reader, self.b, dtype, arena.device).view(self.b.shape[0], -1, self.count).permute(2, 0, 1)
@@ -135,12 +136,12 @@ class Rescaled:
         """Norms first, in one pass over the weight; sums of squares in float64."""
         import torch
 
-        from safemerge_recipes.kernels import Evaluator, blocks, load
+        from safemerge_recipes.evaluator import Evaluator, load
 
         evaluate = Evaluator((self.weight,), reader, arena, f"{slot}:in", dtype)
         width = self.shape[-1]
         squares = torch.zeros(self.magnitude.numel, dtype=torch.float64, device=arena.device)
-        for start, stop in blocks(self.shape, whole_rows=True):
+        for start, stop in ranges(self.shape, whole_rows=True):
             part = evaluate(start, stop)[0].view(-1, width)
             if self.columns:
                 squares += (part * part).double().sum(dim=0)
@@ -185,7 +186,7 @@ class Rows:
 
     def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
         """Rows are taken from run to run."""
-        from safemerge_recipes.kernels import Evaluator
+        from safemerge_recipes.evaluator import Evaluator
 
         sources = [
             Evaluator((part,), reader, arena, f"{slot}:{number}", dtype) for number, part in enumerate(self.parts)
@@ -238,11 +239,11 @@ class Transposed:
         """Evaluates the whole matrix at once."""
         import torch
 
-        from safemerge_recipes.kernels import Evaluator, blocks
+        from safemerge_recipes.evaluator import Evaluator
 
         evaluate = Evaluator((Weight.of(self.operand),), reader, arena, f"{slot}:in", dtype)
         whole = torch.empty(self.operand.shape, dtype=dtype, device=arena.device)
-        for start, stop in blocks(self.operand.shape, whole_rows=True):
+        for start, stop in ranges(self.operand.shape, whole_rows=True):
             whole.view(-1)[start:stop] = evaluate(start, stop)[0]
         flat = whole.T.contiguous().view(-1)
         return lambda start, stop: flat[start:stop]

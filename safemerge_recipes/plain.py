@@ -1,6 +1,6 @@
 """Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
 
-The same arithmetic as `kernels.Evaluator`, for the weights that need no other: float32 (float64 where a float64
+The same arithmetic as `evaluator.Evaluator`, for the weights that need no other: float32 (float64 where a float64
 tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a
 model of a billion parameters.
 """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.kernels import Evaluator, working_dtype
+from safemerge_recipes.evaluator import Evaluator, working_dtype
 
 if TYPE_CHECKING:
     import numpy as np

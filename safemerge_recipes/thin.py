@@ -41,7 +41,7 @@ def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, n
         return plain_factors(weight, reader)
     import torch
 
-    from safemerge_recipes.kernels import joined_factors
+    from safemerge_recipes.evaluator import joined_factors
 
     pair = joined_factors(weight, reader, torch.float64, "cpu")
     assert pair is not None  # callers have asked weight.low_rank

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.blocks import torch_bytes, torch_dtype
+from safemerge_recipes.evaluator import Evaluator, working_dtype
 from safemerge_recipes.finite import refuse_non_finite
-from safemerge_recipes.kernels import Evaluator, blocks, has_factors, working_dtype
 from safemerge_recipes.pool import check
+from safemerge_recipes.ranges import has_factors, ranges
 from safemerge_recipes.shards import Slot
 from safemerge_recipes.work import Apply, Prepare, Sum, Tools, Work
 
@@ -46,7 +47,7 @@ def values(work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> Itera
     """The tensor's values before rounding: flat blocks in the dtype of the arithmetic, each valid until the next."""
     if isinstance(work, Sum):
         evaluate = Evaluator((work.weight,), tools.reader, tools.arena, "sum", working_dtype(work.weight))
-        for first, last in blocks(slot.shape, has_factors(work.weight)):
+        for first, last in ranges(slot.shape, has_factors(work.weight)):
             check(stop)
             yield evaluate(first, last)[0]
     elif isinstance(work, Prepare):
@@ -62,7 +63,7 @@ def _prepared(work: Prepare, slot: Slot, tools: Tools, stop: threading.Event) ->
     rows = work.transform.prepare(slot.name, work.inputs, shape, tools)
     dtype = working_dtype(work.origin, *work.inputs)
     origin = None if work.origin.is_zero else Evaluator((work.origin,), tools.reader, tools.arena, "sum", dtype)
-    for first, last in blocks(shape, True):
+    for first, last in ranges(shape, True):
         check(stop)
         block = rows(first // columns, last // columns).reshape(-1)
         yield block if origin is None else origin(first, last)[0].add_(block)
@@ -72,22 +73,22 @@ def _applied(work: Apply, slot: Slot, tools: Tools, stop: threading.Event) -> It
     kernel, arena = work.kernel, tools.arena
     weights = (*work.inputs, work.origin)
     dtype = working_dtype(*weights)
-    ranges = list(blocks(slot.shape, any(map(has_factors, weights))))
+    cut = list(ranges(slot.shape, any(map(has_factors, weights))))
     inputs = Evaluator(work.inputs, tools.reader, arena, "inputs", dtype)
 
     def passes(every: int = 1) -> Iterator[tuple[Any, ...]]:
         """Reads again what was read: from the page cache that costs less than keeping it as float32."""
-        for first, last in ranges[::every]:
+        for first, last in cut[::every]:
             check(stop)
             yield first, *inputs(first, last)
 
-    state = kernel.scan(slot.name, ranges[-1][1], passes, arena)
+    state = kernel.scan(slot.name, cut[-1][1], passes, arena)
     if work.origin.is_zero:
         for first, *found in passes():
             yield kernel.apply(state, first, *found, arena)
         return
     every = Evaluator(weights, tools.reader, arena, "all", dtype)
-    for first, last in ranges:
+    for first, last in cut:
         check(stop)
         *found, origin = every(first, last)
         yield kernel.apply(state, first, *found, arena).add_(origin)

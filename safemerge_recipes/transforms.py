@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.algebra import Weight
 from safemerge_recipes.directions import factors, left_directions
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.kernels import BLOCK, Evaluator, working_dtype
+from safemerge_recipes.evaluator import Evaluator, working_dtype
+from safemerge_recipes.ranges import BLOCK
 from safemerge_recipes.spectrum import leading_memory
 from safemerge_recipes.streamed import ROW_BLOCK, Streamed
 from safemerge_recipes.work import Rows, Tools

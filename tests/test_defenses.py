@@ -476,7 +476,7 @@ def test_the_published_procedure(family):
 def test_the_merged_factors_are_pefts(family):
     """Not only their product: A and B themselves, so a written adapter is PEFT's."""
     from safemerge_recipes.blocks import Reader
-    from safemerge_recipes.kernels import joined_factors
+    from safemerge_recipes.evaluator import joined_factors
 
     prepared = prepare_recipe(family.root, recipe_text(ADAPTERS, ALWAYS, "{space: factors, alpha: 0.6}"))
     reference = peft_merged(family, [family.root / "finetuned-adapter", family.root / "safety-adapter"], [0.6, 0.4])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safemerge_recipes import kernels
+from safemerge_recipes import ranges
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError, SourceError
 from tests import zoo
 from tests.fidelity_table import EXACT, KINDS, MIXTURES, Bench, cases
@@ -72,7 +72,7 @@ def test_blocks_smaller_than_a_matrix_change_nothing(
 ) -> None:
     family = "gpt_oss" if kind == "experts" else "gpt2"
     adapter = zoo.save_adapter(bench.model(family), tmp_path / "adapter", **KINDS[kind](family))
-    monkeypatch.setattr(kernels, "BLOCK", 48)
+    monkeypatch.setattr(ranges, "BLOCK", 48)
     zoo.fold(bench.model(family), adapter, tmp_path / "out")
     oracle = zoo.merge_with_peft(bench.model(family), adapter, tmp_path / "peft")
     assert zoo.largest_error(tmp_path / "out", oracle) <= EXACT

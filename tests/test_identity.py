@@ -74,11 +74,10 @@ def test_workers_and_memory_change_nothing(
 def test_small_blocks_and_no_room_change_nothing_within_a_block_size(
     llama: pico.Family, merge: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safemerge_recipes import graph, kernels, memory
+    from safemerge_recipes import memory, ranges
 
     wanted = pico.read_weights(merge(llama, merge={"method": method})[0])
-    for module in (kernels, graph):
-        monkeypatch.setattr(module, "BLOCK", 100)
+    monkeypatch.setattr(ranges, "BLOCK", 100)
     held = _weights(merge(llama, "--workers", 3, merge={"method": method})[0])
     monkeypatch.setattr(memory, "room_of", lambda task, share: 0)
     output, _ = merge(llama, "--workers", 2, merge={"method": method})

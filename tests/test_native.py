@@ -26,8 +26,8 @@ from safemerge_recipes.algebra import LowRank, Stored, Weight
 from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import read_header
-from safemerge_recipes.kernels import BLOCK
 from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.ranges import BLOCK
 from safemerge_recipes.shards import Slot
 from safemerge_recipes.work import Apply, Kernel, Sum, Tools
 

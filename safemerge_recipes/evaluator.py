@@ -1,13 +1,11 @@
-"""Turns symbolic weights into numbers, a block at a time.
+"""Turns symbolic weights into torch tensors, a block at a time.
 
-A block is a run of elements of the flattened tensor; its size depends on the tensor's shape alone, never on
-the memory limit or the number of workers, so results do not depend on them either. Sums are evaluated in
-float32 (float64 where a float64 tensor takes part); rounding to the output dtype is the caller's, once.
+Sums are evaluated in float32 (float64 where a float64 tensor takes part); rounding to the output dtype is the
+caller's, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from safemerge_recipes.algebra import Blend, Factored, LowRank, Stored, Weight
@@ -18,25 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.operands import Computed
-
-BLOCK = 1 << 18
-"""Elements of a block of elementwise work: its float32 form is 1 MiB and stays in a core's cache."""
-
-
-def blocks(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]]:
-    """(start, stop) element ranges that cover a tensor; at row boundaries where a matrix product needs them."""
-    total = 1
-    for size in shape:
-        total *= size
-    columns = shape[-1] if shape else 1
-    step = BLOCK // columns * columns if 0 < columns <= BLOCK else columns if whole_rows else BLOCK
-    for start in range(0, total, step or 1):
-        yield start, min(start + step, total)
-
-
-def has_factors(weight: Weight) -> bool:
-    """Whether evaluating the weight takes a matrix product or the like, and so whole rows."""
-    return any(not isinstance(operand, Stored) for _, operand in weight)
 
 
 def working_dtype(*weights: Weight) -> torch.dtype:
