@@ -12,7 +12,8 @@
 #include <string.h>
 
 #define STRIP 1024 /* elements of a strip: a few of them fill a part of the first-level cache */
-#define ROWS 4     /* rows of a low-rank product that are computed together */
+#define ROWS 3     /* rows of a low-rank product that are computed together */
+#define PANEL 32768 /* elements of a strip with a product, about: whole rows that share what is loaded for them */
 
 enum { F32, F16, BF16 };
 
@@ -23,7 +24,7 @@ typedef struct {
     int32_t dtype;
 } term;
 
-/* The sum of the terms, plus left (rows, rank) @ right (rank, columns) where rank > 0. */
+/* The sum of the terms, plus left (rows, rank) @ right (rank, columns) where rank > 0; right in tiles, see add_product. */
 typedef struct {
     const term *terms;
     int64_t count;
@@ -121,36 +122,26 @@ static void add_term(const term *t, int first, int64_t start, int64_t n, float *
         EACH(uint16_t, from_bfloat);
 }
 
-#define TILE 32 /* columns of a tile: its sums stay in registers */
+#define TILE 32 /* columns of a tile: its sums stay in registers, its part of the right factor in the nearest cache */
 
-/* out (rows, columns) += left (rows, rank) @ right (rank, columns), each product summed over rank in order. */
+/* out (rows, columns) += left (rows, rank) @ right, each product summed over rank in order. `right` comes in tiles
+ * (rank, TILE), one behind the other, the last one padded. */
 static void add_product(const float *left, const float *right, int64_t rows, int64_t rank, int64_t columns,
                         float *restrict out) {
-    int64_t c = 0;
-    for (; c + TILE <= columns; c += TILE) {
-        int64_t r = 0;
-        for (; r + ROWS <= rows; r += ROWS) {
+    for (int64_t c = 0; c < columns; c += TILE, right += rank * TILE) {
+        const int64_t width = columns - c < TILE ? columns - c : TILE;
+        for (int64_t r = 0; r < rows; r += ROWS) {
+            const int64_t height = rows - r < ROWS ? rows - r : ROWS;
+            const float *row[ROWS];
+            for (int i = 0; i < ROWS; i++) row[i] = left + (r + (i < height ? i : 0)) * rank;
             float sums[ROWS][TILE] = {{0}};
             for (int64_t k = 0; k < rank; k++)
                 for (int i = 0; i < ROWS; i++)
-                    for (int j = 0; j < TILE; j++)
-                        sums[i][j] = fmaf(left[(r + i) * rank + k], right[k * columns + c + j], sums[i][j]);
-            for (int i = 0; i < ROWS; i++)
-                for (int j = 0; j < TILE; j++) out[(r + i) * columns + c + j] += sums[i][j];
-        }
-        for (; r < rows; r++) {
-            float sums[TILE] = {0};
-            for (int64_t k = 0; k < rank; k++)
-                for (int j = 0; j < TILE; j++) sums[j] = fmaf(left[r * rank + k], right[k * columns + c + j], sums[j]);
-            for (int j = 0; j < TILE; j++) out[r * columns + c + j] += sums[j];
+                    for (int j = 0; j < TILE; j++) sums[i][j] = fmaf(row[i][k], right[k * TILE + j], sums[i][j]);
+            for (int i = 0; i < height; i++)
+                for (int j = 0; j < width; j++) out[(r + i) * columns + c + j] += sums[i][j];
         }
     }
-    for (; c < columns; c++)
-        for (int64_t r = 0; r < rows; r++) {
-            float sum = 0;
-            for (int64_t k = 0; k < rank; k++) sum = fmaf(left[r * rank + k], right[k * columns + c], sum);
-            out[r * columns + c] += sum;
-        }
 }
 
 /* Elements [start, start + n) of a weight, whole rows where it has a product. */
@@ -165,7 +156,7 @@ static void evaluate(const weight *w, int64_t start, int64_t n, float *restrict 
 int64_t sm_strip(const merge *m) {
     const weight *all[] = {&m->x, &m->y, &m->origin};
     for (int i = 0; i < 3; i++)
-        if (all[i]->rank) return ROWS * all[i]->columns;
+        if (all[i]->rank) return (1 + PANEL / (ROWS * all[i]->columns)) * ROWS * all[i]->columns;
     return STRIP;
 }
 
@@ -419,13 +410,14 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
 int64_t sm_size(void) { return sizeof(merge); }
 
 /* Changes whenever a structure or a signature does: an old library is not called by new code. */
-int32_t sm_version(void) { return 2; }
+int32_t sm_version(void) { return 4; }
 
-/* Whether the processor has the instructions that the library compiled with -march=x86-64-v3 uses. */
-int32_t sm_has_v3(void) {
+/* What serves this machine best: 0 this library, 1 the one compiled with -march=x86-64-v3, 2 neither, as without such
+ * instructions torch is faster. */
+int32_t sm_best(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") ? 1 : 2;
 #else
     return 0;
 #endif

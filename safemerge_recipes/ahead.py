@@ -40,7 +40,7 @@ def ahead(items: Iterator[Item], stop: threading.Event) -> Iterator[Item]:
             else:
                 put(None, None)
 
-    threading.Thread(target=make, daemon=True).start()
+    threading.Thread(target=make, name="ahead", daemon=True).start()
     while True:
         try:
             item, error = made.get(timeout=0.2)

@@ -214,7 +214,7 @@ def task_memory(task: Task) -> int:
     # Both sides as pieces, one of them joined; and what was looked at first.
     ties = isinstance(work, Apply) and isinstance(work.kernel, Ties)
     numel = math.prod(task.slot.shape)
-    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[1], numel)) * width if ties else 0
+    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[-1], numel)) * width if ties else 0
     if task.native and isinstance(work, Sum | Apply):
         return memory(work, task.slot, block) + collected
     if isinstance(work, Sum):

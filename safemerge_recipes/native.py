@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-VERSION = 2
+if TYPE_CHECKING:
+    import numpy as np
+
+VERSION = 4
 """What `sm_version` must say; changes with every structure, signature and result."""
 STRIP = 1024
 """Elements merged at a time where no weight has a product."""
-ROWS = 4
-"""Rows merged at a time where one has."""
+ROWS, PANEL = 3, 1 << 15
+"""Where one has: so many rows, as often as they fit into so many elements, and once more."""
+TILE = 32
+"""Columns of a tile of a right factor."""
 DTYPES = {"F32": 0, "F16": 1, "BF16": 2}
 """safetensors dtype -> its number there."""
 SUM, BLEND, TIES, DARE_LINEAR, DARE_TIES = range(5)
@@ -31,7 +37,7 @@ class Term(Structure):
 
 
 class Sum(Structure):
-    """The terms' sum, and left `(rows, rank)` @ right `(rank, columns)`, float32, where rank > 0."""
+    """The terms' sum, and left `(rows, rank)` @ right `(rank, columns)`, float32, where rank > 0; right as `tiled`."""
 
     _fields_ = (
         ("terms", POINTER(Term)), ("count", c_int64),
@@ -92,6 +98,21 @@ def terms(stored: Sequence[tuple[float, str, int]]) -> ctypes.Array[Term]:
     return found
 
 
+def strip(columns: int | None) -> int:
+    """Elements merged at a time, as `sm_strip` has it, where a weight has a product of so many columns, or none has."""
+    return STRIP if columns is None else (1 + PANEL // (ROWS * columns)) * ROWS * columns
+
+
+def tiled(right: np.ndarray) -> np.ndarray:
+    """A right factor `(rank, columns)` as float32 tiles `(tiles, rank, TILE)`, the last one padded with zeros."""
+    import numpy as np
+
+    rank, columns = right.shape
+    padded = np.zeros((rank, -(-columns // TILE) * TILE), np.float32)
+    padded[:, :columns] = right
+    return np.ascontiguousarray(padded.reshape(rank, -1, TILE).swapaxes(0, 1))
+
+
 def load(name: str) -> ctypes.CDLL | None:
     """A library of this package by name, or None where it was not built or belongs to another version."""
     found = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
@@ -105,9 +126,11 @@ def load(name: str) -> ctypes.CDLL | None:
 
 
 def _best() -> ctypes.CDLL | None:
-    """The one for newer processors where this is one."""
+    """The one that serves this machine best, if any does better than torch."""
     plain = load("_merge")
-    return (load("_merge_v3") or plain) if plain is not None and plain.sm_has_v3() else plain
+    if plain is None:
+        return None
+    return (plain, load("_merge_v3"), None)[plain.sm_best()]
 
 
 LIBRARY = _best()

@@ -43,9 +43,9 @@ def fits(work: Work, dtype: str) -> bool:
 def memory(work: Sum | Apply, slot: Slot, block: int) -> int:
     """Bytes for work that `fits`, with blocks of `block` elements: as stored and as written, factors and strips."""
     width = sum(DTYPE_BITS[ref.dtype] // 8 for ref in _stored(work)) + DTYPE_BITS[slot.dtype] // 8
-    factors = 3 * sum(weight.memory(block) for weight in _weights(work))
+    factors = 4 * sum(weight.memory(block) for weight in _weights(work))
     columns = slot.shape[-1] if slot.shape else 1
-    strips = 3 * 4 * max(native.STRIP, native.ROWS * columns)
+    strips = 3 * 4 * native.strip(columns if any(map(has_factors, _weights(work))) else None)
     found = 4 * block if isinstance(work, Apply) else 0
     return block * width + factors + strips + found
 
@@ -84,7 +84,7 @@ class _Blocks:
         for field, weight in zip(("x",) if isinstance(work, Sum) else ("x", "y", "origin"), weights, strict=True):
             self._point(getattr(self.merge, field), weight)
         rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
-        self.scratch = arena.array("strips", 3 * (native.ROWS * self.columns if rows else native.STRIP), np.float32)
+        self.scratch = arena.array("strips", 3 * native.strip(self.columns if rows else None), np.float32)
         self.found = arena.array("found", largest if isinstance(work, Apply) else 0, np.float32)
         self.out = arena.array("out", largest * (DTYPE_BITS[dtype] // 8), np.uint8)
 
@@ -99,9 +99,10 @@ class _Blocks:
 
             from safemerge_recipes.plain import plain_factors
 
-            left, right = (np.ascontiguousarray(one, np.float32) for one in plain_factors(thin, self.reader))
-            self._kept += [left, right]
-            place.right, place.rank, place.columns = right.ctypes.data, right.shape[0], self.columns
+            left, right = plain_factors(thin, self.reader)
+            left, tiles = np.ascontiguousarray(left, np.float32), native.tiled(right)
+            self._kept += [left, tiles]
+            place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
             self._left.append((place, left.ctypes.data))
 
     def __call__(self, stop: threading.Event, every: int = 1) -> Iterator[tuple[int, int]]:

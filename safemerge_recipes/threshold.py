@@ -13,14 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from safemerge_recipes.ranges import BLOCK
+
 if TYPE_CHECKING:
     import numpy as np
 
 Bracket = tuple[float, float]
 """Two magnitudes, ends included, between which a threshold is sought; equal where one value is tried."""
 
-LOOKS = 1 << 16, 1 << 19
-"""Elements of a tensor that are looked at first, about: the least, and the most; between them one of 512."""
+LOOKS = 1 << 12, 1 << 16, 1 << 19
+"""Elements of a tensor that are looked at first, about: from the first on one of 32, from the second on one of 512, at
+most the last. Sorting them must not take longer than what a narrower bracket saves."""
 GLANCE = 8
 """Where looking takes reading, only every so-many-th block is read for it."""
 SLACK = 6.0
@@ -80,8 +83,10 @@ class Selection:
     @property
     def stride(self) -> int:
         """Distance of the elements that are looked at; odd, so that it does not walk along columns."""
-        looks = min(max(LOOKS[0], self.numel >> 9), LOOKS[1])
-        return max(1, self.numel // (GLANCE * looks)) | 1
+        least, middle, most = LOOKS
+        looks = min(max(least, min(self.numel >> 5, middle), self.numel >> 9), most)
+        seen = max(self.numel // GLANCE, min(self.numel, BLOCK))  # a single block is seen whole
+        return max(1, seen // looks) | 1
 
     def look(self, magnitudes: np.ndarray) -> None:
         """Takes some of a block's magnitudes into the sample."""

@@ -238,11 +238,13 @@ def test_structures_are_laid_out_as_in_c() -> None:
     merge.x.rank = 2
     merge.x.columns = 11
     native.LIBRARY.sm_strip.restype = ctypes.c_int64
-    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.ROWS * 11
+    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(11)
     merge.x.rank = 0
-    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.STRIP
-    merge.origin.rank, merge.origin.columns = 1, 5
-    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.ROWS * 5
+    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(None)
+    for columns in (1, 5, 4096, 8192, 8193, 100_000):
+        merge.origin.rank, merge.origin.columns = 1, columns
+        assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(columns)
+        assert native.strip(columns) % (native.ROWS * columns) == 0
     assert native.LIBRARY.sm_size() == ctypes.sizeof(native.Merge)
 
 
