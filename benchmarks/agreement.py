@@ -12,6 +12,12 @@ from typing import Any
 from benchmarks.published_gate import Folder
 
 
+def _some(names: set[str]) -> list[str]:
+    """The first of them by name, and how many more there are."""
+    first = sorted(names)[:5]
+    return first if len(names) <= 5 else [*first, f"and {len(names) - 5} more"]
+
+
 def compare_checkpoints(ours: Path, theirs: Path) -> dict[str, Any]:
     """Return counts of differing tensors and elements, the largest difference and the relative L2 distance.
 
@@ -33,8 +39,8 @@ def compare_checkpoints(ours: Path, theirs: Path) -> dict[str, Any]:
             squares += float(gap.norm().double() ** 2)
     return {
         "tensors": len(common),
-        "only_ours": sorted(set(ours_at.handles) - set(common)),
-        "only_theirs": sorted(set(theirs_at.handles) - set(common)),
+        "only_ours": _some(set(ours_at.handles) - set(common)),
+        "only_theirs": _some(set(theirs_at.handles) - set(common)),
         "identical_tensors": identical_tensors,
         "different_elements": different / max(elements, 1),
         "largest_difference": largest,
@@ -57,7 +63,7 @@ def compare_rho(ours: Path, theirs: Path) -> dict[str, Any]:
     gaps = [abs(a[name] - b[name]) for name in common]
     return {
         "readings": len(common),
-        "only_ours": sorted(set(a) - set(b)),
-        "only_theirs": sorted(set(b) - set(a)),
+        "only_ours": _some(set(a) - set(b)),
+        "only_theirs": _some(set(b) - set(a)),
         "largest_difference": max(gaps, default=None),
     }
