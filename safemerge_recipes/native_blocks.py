@@ -67,7 +67,7 @@ class _Blocks:
         import numpy as np
 
         assert native.LIBRARY is not None  # callers have asked `fits`
-        self.library, self.reader, arena = native.LIBRARY, tools.reader, tools.arena
+        self.compiled, self.reader, arena = native.LIBRARY, tools.reader, tools.arena
         weights, shape, dtype = _weights(work), slot.shape, slot.dtype
         self.ranges = list(ranges(shape, any(map(has_factors, weights))))
         self.columns = shape[-1] if shape else 1
@@ -130,7 +130,7 @@ class _Magnitudes:
         b = self.blocks
         for _, count in b(self.stop, every):
             for side in (0, 1):
-                number = b.library.sm_look(b.merge, side, count, stride, b.found.ctypes.data, b.scratch.ctypes.data)
+                number = b.compiled.sm_look(b.merge, side, count, stride, b.found.ctypes.data, b.scratch.ctypes.data)
                 yield side, b.found[:number].copy()
 
     def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
@@ -139,7 +139,7 @@ class _Magnitudes:
         for _, count in b(self.stop):
             for side, bracket in enumerate(brackets):
                 if bracket is not None:
-                    b.library.sm_count(
+                    b.compiled.sm_count(
                         b.merge, side, count, *bracket, counts, b.found.ctypes.data, b.scratch.ctypes.data
                     )
                     yield side, counts[0], counts[1], b.found[: 0 if bracket[0] == bracket[1] else counts[1]]
@@ -158,7 +158,7 @@ def rounded(
         _prepare(b, work.kernel, slot.name, math.prod(slot.shape), stop)
     bad, width = (ctypes.c_int64 * 2)(), DTYPE_BITS[slot.dtype] // 8
     for first, count in b(stop):
-        b.library.sm_merge(b.merge, first, count, b.out.ctypes.data, b.scratch.ctypes.data, bad)
+        b.compiled.sm_merge(b.merge, first, count, b.out.ctypes.data, b.scratch.ctypes.data, bad)
         if bad[0]:
             refuse_non_finite(slot.name, slot.dtype, work.refs, bad[0], bad[1], allow_overflow)
             bad[0] = bad[1] = 0
@@ -171,7 +171,7 @@ def _prepare(b: _Blocks, kernel: Kernel, name: str, numel: int, stop: threading.
     if isinstance(kernel, Slerp):
         dots = (ctypes.c_double * 3)()
         for _, count in b(stop):
-            b.library.sm_dots(m, count, dots, b.scratch.ctypes.data)
+            b.compiled.sm_dots(m, count, dots, b.scratch.ctypes.data)
         m.method = native.BLEND
         m.a, m.b = kernel.coefficients(*dots)
     elif isinstance(kernel, Ties):
@@ -185,7 +185,7 @@ def _prepare(b: _Blocks, kernel: Kernel, name: str, numel: int, stop: threading.
         sums = (ctypes.c_double * 4)()
         if kernel.l1:
             for first, count in b(stop):
-                b.library.sm_sizes(m, first, count, sums, b.scratch.ctypes.data)
+                b.compiled.sm_sizes(m, first, count, sums, b.scratch.ctypes.data)
         scales = kernel.rescaling(*sums)
         if kernel.then is None:
             m.a, m.b = (weight * scale for weight, scale in zip(kernel.weights, scales, strict=True))

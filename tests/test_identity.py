@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,3 +305,43 @@ def test_the_stored_recipe_gives_the_same_bytes_again(
     assert again.code == 0, again.err
     assert _weights(tmp_path / "again") == _weights(output)
     assert _plan(tmp_path / "again")["tensors"] == _plan(output)["tensors"]
+
+
+def _save_after_an_odd_one(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Three bytes before all others: safetensors allows that, its own writer would put them last."""
+    parts = {"a.mask": torch.ones(3, dtype=torch.uint8), **tensors}
+    header, data = {}, b""
+    for name, tensor in parts.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        dtype = "U8" if name == "a.mask" else "BF16"
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("chunk", [24, 104, 1 << 21])
+def test_files_are_hashed_and_checked_in_pieces_of_any_size(
+    llama: pico.Family, merge: Callable[..., Any], tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a tensor of an odd number of bytes lies before those of two-byte numbers."""
+    from safemerge_recipes import execute
+
+    family = pico.Family(tmp_path / "odd", llama.dtype)
+    shutil.copytree(llama.path, family.path)
+    for role in pico.ROLES:
+        (file,) = (family / role).glob("*.safetensors")
+        _save_after_an_odd_one(family.tensors(role), file)
+    monkeypatch.setattr(execute, "HASH_CHUNK", chunk)
+    output, _ = merge(family, gate={"tau": 0.5})
+    manifest = json.loads((output / "safemerge_manifest.json").read_text())
+    written = {entry["file"]: entry["sha256"] for entry in manifest["outputs"]}
+    file = output / "model.safetensors"
+    assert written[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()
+    # A number that is not finite is found in whichever piece it lies.
+    tensors = family.tensors("finetuned")
+    tensors["model.norm.weight"][-1] = float("nan")
+    (source,) = (family / "finetuned").glob("*.safetensors")
+    _save_after_an_odd_one({name: one for name, one in tensors.items() if name != "a.mask"}, source)
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight: 1 of \d+ values are NaN"):
+        merge(family, gate={"tau": 0.5})
