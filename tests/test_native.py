@@ -196,6 +196,24 @@ def test_what_is_not_finite_is_refused_wherever_it_is(value: float, method: str,
             _bytes(rounded, work, "BF16", (n,), allow=True)
 
 
+@pytest.mark.parametrize("method", ["slerp", "ties", "ties, plain sum", "dare", "dare, l1", "dare, ties"])
+@pytest.mark.parametrize("place", ["finetuned", "safety"])
+def test_one_number_that_is_none_is_refused_whatever_the_other_side_holds(
+    method: str, place: str, tmp_path: Path
+) -> None:
+    """Also where the other side's number is 0, or dropped, or trimmed: no choice between the two may hide it."""
+    n = 400
+    for number in range(12):
+        tensors = {role: _normal((n,), torch.float32, seed) for seed, role in enumerate(("finetuned", "safety"))}
+        tensors["safety" if place == "finetuned" else "finetuned"][::4] = 0
+        tensors[place][number] = math.copysign(math.nan, -1 if number % 2 else 1)  # processors make both
+        w = _store(tmp_path, tensors)
+        work = Apply(Weight(), (w["finetuned"], w["safety"]), KERNELS[method])
+        for rounded in (native_blocks.rounded, torch_blocks.rounded):
+            with pytest.raises(SourceError, match="NaN or infinite"):
+                _bytes(rounded, work, "BF16", (n,), allow=True)
+
+
 def test_one_bad_number_is_enough(tmp_path: Path) -> None:
     for place in (0, 1023, 1024, 2999):
         x = _normal((3000,), torch.bfloat16, 0)
