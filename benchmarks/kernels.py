@@ -1,8 +1,7 @@
 """What the merge methods cost an element, compiled and in torch: one matrix, one thread, warm page cache.
 
-Everything that a worker does for a tensor is timed, reading and hashing left out of neither: all passes over the
-stored blocks, the arithmetic, the rounding. Both ways must give the same bytes, but for products of LoRA factors,
-which are compared to rounding.
+All passes over the stored blocks are timed: reading, arithmetic and rounding, without writing and hashing. Both ways
+must give the same bytes, but for products of LoRA factors, where the order of the sums differs.
 
     python -m benchmarks.kernels
 """

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safemerge_recipes import native, native_blocks, torch_blocks
@@ -27,6 +26,7 @@ from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.header import read_header
 from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.plain import PlainRows
 from safemerge_recipes.ranges import BLOCK
 from safemerge_recipes.shards import Slot
 from safemerge_recipes.work import Apply, Kernel, Sum, Tools
@@ -116,6 +116,21 @@ def test_sums_give_the_bytes_of_torch(
     for weight in (0.7 * f + 0.3 * s, 1.0 * a + 1.0 * f + -1.0 * s, 0.3 * s, a, a + 0.4 * (f - s), Weight()):
         work = Sum(weight)
         assert _merged(work, dtype, shape, monkeypatch) == _bytes(torch_blocks.rounded, work, dtype, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [1, 700, 1 << 18])
+def test_differences_for_the_gate_are_those_of_float64_rounded_once(
+    dtype: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = _models(tmp_path, (37, 129), {"aligned": dtype, "base": "BF16"})
+    stored = {name: load_file(tmp_path / "x.safetensors")[name].double() for name in ("aligned", "base")}
+    wanted = (stored["aligned"] - stored["base"]).float().numpy()
+    for library in (*LIBRARIES.values(), None):
+        monkeypatch.setattr(native, "LIBRARY", library)
+        with Reader() as reader:
+            found = [part.copy() for _, part in PlainRows(w["aligned"] - w["base"], reader, Arena(), block)]
+        assert np.array_equal(np.concatenate(found), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -313,7 +328,7 @@ def test_ties_are_kept_by_position_across_blocks(tmp_path: Path, monkeypatch: py
     w = _store(tmp_path, {"x": torch.full((n,), 0.25), "y": torch.zeros(n)})
     keep = BLOCK + 1500
     kernel = Ties(keep / n, Consensus((1.0, 0.0), False, 1.0))
-    work = replace(Apply(Weight(), (w["x"], w["y"]), kernel))
+    work = Apply(Weight(), (w["x"], w["y"]), kernel)
     found = np.frombuffer(_merged(work, "F32", (n,), monkeypatch), np.float32)
     kept = kernel.kept(n)
     assert abs(kept - keep) <= 1
