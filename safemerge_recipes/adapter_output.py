@@ -329,7 +329,7 @@ def write_adapter(
         WEIGHTS_FILE: _serialized(tensors),
         CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode(),
     }
-    from safemerge_recipes.folder import write_file
+    from safemerge_recipes.files import write_file
 
     for name, content in files.items():
         write_file(folder / name, content)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluate import Scores, evaluate, expand
-from safemerge_recipes.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, write_file
+from safemerge_recipes.files import write_file
+from safemerge_recipes.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.loading import load_recipe
 from safemerge_recipes.manifest import read_record, restamp
 from safemerge_recipes.scoring import MERGED, attach, document, threads

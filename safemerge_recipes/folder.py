@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import IO, Any
 
 from safemerge_recipes.checkpoint import inside
 from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
-from safemerge_recipes.journal import JOURNAL_FILE
+from safemerge_recipes.files import sync_folder, written
+from safemerge_recipes.journal import JOURNAL_FILE, is_journal
 from safemerge_recipes.roles import Family
 
 MANIFEST_FILE = "safemerge_manifest.json"
@@ -127,7 +129,7 @@ def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str,
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        with _written(target) as file, _opened(source) as content:
+        with written(target) as file, _opened(source) as content:
             if name == "config.json" and edits:
                 file.write(edited(content.read(), edits))
             else:
@@ -153,37 +155,6 @@ def _opened(source: Path) -> IO[bytes]:
         raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
 
 
-@contextmanager
-def _written(path: Path) -> Iterator[Any]:
-    """A file to write that appears under its name when all of it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a small file so that it is either there in full or not at all, even after a power failure."""
-    with _written(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON, one member a line."""
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_output(output: Path, force: bool) -> None:
     """Refuses an output that is in the way.
 
@@ -206,26 +177,77 @@ def check_output(output: Path, force: bool) -> None:
         raise PlanError(f"{output}: holds a finished output; say --force to replace it, or choose another --output")
 
 
+def check_part(part: Path) -> None:
+    """Refuses a working folder that this program did not make: nothing of the user's is ever emptied.
+
+    Ours is a real folder that is empty, but for a lock, or holds the journal of a run, or a lock that was taken for
+    this name: of a run that was killed just before its last rename. A finished output that is named like a working
+    folder has neither.
+
+    Raises:
+        PlanError: something else is there; the message says whose it seems to be.
+    """
+    choose = "move it away, or choose another --output"
+    try:
+        if part.is_symlink():
+            raise PlanError(f"{part}: is a link, where the working folder is to be made; {choose}")
+        if not part.exists():
+            return
+        if not part.is_dir():
+            raise PlanError(f"{part}: is a file, where the working folder is to be made; {choose}")
+        names = {path.name for path in part.iterdir()} - {LOCK_FILE}
+    except OSError as error:
+        raise PlanError(f"{part}: {error.strerror}; {choose}") from None
+    if not names or is_journal(part / JOURNAL_FILE) or _lock_names(part):
+        return
+    if MANIFEST_FILE in names:
+        raise PlanError(f"{part}: holds a finished output, where the working folder is to be made; {choose}")
+    shown = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+    raise PlanError(f"{part}: holds {shown} and no journal of safemerge, so it seems to be yours; {choose}")
+
+
+def _lock_names(part: Path) -> bool:
+    """Whether the lock in a folder was taken for a working folder of its name."""
+    try:
+        file = os.open(part / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        regular = stat.S_ISREG(os.fstat(file).st_mode)
+        return regular and os.pread(file, 8192, 0).split(b"\n")[1:2] == [part.name.encode()]
+    finally:
+        os.close(file)
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str) -> Iterator[None]:
     """Holds a folder for this process; released by the system even if the process is killed.
+
+    Args:
+        folder: the folder.
+        name: the working folder's name, which the lock keeps: see `check_part`.
 
     Raises:
         PlanError: another run holds it; the message names its process.
     """
     path = folder / LOCK_FILE
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be locked: {error.strerror}; remove it, or choose another --output") from None
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise PlanError(f"{path}: is not a regular file; remove it, or choose another --output")
         with _tolerant():
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.pread(file, 200, 0).decode("utf-8", "replace").strip()
+                holder = os.pread(file, 200, 0).decode("utf-8", "replace").partition("\n")[0]
                 raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
         if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file)):
             raise PlanError(f"{folder}: another run has just finished it; look at its output, then run again")
         os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n{name}\n".encode(), 0)
         yield
     finally:
         os.close(file)
@@ -256,14 +278,16 @@ def working_folder(output: Path, force: bool, reusable: Callable[[Path], bool]) 
     parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        check_part(part)
         if force and not part.exists() and (output / MANIFEST_FILE).exists() and reusable(output):
-            with locked(output):
+            with locked(output, part.name):
                 os.rename(output, part)
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
     try:
-        with locked(part):
+        with locked(part, part.name):
+            check_part(part)
             fresh = all(path.name == LOCK_FILE for path in part.iterdir())
             try:
                 check_output(output, force)  # again: another run may have finished it meanwhile
@@ -300,7 +324,9 @@ def publish(part: Path, output: Path, force: bool) -> None:
     for folder in (part, *(path for path in part.iterdir() if path.is_dir())):
         sync_folder(folder)
     old = output.with_name(f".{output.name}.safemerge-replaced")
-    if old.exists():
+    if old.is_symlink() or old.exists():
+        if old.is_symlink() or not (old / MANIFEST_FILE).is_file():
+            raise PlanError(f"{old}: is in the way and holds no output of safemerge; move it away")
         shutil.rmtree(old)
     if output.exists():
         os.rename(output, old)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safemerge_recipes.files import write_file
 
 JOURNAL_FILE = "safemerge_journal.jsonl"
 
@@ -27,13 +30,8 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, Any], entries: Mapping[str, tuple[str, str | None]]) -> None:
         """Starts a journal that already holds `entries`; an older one at `path` stays until this one is whole."""
         lines = [header, *(_entry(name, key, digest) for name, (key, digest) in entries.items())]
-        fresh = path.with_name(f"{path.name}.new")
-        with open(fresh, "wb") as file:
-            file.write(b"".join(map(_line, lines)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        write_file(path, b"".join(map(_line, lines)))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._lock = threading.Lock()
 
     def done(self, name: str, key: str, digest: str | None) -> None:
@@ -56,12 +54,21 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value) + "\n").encode()
 
 
+def is_journal(path: Path) -> bool:
+    """Whether a file is the journal of a run: a regular file whose first line is a header of this program."""
+    header, _ = read_journal(path)
+    return header is not None and "engine" in header and "inputs" in header
+
+
 def read_journal(path: Path) -> tuple[dict[str, Any] | None, Entries]:
     """(header, entries). A torn line ends the reading; whatever is not a journal is none."""
     header: dict[str, Any] | None = None
     done: Entries = {}
     try:
-        with open(path, "rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None, {}
             for number, line in enumerate(file):
                 value = json.loads(line) if line.endswith(b"\n") else None
                 if not isinstance(value, dict):

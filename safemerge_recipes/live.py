@@ -19,7 +19,8 @@ from safemerge_recipes.checkpoint import INDEX_FILE
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import choose, quiet
 from safemerge_recipes.execute import execute, produce
-from safemerge_recipes.folder import copy_side_files, side_files, write_file
+from safemerge_recipes.files import write_file
+from safemerge_recipes.folder import copy_side_files, side_files
 from safemerge_recipes.graph import Graph, Task, build_graph
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.plan import Plan

@@ -17,7 +17,8 @@ from typing import Any
 
 from safemerge_recipes.checkpoint import FileIdentity, inside
 from safemerge_recipes.errors import CheckError, SourceError
-from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE, write_json
+from safemerge_recipes.files import write_json
+from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE
 from safemerge_recipes.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.provenance import versions
 

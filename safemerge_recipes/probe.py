@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.folder import write_file, write_json
+from safemerge_recipes.files import write_file, write_json
 from safemerge_recipes.moments import Moments
 from safemerge_recipes.names import block_of, module_type
 from safemerge_recipes.pareto import heat_map

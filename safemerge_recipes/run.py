@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from safemerge_recipes.checkpoint import INDEX_FILE, FileIdentity
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.execute import Resources, execute
+from safemerge_recipes.files import write_file, write_json
 from safemerge_recipes.folder import (
     MANIFEST_FILE,
     PICTURES,
@@ -30,8 +31,6 @@ from safemerge_recipes.folder import (
     side_files,
     tokenizer_files,
     working_folder,
-    write_file,
-    write_json,
 )  # fmt: skip
 from safemerge_recipes.graph import ENGINE, Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.journal import JOURNAL_FILE, Journal
@@ -319,6 +318,7 @@ def _write_adapter(
     from safemerge_recipes.adapter_output import write_adapter
 
     check_unchanged(prepared.identities)
+    Journal(part / JOURNAL_FILE, _header(prepared), {}).close()
     keep_only(part, set())
     progress.phase("write", prepared.graph.bytes_written)
     started = time.perf_counter()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluate import Metric, Scores, evaluate, expand
-from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE, write_json
+from safemerge_recipes.files import write_json
+from safemerge_recipes.folder import REPORT_FILE, SCORES_FILE
 from safemerge_recipes.loading import LoadedRecipe
 from safemerge_recipes.manifest import read_manifest, restamp
 from safemerge_recipes.recipe import Evaluate, Role

@@ -17,7 +17,7 @@ from safemerge_recipes import controls
 from safemerge_recipes.bench import Bench
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluate import Scores
-from safemerge_recipes.folder import write_file, write_json
+from safemerge_recipes.files import write_file, write_json
 from safemerge_recipes.graph import Graph
 from safemerge_recipes.loading import dump_recipe, load_recipe
 from safemerge_recipes.pareto import Mark, scatter

@@ -262,7 +262,7 @@ def test_many_runs_that_start_at_once_leave_one_sound_output(family, tmp_path):
 
 def test_a_lock_outlives_no_process(tmp_path):
     (tmp_path / LOCK_FILE).write_text("process 1 on elsewhere, long gone")
-    with locked(tmp_path):
+    with locked(tmp_path, "out.part"):
         assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text()
 
 

@@ -1,0 +1,56 @@
+"""Small files on disk: written whole or not at all, under a name that nobody could have prepared.
+
+Every write of a small file goes through here. Knows nothing of models, outputs and their states.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name when all of it is on the disk.
+
+    Until then it lies beside `path` under a random name that did not exist, so that no link that somebody put
+    there is followed; the last rename replaces a link at `path` itself and never what it leads to.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    with os.fdopen(os.open(temporary, _NEW, 0o666), "wb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a small file so that it is either there in full or not at all, even after a power failure."""
+    with written(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON, one member a line."""
+    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
