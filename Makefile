@@ -43,7 +43,7 @@ bench-quick: install
 	$(RUN)/python -m benchmarks.run --quick
 
 docs: install           ## the generated pages
-	$(RUN)/python -m safemerge_recipes.recipe_docs
+	$(RUN)/python -m safemerge_recipes.recipe.reference
 
 fidelity: install       ## every family with every kind of adapter against PEFT, as a table
 	$(RUN)/python -W ignore -m tests.fidelity_table docs/fidelity.md

@@ -10,7 +10,7 @@ FLAGS = ["-g0", "-O3", "-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fno
 def library(name: str, *flags: str) -> Extension:
     """The same source, compiled for some kind of processor."""
     return Extension(
-        f"safemerge_recipes.{name}",
+        f"safemerge_recipes.weights.{name}",
         ["native/merge.c"],
         extra_compile_args=[*FLAGS, *flags],
         libraries=["m"],

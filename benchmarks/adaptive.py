@@ -24,20 +24,20 @@ from typing import Any
 from benchmarks.families import DATA, make_family
 from benchmarks.finetunes import DEMO, folder
 from benchmarks.run import RESULTS, machine
-from safemerge_recipes import measure as measuring
-from safemerge_recipes.algebra import Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.execute import Resources
-from safemerge_recipes.header import TensorRef
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.measuring import Measurer
-from safemerge_recipes.moments import Effort, Moments
-from safemerge_recipes.null import SMALL
-from safemerge_recipes.plan import Plan, make_plan, survey
-from safemerge_recipes.provenance import Digests
-from safemerge_recipes.registry import read_registry
-from safemerge_recipes.roles import open_family
-from safemerge_recipes.run import Silent, carry_out, prepare, resolve, settled
+from safemerge_recipes.engine.executors.threads import Resources
+from safemerge_recipes.gate import measure as measuring
+from safemerge_recipes.gate.measurer import Measurer
+from safemerge_recipes.gate.moments import Effort, Moments
+from safemerge_recipes.gate.null import SMALL
+from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve, settled
+from safemerge_recipes.plan.plan import Plan, make_plan, survey
+from safemerge_recipes.plan.plugins import read_registry
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.sources.family import open_family
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.digests import Digests
+from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.weights.algebra import Stored, Weight
 
 WORKER = Resources(workers=1, memory=2_000_000_000)
 SIDES = (1024, 2048, 4096, 8192)

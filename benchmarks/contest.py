@@ -14,7 +14,7 @@ import yaml
 from benchmarks.floor import weight_files
 
 PYTHON = [sys.executable]
-ENGINE = [*PYTHON, "-m", "safemerge_recipes.cli"]
+ENGINE = [*PYTHON, "-m", "safemerge_recipes.cli.app"]
 HELP = [*ENGINE, "--help"]
 TORCH = [*PYTHON, "-c", "import torch"]
 MERGEKIT = str(Path(sys.executable).with_name("mergekit-yaml"))

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.run import RESULTS, machine
-from safemerge_recipes import native, native_blocks, torch_blocks
-from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.header import read_header
-from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
-from safemerge_recipes.shards import Slot
-from safemerge_recipes.work import Apply, Sum, Tools
+from safemerge_recipes.methods import on_compiled, on_torch
+from safemerge_recipes.methods.base import Apply, Sum, Tools
+from safemerge_recipes.methods.kernels import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.layout import Slot
+from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.weights import compiled
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 
 SIDE = 4096
 RANK = 16
@@ -73,15 +74,15 @@ def _timed(rounded: Callable[..., Iterator[memoryview]], work: Any, tools: Tools
 
 def main() -> None:
     torch.set_num_threads(1)
-    libraries = {"compiled": native.LIBRARY, "compiled for any processor": native.load("_merge")}
+    libraries = {"compiled": compiled.LIBRARY, "compiled for any processor": compiled.load("_merge")}
     record: dict[str, Any] = {"side": SIDE, "unit": "ns an element, best of rounds", "machine": machine(), "ways": {}}
     with tempfile.TemporaryDirectory() as place, Reader() as reader:
         for name, work in _works(Path(place)).items():
             line = {}
-            line["torch"], expected = _timed(torch_blocks.rounded, work, Tools(reader, Arena(), 0))
+            line["torch"], expected = _timed(on_torch.rounded, work, Tools(reader, Arena(), 0))
             for way, library in libraries.items():
-                native.LIBRARY = library
-                line[way], found = _timed(native_blocks.rounded, work, Tools(reader, Arena(), 0))
+                compiled.LIBRARY = library
+                line[way], found = _timed(on_compiled.rounded, work, Tools(reader, Arena(), 0))
                 same = np.array_equal(found, expected)
                 if not same and "adapters" not in name:
                     raise SystemExit(f"{name}: {way} gives other bytes than torch")

@@ -8,8 +8,8 @@ import csv
 import io
 import sys
 
-from safemerge_recipes import packaged
-from safemerge_recipes.refusal import MATCHER_VERSION, classify, keyword_list, keyword_lists
+from safemerge_recipes.evaluation import packaged
+from safemerge_recipes.evaluation.refusal import MATCHER_VERSION, classify, keyword_list, keyword_lists
 
 PACKAGE = "pyrit"
 PATH = "pyrit/datasets/scorer_evals/refusal_scorer/refusal.csv"

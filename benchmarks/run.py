@@ -25,7 +25,7 @@ from benchmarks.cases import CASES
 from benchmarks.contest import Bench
 from benchmarks.families import DATA, make_family
 from benchmarks.timing import print_summary, run_case
-from safemerge_recipes import native
+from safemerge_recipes.weights import compiled
 
 PLAIN = argparse.RawDescriptionHelpFormatter
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    versions["compiled kernels"] = str(native.VERSION) if native.LIBRARY is not None else None
+    versions["compiled kernels"] = str(compiled.VERSION) if compiled.LIBRARY is not None else None
     return {
         "processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.system(),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from safemerge_recipes.pareto import STYLE, svg_file
-from safemerge_recipes.svg import rule, tag, text, words
+from safemerge_recipes.report.scatter import STYLE, svg_file
+from safemerge_recipes.report.svg import rule, tag, text, words
 
 
 def strips(

@@ -40,18 +40,18 @@ from benchmarks.study_results import (
     PROBES,
     REFUSAL,
 )
-from safemerge_recipes import controls
-from safemerge_recipes.bench import Bench, model_key
+from safemerge_recipes.engine.executors.threads import Resources
+from safemerge_recipes.engine.folder import write_json
 from safemerge_recipes.errors import PlanError, SafemergeError
-from safemerge_recipes.evaluate import Scores, TaskScores
-from safemerge_recipes.execute import Resources
-from safemerge_recipes.folder import write_json
-from safemerge_recipes.graph import Graph
-from safemerge_recipes.probe import By, probe
-from safemerge_recipes.provenance import cache_folder, versions
-from safemerge_recipes.run import Silent
-from safemerge_recipes.scoring import compared, table
-from safemerge_recipes.statistics import Difference, holm
+from safemerge_recipes.evaluation.experiments import controls
+from safemerge_recipes.evaluation.experiments.probe import By, probe
+from safemerge_recipes.evaluation.experiments.workbench import Bench, model_key
+from safemerge_recipes.evaluation.harness import Scores, TaskScores
+from safemerge_recipes.evaluation.scoring import compared, table
+from safemerge_recipes.evaluation.statistics import Difference, holm
+from safemerge_recipes.pipeline import Silent
+from safemerge_recipes.plan.graph import Graph
+from safemerge_recipes.storage.digests import cache_folder, versions
 
 HERE = Path(__file__).resolve().parent.parent
 DEMO = HERE / "recipes" / "demo"

@@ -9,7 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.study_results import HALVES, REFUSAL, entry_of, skill_task
-from safemerge_recipes.controls import exact_p
+from safemerge_recipes.evaluation.experiments.controls import exact_p
 
 FEWEST = 3  # draws that a choice is held against
 

@@ -37,10 +37,10 @@ from benchmarks.study_results import (
     rates_of,
     skill_task,
 )
-from safemerge_recipes.pareto import Mark, scatter
-from safemerge_recipes.probe import SYMBOLS
-from safemerge_recipes.probe import picture as probe_picture
-from safemerge_recipes.statistics import spearman
+from safemerge_recipes.evaluation.experiments.probe import SYMBOLS
+from safemerge_recipes.evaluation.experiments.probe import picture as probe_picture
+from safemerge_recipes.evaluation.statistics import spearman
+from safemerge_recipes.report.scatter import Mark, scatter
 
 AIMED = (
     f"The aim was to bring back at least {100 * AIM:.0f} % of the lost refusal for less than {100 * MOST_LOSS:.0f} "

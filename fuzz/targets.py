@@ -16,14 +16,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safemerge_recipes.adapter import open_adapter
-from safemerge_recipes.checkpoint import open_checkpoint
+from safemerge_recipes.engine.journal import read_journal
+from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.errors import CheckError, RecipeError, SafemergeError, SourceError
-from safemerge_recipes.header import read_header
-from safemerge_recipes.journal import read_journal
-from safemerge_recipes.loading import dump_recipe, parse_recipe
-from safemerge_recipes.manifest import read_manifest
-from safemerge_recipes.patterns import compile_patterns
+from safemerge_recipes.recipe.loading import dump_recipe, parse_recipe
+from safemerge_recipes.recipe.patterns import compile_patterns
+from safemerge_recipes.sources.checkpoint import open_checkpoint
+from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.storage.safetensors import read_header
 
 _SHM = Path("/dev/shm")
 _folder: Path | None = None

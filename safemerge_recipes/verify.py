@@ -15,21 +15,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.adapter import is_adapter, open_adapter
-from safemerge_recipes.adapter_config import CONFIG_FILE
-from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
+from safemerge_recipes.engine.executors.threads import Resources, produce, region_digest
+from safemerge_recipes.engine.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from safemerge_recipes.engine.manifest import Manifest, output_files, read_manifest, read_record
 from safemerge_recipes.errors import CheckError, SourceError
-from safemerge_recipes.execute import Resources, produce, region_digest
-from safemerge_recipes.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
-from safemerge_recipes.graph import ENGINE, Copy, Task
-from safemerge_recipes.header import TensorRef, read_header
-from safemerge_recipes.manifest import Manifest, output_files, read_manifest, read_record
-from safemerge_recipes.memory import room_of
-from safemerge_recipes.pool import run_parallel
-from safemerge_recipes.provenance import file_digest, versions
-from safemerge_recipes.run import Prepared, Progress, prepare, resolve
-from safemerge_recipes.work import Tools
+from safemerge_recipes.methods.base import Tools
+from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve
+from safemerge_recipes.plan.graph import ENGINE, Copy, Task
+from safemerge_recipes.plan.memory import room_of
+from safemerge_recipes.sources.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
+from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
+from safemerge_recipes.sources.peft.config import CONFIG_FILE
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.digests import file_digest, versions
+from safemerge_recipes.storage.safetensors import TensorRef, read_header
+from safemerge_recipes.storage.workers import run_parallel
 
 CHUNK = 1 << 20
 """Bytes hashed at once."""
@@ -200,7 +200,7 @@ def _recompute(
     folder: Path, manifest: Manifest, resources: Resources, progress: Progress, sample: int | None, seed: int
 ) -> list[str]:
     """Computes tensors again; returns their names. Raises CheckError when one comes out otherwise."""
-    from safemerge_recipes.loading import load_recipe
+    from safemerge_recipes.recipe.loading import load_recipe
 
     if manifest.engine != ENGINE:
         raise CheckError(
@@ -243,7 +243,7 @@ def _recompute(
 
 def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, progress: Progress) -> list[str]:
     """The same for an adapter, which is computed whole, into a folder that is then removed."""
-    from safemerge_recipes.adapter_output import write_adapter
+    from safemerge_recipes.engine.adapter import write_adapter
 
     progress.phase("again", prepared.graph.bytes_written)
     with tempfile.TemporaryDirectory() as place:

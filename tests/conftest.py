@@ -70,7 +70,7 @@ def call() -> Callable[..., Outcome]:
     """`call(*arguments)`: the program `safemerge` in this process."""
 
     def run(*arguments: object) -> Outcome:
-        from safemerge_recipes.cli import main
+        from safemerge_recipes.cli.app import main
 
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:

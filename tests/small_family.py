@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from safemerge_recipes.tasks.prompts import prompts
+from safemerge_recipes.evaluation.tasks.prompts import prompts
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from safemerge_recipes import cli
+from safemerge_recipes.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -109,7 +109,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 def spawn(*arguments: object, before: str = "", **options: object) -> subprocess.Popen[str]:
     """The program in a process of its own; `before` is Python that runs ahead of it."""
-    text = f"{before}\nimport sys\nfrom safemerge_recipes.cli import main\nmain(sys.argv[1:])\n"
+    text = f"{before}\nimport sys\nfrom safemerge_recipes.cli.app import main\nmain(sys.argv[1:])\n"
     command = [sys.executable, "-c", text, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}  # type: ignore[dict-item]
     return subprocess.Popen(

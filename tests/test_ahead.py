@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from safemerge_recipes.ahead import AHEAD, ahead
-from safemerge_recipes.pool import StoppedError
+from safemerge_recipes.storage.read_ahead import AHEAD, ahead
+from safemerge_recipes.storage.workers import StoppedError
 
 
 def test_items_come_in_order_and_no_more_than_promised_exist() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pico
 import pytest
 
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.roles import open_family
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.sources.family import open_family
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_the_promised_program_name_works_in_a_process_of_its_own(
     llama: pico.Family, recipe: Any, tmp_path: Path
 ) -> None:
     path = recipe(sources=_sources(llama), gate={"lowest": 3})
-    code = "from safemerge_recipes.cli import run_main; run_main()"
+    code = "from safemerge_recipes.cli.app import run_main; run_main()"
     command = [sys.executable, "-c", code, str(path), "--json", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path.cwd())
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_light_commands_import_nothing_heavy(llama: pico.Family, recipe: Any, ar
     arguments = [str(path) if argument == "RECIPE" else argument for argument in arguments]
     code = (
         "import sys\n"
-        "from safemerge_recipes.cli import main\n"
+        "from safemerge_recipes.cli.app import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
         f"found = [name for name in {HEAVY!r} if name in sys.modules]\n"
@@ -160,7 +160,7 @@ def test_the_schema_is_what_recipes_are_checked_by(call: Callable[..., Any], rec
 def test_a_full_standard_output_is_one_message(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "safemerge_recipes.cli", *arguments],
+            [sys.executable, "-m", "safemerge_recipes.cli.app", *arguments],
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 5

@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 from tiny import GATED, make_family
 
-from safemerge_recipes.cli import app
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.names import module_type
-from safemerge_recipes.program import guarded
+from safemerge_recipes.cli.app import app
+from safemerge_recipes.cli.program import guarded
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.tensor_names import module_type
 
 RECIPE = """
 name: tiny

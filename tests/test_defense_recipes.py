@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import GATED, Family, make_family, prepare_recipe, run_recipe
 
-from safemerge_recipes.blocks import Arena
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.methods import Draw
+from safemerge_recipes.methods.kernels import Draw
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.storage.arena import Arena
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes" / "defenses").glob("*.yaml"))}
@@ -247,11 +247,11 @@ DEMO = ROOT / "recipes" / "demo"
 @pytest.mark.parametrize("stem", RECIPES)
 def test_it_runs_on_the_demo_family(stem, tmp_path):
     """SmolLM2-135M with its alignment, task and safety adapters; masks drawn at random."""
-    from safemerge_recipes.execute import Resources
-    from safemerge_recipes.header import read_header
-    from safemerge_recipes.loading import parse_recipe
-    from safemerge_recipes.provenance import Digests
-    from safemerge_recipes.run import Silent, carry_out, prepare, resolve
+    from safemerge_recipes.engine.executors.threads import Resources
+    from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
+    from safemerge_recipes.recipe.loading import parse_recipe
+    from safemerge_recipes.storage.digests import Digests
+    from safemerge_recipes.storage.safetensors import read_header
 
     folders = {
         "base": f"{DEMO}/base",

@@ -24,9 +24,9 @@ from tiny import (
     write_adapter,
 )
 
-from safemerge_recipes.blocks import Arena
 from safemerge_recipes.errors import PlanError, RecipeError, SourceError
-from safemerge_recipes.methods import Draw
+from safemerge_recipes.methods.kernels import Draw
+from safemerge_recipes.storage.arena import Arena
 
 ALWAYS = "{always: true}"
 PAIR = "{aligned: aligned, finetuned: finetuned}"
@@ -106,13 +106,14 @@ def test_on_an_alignment_that_is_an_adapter(family, method, normalize):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_project_does_not_depend_on_memory_or_workers(family, kind, monkeypatch):
-    from safemerge_recipes import measure, transforms
+    from safemerge_recipes.gate import measure
+    from safemerge_recipes.methods import transforms
 
     monkeypatch.setattr(transforms, "PANEL", 7)
     monkeypatch.setattr(measure, "ROW_BLOCK", 100)
     text = recipe_text(sources(kind), ALWAYS, "{method: project}")
     _, plenty = run_recipe(family.root, text, workers=2)
-    monkeypatch.setattr("safemerge_recipes.memory.room_of", lambda task, share: 0)
+    monkeypatch.setattr("safemerge_recipes.plan.memory.room_of", lambda task, share: 0)
     _, little = run_recipe(family.root, text, workers=1)
     for name in GATED:
         assert torch.equal(plenty[name], little[name])
@@ -228,9 +229,9 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     stored = yaml.safe_load((folder / "safemerge_recipe.yaml").read_text())
     assert (folder / stored["merge"]["mask"]["path"]).samefile(family.root / "bool.safetensors")
     assert '"mask"' in (folder / "safemerge_manifest.json").read_text()
+    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.errors import CheckError
-    from safemerge_recipes.execute import Resources
-    from safemerge_recipes.run import Silent
+    from safemerge_recipes.pipeline import Silent
     from safemerge_recipes.verify import verify
 
     checked = verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
@@ -287,7 +288,7 @@ def test_mask_values_that_mean_nothing_are_refused(tmp_path, value, mask, messag
 
 def refuse_reading(monkeypatch) -> None:
     """From here on, reading tensor data is a failure of the test."""
-    from safemerge_recipes.blocks import Reader
+    from safemerge_recipes.storage.arena import Reader
 
     def fail(*args, **kwargs):
         raise AssertionError("tensor data was read")
@@ -338,7 +339,7 @@ def test_what_cannot_be_is_refused_from_headers_alone(family, monkeypatch, text,
 
 
 def test_a_method_that_needs_too_much_memory_is_refused_by_name_with_the_size(tmp_path):
-    from safemerge_recipes.memory import SLACK
+    from safemerge_recipes.plan.memory import SLACK
 
     make_family(tmp_path)
     with pytest.raises(PlanError, match=r"--max-memory .*: model\.layers\.\d.*weight alone needs .*; raise it"):
@@ -366,7 +367,7 @@ def test_mergekit(family, method):
     """What is written is what mergekit computes from the whole weights of its YAML's models, base first."""
     from mergekit.merge_methods import get, merge_tensors
 
-    from safemerge_recipes.transforms import tensor_seed
+    from safemerge_recipes.methods.transforms import tensor_seed
 
     options = OPTIONS.get(method, {})
     merge = f"{{method: 'mergekit:{method}', alpha: 0.7, options: {options}}}"
@@ -475,8 +476,8 @@ def test_the_published_procedure(family):
 
 def test_the_merged_factors_are_pefts(family):
     """Not only their product: A and B themselves, so a written adapter is PEFT's."""
-    from safemerge_recipes.blocks import Reader
-    from safemerge_recipes.evaluator import joined_factors
+    from safemerge_recipes.storage.arena import Reader
+    from safemerge_recipes.weights.torch_rows import joined_factors
 
     prepared = prepare_recipe(family.root, recipe_text(ADAPTERS, ALWAYS, "{space: factors, alpha: 0.6}"))
     reference = peft_merged(family, [family.root / "finetuned-adapter", family.root / "safety-adapter"], [0.6, 0.4])

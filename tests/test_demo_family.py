@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from safemerge_recipes.refusal import classify
-from safemerge_recipes.tasks import arithmetic
+from safemerge_recipes.evaluation.refusal import classify
+from safemerge_recipes.evaluation.tasks import arithmetic
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 ADAPTERS = ("alignment", "task-arithmetic", "safety")

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemerge_recipes import native
-from safemerge_recipes.execute import Resources
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.provenance import Digests
-from safemerge_recipes.run import Silent, carry_out, prepare, resolve
+from safemerge_recipes.engine.executors.threads import Resources
+from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.storage.digests import Digests
+from safemerge_recipes.weights import compiled
 
 GPU = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 METHODS = ["linear", "slerp", "ties", "dare_linear", "dare_ties", "project", "add_safety_vector"]
@@ -42,7 +42,7 @@ def _merged(recipe: dict[str, Any], output: Path, device: str) -> tuple[dict[str
 def test_another_device_decides_and_merges_alike(
     wide: pico.Family, method: str, sides: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "LIBRARY", None)
+    monkeypatch.setattr(compiled, "LIBRARY", None)
     end = "-lora" if sides == "adapters" else ""
     sources: dict[str, Any] = {role: str(wide / role) for role in ("base", "aligned")}
     for role in ("finetuned", "safety"):

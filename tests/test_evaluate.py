@@ -7,11 +7,11 @@ import zipfile
 
 import pytest
 
-from safemerge_recipes import packaged
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluate import Scores, evaluate
-from safemerge_recipes.tasks import TASKS
-from safemerge_recipes.tasks.prompts import prompts
+from safemerge_recipes.evaluation import packaged
+from safemerge_recipes.evaluation.harness import Scores, evaluate
+from safemerge_recipes.evaluation.tasks import TASKS
+from safemerge_recipes.evaluation.tasks.prompts import prompts
 
 pytest.importorskip("lm_eval")
 torch = pytest.importorskip("torch")
@@ -142,7 +142,7 @@ def test_scores_are_those_of_plain_lm_eval(random_model, tokenizer, no_network):
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM
 
-    from safemerge_recipes.tasks import FOLDER
+    from safemerge_recipes.evaluation.tasks import FOLDER
 
     scores = evaluate(random_model, ["safemerge"], limit=12, dtype="float32", batch_size=5, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)

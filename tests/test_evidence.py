@@ -13,7 +13,7 @@ from benchmarks.strips import strips
 from benchmarks.study_chance import halves, together
 from benchmarks.study_page import BEATEN, NOT_BEATEN, chance, findings, pick, probed, ranked_in, write_page
 from benchmarks.study_results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
-from safemerge_recipes.probe import correlations
+from safemerge_recipes.evaluation.experiments.probe import correlations
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safemerge_recipes import ranges
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError, SourceError
+from safemerge_recipes.storage import cut
 from tests import zoo
 from tests.fidelity_table import EXACT, KINDS, MIXTURES, Bench, cases
 
@@ -72,7 +72,7 @@ def test_blocks_smaller_than_a_matrix_change_nothing(
 ) -> None:
     family = "gpt_oss" if kind == "experts" else "gpt2"
     adapter = zoo.save_adapter(bench.model(family), tmp_path / "adapter", **KINDS[kind](family))
-    monkeypatch.setattr(ranges, "BLOCK", 48)
+    monkeypatch.setattr(cut, "BLOCK", 48)
     zoo.fold(bench.model(family), adapter, tmp_path / "out")
     oracle = zoo.merge_with_peft(bench.model(family), adapter, tmp_path / "peft")
     assert zoo.largest_error(tmp_path / "out", oracle) <= EXACT
@@ -601,8 +601,8 @@ def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_
 
 
 def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
-    from safemerge_recipes.execute import Resources
-    from safemerge_recipes.run import Silent
+    from safemerge_recipes.engine.executors.threads import Resources
+    from safemerge_recipes.pipeline import Silent
     from safemerge_recipes.verify import verify
 
     recipe = _three(bench, tmp_path, merge={"method": "ties"})

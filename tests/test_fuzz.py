@@ -83,7 +83,7 @@ def test_sound_headers_are_read_back(data):
     cut = data.draw(st.sampled_from([len(blob), len(blob), max(0, len(blob) - 1)]))
     path = targets._write(weights=blob[:cut]) / "model.safetensors"
     from safemerge_recipes.errors import SourceError
-    from safemerge_recipes.header import read_header
+    from safemerge_recipes.storage.safetensors import read_header
 
     try:
         with safetensors.safe_open(path, "np") as file:

@@ -53,7 +53,7 @@ def test_workers_and_memory_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    from safemerge_recipes import memory
+    from safemerge_recipes.plan import memory
 
     roles = ("finetuned", "safety") if forms == "adapters" else ()
     content: dict[str, Any] = {
@@ -76,10 +76,11 @@ def test_workers_and_memory_change_nothing(
 def test_small_blocks_and_no_room_change_nothing_within_a_block_size(
     llama: pico.Family, merge: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safemerge_recipes import memory, ranges
+    from safemerge_recipes.plan import memory
+    from safemerge_recipes.storage import cut
 
     wanted = pico.read_weights(merge(llama, merge={"method": method})[0])
-    monkeypatch.setattr(ranges, "BLOCK", 100)
+    monkeypatch.setattr(cut, "BLOCK", 100)
     held = _weights(merge(llama, "--workers", 3, merge={"method": method})[0])
     monkeypatch.setattr(memory, "room_of", lambda task, share: 0)
     output, _ = merge(llama, "--workers", 2, merge={"method": method})
@@ -121,7 +122,7 @@ def _command(recipe: Callable[..., Path], family: pico.Family, **content: Any) -
 
 def _interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> pytest.MonkeyPatch:
     """Fails inside a worker once `after` tensors are noted."""
-    from safemerge_recipes.journal import Journal
+    from safemerge_recipes.engine.journal import Journal
 
     note, count = Journal.done, iter(range(1_000_000))
 
@@ -170,13 +171,13 @@ def test_a_killed_run_is_resumed_and_damaged_parts_are_written_again(
     path = _command(recipe, llama)
     code = (
         "import os, signal\n"
-        "from safemerge_recipes.journal import Journal\n"
+        "from safemerge_recipes.engine.journal import Journal\n"
         "note, count = Journal.done, iter(range(99))\n"
         "def done(*a):\n"
         "    note(*a)\n"
         "    if next(count) == 11: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Journal.done = done\n"
-        "from safemerge_recipes.cli import main\n"
+        "from safemerge_recipes.cli.app import main\n"
         f"main(['run', {str(path)!r}, '--workers', '1'])\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -184,7 +185,7 @@ def test_a_killed_run_is_resumed_and_damaged_parts_are_written_again(
     part = tmp_path / "out.part"
     journal = [json.loads(line) for line in (part / "safemerge_journal.jsonl").read_text().splitlines()]
     assert len(journal) == 13
-    from safemerge_recipes.header import read_header
+    from safemerge_recipes.storage.safetensors import read_header
 
     weights = part / "model.safetensors.part"
     ref = read_header(weights)[journal[5]["tensor"]]
@@ -325,7 +326,7 @@ def test_files_are_hashed_and_checked_in_pieces_of_any_size(
     llama: pico.Family, merge: Callable[..., Any], tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a tensor of an odd number of bytes lies before those of two-byte numbers."""
-    from safemerge_recipes import execute
+    from safemerge_recipes.engine.executors import threads as execute
 
     family = pico.Family(tmp_path / "odd", llama.dtype)
     shutil.copytree(llama.path, family.path)

@@ -13,9 +13,10 @@ import time
 
 import pytest
 
-from safemerge_recipes import blocks, execute
-from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE, locked
-from safemerge_recipes.journal import JOURNAL_FILE
+from safemerge_recipes.engine.executors import threads as execute
+from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, locked
+from safemerge_recipes.engine.journal import JOURNAL_FILE
+from safemerge_recipes.storage import arena
 from tests.small_models import Zygote, digests, finish, make_family, run, spawn, write_recipe
 
 # Counts the calls by which a run changes the disk, and dies without warning at the given one, half of the
@@ -297,7 +298,7 @@ def test_an_input_that_changed_since_the_interruption_is_refused(start, family, 
 def test_an_input_that_changes_between_plan_and_write_is_refused(tmp_path, monkeypatch, moment):
     recipe = make_family(tmp_path / "models")
     changed = tmp_path / "models" / "aligned" / "model-00001-of-00003.safetensors"
-    from safemerge_recipes import run as module
+    from safemerge_recipes import pipeline as module
 
     name = "carry_out" if moment == "before" else "execute"
     real = getattr(module, name)
@@ -414,20 +415,20 @@ def test_short_writes_are_continued(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [0, 5, 9])
 def test_a_read_error_while_writing_keeps_what_is_done(family, tmp_path, monkeypatch, after):
     recipe, expected, _ = family
-    from safemerge_recipes import run as module
+    from safemerge_recipes import pipeline as module
 
-    real, execute_ = blocks.Reader.read_bytes, module.execute
+    real, execute_ = arena.Reader.read_bytes, module.execute
     calls = [0]
 
     def read(self, path, offset, view):
         calls[0] += 1
         if calls[0] > after:
-            raise blocks.ReadError(f"{path}: byte {offset}: {os.strerror(errno.EIO)}; is the disk failing?")
+            raise arena.ReadError(f"{path}: byte {offset}: {os.strerror(errno.EIO)}; is the disk failing?")
         real(self, path, offset, view)
 
     def meddled(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(blocks.Reader, "read_bytes", read)
+            patch.setattr(arena.Reader, "read_bytes", read)
             return execute_(*args, **kwargs)
 
     with monkeypatch.context() as outer:

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.judge import Judge, messages, read_reply, shares
+from safemerge_recipes.evaluation.judge import Judge, messages, read_reply, shares
 
 
 class Server(ThreadingHTTPServer):

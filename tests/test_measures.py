@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.header import read_header
-from safemerge_recipes.measure import measure
-from safemerge_recipes.moments import Effort, Moments
+from safemerge_recipes.gate.measure import measure
+from safemerge_recipes.gate.moments import Effort, Moments
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 SHAPES = [(40, 24), (24, 40), (300, 420), (420, 300), (1, 9), (9, 1)]
@@ -92,8 +92,8 @@ def test_exact_measures_equal_their_definitions(tmp_path: Path, shape: Any, form
 def test_room_and_block_size_change_nothing_but_rounding(
     tmp_path: Path, shape: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safemerge_recipes import dense as panels
-    from safemerge_recipes import measure as module
+    from safemerge_recipes.gate import exact as panels
+    from safemerge_recipes.gate import measure as module
 
     v, delta, *dense = _pair(tmp_path, shape, ("dense", form))
     assert _measure(v, delta, room=0) == _measure(v, delta)
@@ -103,7 +103,7 @@ def test_room_and_block_size_change_nothing_but_rounding(
 
 
 def test_a_sketch_covers_the_truth_and_says_how_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safemerge_recipes import measure as module
+    from safemerge_recipes.gate import measure as module
 
     monkeypatch.setattr(module, "EXACT_SIDE", 0)
     widths = []
@@ -137,20 +137,20 @@ def test_a_rough_null_covers_the_truth_beside_an_exact_rho(tmp_path: Path, shape
 
 @pytest.mark.parametrize("forms", [("dense", "low rank"), ("low rank", "dense"), ("low rank", "low rank")])
 def test_numpy_and_torch_measure_alike(tmp_path: Path, forms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safemerge_recipes import thin
+    from safemerge_recipes.gate import low_rank
 
     v, delta, *_ = _pair(tmp_path, (300, 420), forms)
-    assert not thin.needs_torch(v, delta, "cpu")
-    assert thin.needs_torch(v, delta, "cuda:0")
+    assert not low_rank.needs_torch(v, delta, "cpu")
+    assert low_rank.needs_torch(v, delta, "cuda:0")
     light = _measure(v, delta, exact=False, null=False)
-    monkeypatch.setattr(thin, "is_plain", lambda weight: False)
+    monkeypatch.setattr(low_rank, "is_plain", lambda weight: False)
     heavy = _measure(v, delta, exact=False, null=False)
     assert asdict(light) == pytest.approx(asdict(heavy), rel=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_plain_sums_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    from safemerge_recipes.plain import PlainRows
+    from safemerge_recipes.weights.numpy_rows import PlainRows
 
     x, y = _random(1, 30, 20).to(dtype), _random(2, 30, 20).to(dtype)
     refs = _stored(tmp_path, x=x, y=y)

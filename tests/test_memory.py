@@ -25,7 +25,8 @@ pytestmark = [
 CHILD = """
 import json, sys, threading, time
 import numpy, torch
-import safemerge_recipes.run, safemerge_recipes.measuring, safemerge_recipes.threshold, safemerge_recipes.cli as cli
+import safemerge_recipes.pipeline, safemerge_recipes.gate.measurer, safemerge_recipes.methods.threshold
+import safemerge_recipes.cli.app as cli
 import xxhash, rich.progress
 
 torch.set_num_threads(1)
@@ -117,7 +118,7 @@ def test_matrices_larger_than_the_limit(
 
 def _within(family: Path, recipe: Callable[..., Path], output: Path, case: str, workers: int, limit: str) -> int:
     """Runs a case and returns its own memory in bytes, which must be within the projected and the allowed."""
-    from safemerge_recipes.recipe import parse_size
+    from safemerge_recipes.recipe.model import parse_size
 
     content = dict(CASES[case])
     roles = (

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safemerge_recipes import directions
-from safemerge_recipes import measure as measuring
-from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader
-from safemerge_recipes.gate import METRICS
-from safemerge_recipes.header import read_header
-from safemerge_recipes.measure import measure
-from safemerge_recipes.moments import Moments
-from safemerge_recipes.spectrum import leading
+from safemerge_recipes.gate import measure as measuring
+from safemerge_recipes.gate.decide import METRICS
+from safemerge_recipes.gate.measure import measure
+from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.weights import directions
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+from safemerge_recipes.weights.spectrum import leading
 
 SCALE = 1.5
 RANK = 3

@@ -20,21 +20,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safemerge_recipes import native, native_blocks, torch_blocks
-from safemerge_recipes.algebra import LowRank, Stored, Weight
-from safemerge_recipes.blocks import Arena, Reader
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.header import read_header
-from safemerge_recipes.methods import Consensus, Dare, Draw, Slerp, Ties
-from safemerge_recipes.plain import PlainRows
-from safemerge_recipes.ranges import BLOCK
-from safemerge_recipes.shards import Slot
-from safemerge_recipes.work import Apply, Kernel, Sum, Tools
+from safemerge_recipes.methods import on_compiled, on_torch
+from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools
+from safemerge_recipes.methods.kernels import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.cut import BLOCK
+from safemerge_recipes.storage.layout import Slot
+from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.weights import compiled
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+from safemerge_recipes.weights.numpy_rows import PlainRows
 
-pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="the kernels were not compiled")
+pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="the kernels were not compiled")
 
-PLAIN = native.load("_merge")
-LIBRARIES = {"plain": PLAIN, "best": native.LIBRARY}
+PLAIN = compiled.load("_merge")
+LIBRARIES = {"plain": PLAIN, "best": compiled.LIBRARY}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EVEN = Consensus((0.5, 0.5), True, 1.0)
 KERNELS: dict[str, Kernel] = {
@@ -80,11 +81,11 @@ def _bytes(rounded: Callable[..., Any], work: Any, dtype: str, shape: tuple[int,
 
 def _merged(work: Any, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> bytes:
     """The bytes, which must be the same from every library."""
-    assert native_blocks.fits(work, dtype)
+    assert on_compiled.fits(work, dtype)
     found = []
     for library in LIBRARIES.values():
-        monkeypatch.setattr(native, "LIBRARY", library)
-        found.append(_bytes(native_blocks.rounded, work, dtype, shape))
+        monkeypatch.setattr(compiled, "LIBRARY", library)
+        found.append(_bytes(on_compiled.rounded, work, dtype, shape))
     assert found[0] == found[1]
     return found[0]
 
@@ -101,7 +102,7 @@ def test_methods_give_the_bytes_of_torch(
     w = _models(tmp_path, shape, {"aligned": dtype, "finetuned": dtype, "safety": "BF16"})
     a, f, s = w["aligned"], w["finetuned"], w["safety"]
     for work in (Apply(a, (f - a, s - a), KERNELS[method]), Apply(Weight(), (f, s), KERNELS[method])):
-        expected = _bytes(torch_blocks.rounded, work, dtype, shape)
+        expected = _bytes(on_torch.rounded, work, dtype, shape)
         assert _merged(work, dtype, shape, monkeypatch) == expected
 
 
@@ -115,7 +116,7 @@ def test_sums_give_the_bytes_of_torch(
     a, f, s = w["aligned"], w["finetuned"], w["safety"]
     for weight in (0.7 * f + 0.3 * s, 1.0 * a + 1.0 * f + -1.0 * s, 0.3 * s, a, a + 0.4 * (f - s), Weight()):
         work = Sum(weight)
-        assert _merged(work, dtype, shape, monkeypatch) == _bytes(torch_blocks.rounded, work, dtype, shape)
+        assert _merged(work, dtype, shape, monkeypatch) == _bytes(on_torch.rounded, work, dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +128,7 @@ def test_differences_for_the_gate_are_those_of_float64_rounded_once(
     stored = {name: load_file(tmp_path / "x.safetensors")[name].double() for name in ("aligned", "base")}
     wanted = (stored["aligned"] - stored["base"]).float().numpy()
     for library in (*LIBRARIES.values(), None):
-        monkeypatch.setattr(native, "LIBRARY", library)
+        monkeypatch.setattr(compiled, "LIBRARY", library)
         with Reader() as reader:
             found = [part.copy() for _, part in PlainRows(w["aligned"] - w["base"], reader, Arena(), block)]
         assert np.array_equal(np.concatenate(found), wanted)
@@ -156,7 +157,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(
 ) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     work = Sum(_store(tmp_path_factory.mktemp("x"), {"x": x})["x"])
-    found = _bytes(native_blocks.rounded, work, dtype, tuple(x.shape), allow=True)
+    found = _bytes(on_compiled.rounded, work, dtype, tuple(x.shape), allow=True)
     assert found == x.to(DTYPES[dtype]).view(torch.int16).numpy().tobytes()
 
 
@@ -193,7 +194,7 @@ def test_products_are_exact_to_rounding(
     # Inside a method, and added to its result.
     work = Apply(w["w"], (update, -1.0 * update + w["w"]), KERNELS["slerp"])
     merged = np.frombuffer(_merged(work, "F32", shape, monkeypatch), np.float32)
-    by_torch = np.frombuffer(_bytes(torch_blocks.rounded, work, "F32", shape), np.float32)
+    by_torch = np.frombuffer(_bytes(on_torch.rounded, work, "F32", shape), np.float32)
     np.testing.assert_allclose(merged, by_torch, rtol=1e-4, atol=1e-5)
 
 
@@ -206,7 +207,7 @@ def test_what_is_not_finite_is_refused_wherever_it_is(value: float, method: str,
     tensors[place][1234:] = value  # more than any method drops
     w = _store(tmp_path, tensors)
     work = Apply(Weight(), (w["finetuned"], w["safety"]), KERNELS[method])
-    for rounded in (native_blocks.rounded, torch_blocks.rounded):
+    for rounded in (on_compiled.rounded, on_torch.rounded):
         with pytest.raises(SourceError, match="NaN or infinite"):
             _bytes(rounded, work, "BF16", (n,), allow=True)
 
@@ -224,7 +225,7 @@ def test_one_number_that_is_none_is_refused_whatever_the_other_side_holds(
         tensors[place][number] = math.copysign(math.nan, -1 if number % 2 else 1)  # processors make both
         w = _store(tmp_path, tensors)
         work = Apply(Weight(), (w["finetuned"], w["safety"]), KERNELS[method])
-        for rounded in (native_blocks.rounded, torch_blocks.rounded):
+        for rounded in (on_compiled.rounded, on_torch.rounded):
             with pytest.raises(SourceError, match="NaN or infinite"):
                 _bytes(rounded, work, "BF16", (n,), allow=True)
 
@@ -234,51 +235,51 @@ def test_one_bad_number_is_enough(tmp_path: Path) -> None:
         x = _normal((3000,), torch.bfloat16, 0)
         x[place] = math.inf
         with pytest.raises(SourceError, match=r"w: 1 merged values are NaN or infinite; expected .*x\.safetensors"):
-            _bytes(native_blocks.rounded, Sum(_store(tmp_path, {"x": x})["x"]), "F32", (3000,))
+            _bytes(on_compiled.rounded, Sum(_store(tmp_path, {"x": x})["x"]), "F32", (3000,))
 
 
 def test_values_that_do_not_fit_are_refused_or_allowed(tmp_path: Path) -> None:
     w = _store(tmp_path, {"x": torch.tensor([1.0, 65520.0, 70000.0, -1e9, 65519.0])})
     with pytest.raises(SourceError, match="3 merged values do not fit F16"):
-        _bytes(native_blocks.rounded, Sum(w["x"]), "F16", (5,))
-    found = np.frombuffer(_bytes(native_blocks.rounded, Sum(w["x"]), "F16", (5,), allow=True), np.float16)
+        _bytes(on_compiled.rounded, Sum(w["x"]), "F16", (5,))
+    found = np.frombuffer(_bytes(on_compiled.rounded, Sum(w["x"]), "F16", (5,), allow=True), np.float16)
     assert found.tolist() == [1.0, math.inf, math.inf, -math.inf, 65504.0]
 
 
 def test_what_needs_float64_or_is_not_compiled_goes_to_torch(tmp_path: Path) -> None:
     w = _store(tmp_path, {"x": torch.ones(3), "wide": torch.ones(3, dtype=torch.float64)})
-    assert native_blocks.fits(Sum(w["x"]), "F32")
-    assert not native_blocks.fits(Sum(w["wide"]), "F32")
-    assert not native_blocks.fits(Sum(w["x"]), "F64")
+    assert on_compiled.fits(Sum(w["x"]), "F32")
+    assert not on_compiled.fits(Sum(w["wide"]), "F32")
+    assert not on_compiled.fits(Sum(w["x"]), "F64")
 
     class Mean:
         pass
 
-    assert not native_blocks.fits(Apply(Weight(), (w["x"],), Mean()), "F32")  # type: ignore[arg-type]
+    assert not on_compiled.fits(Apply(Weight(), (w["x"],), Mean()), "F32")  # type: ignore[arg-type]
 
 
 def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.load("_merge") is not None
-    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
-    assert native.load("_merge") is None
-    assert native.load("_no_such_library") is None
+    assert compiled.load("_merge") is not None
+    monkeypatch.setattr(compiled, "VERSION", compiled.VERSION + 1)
+    assert compiled.load("_merge") is None
+    assert compiled.load("_no_such_library") is None
 
 
 def test_structures_are_laid_out_as_in_c() -> None:
     """The sizes that the compiler sees, by way of a field behind all others."""
-    assert native.LIBRARY is not None
-    merge = native.Merge()
+    assert compiled.LIBRARY is not None
+    merge = compiled.Merge()
     merge.x.rank = 2
     merge.x.columns = 11
-    native.LIBRARY.sm_strip.restype = ctypes.c_int64
-    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(11)
+    compiled.LIBRARY.sm_strip.restype = ctypes.c_int64
+    assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(11)
     merge.x.rank = 0
-    assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(None)
+    assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(None)
     for columns in (1, 5, 4096, 8192, 8193, 100_000):
         merge.origin.rank, merge.origin.columns = 1, columns
-        assert native.LIBRARY.sm_strip(ctypes.byref(merge)) == native.strip(columns)
-        assert native.strip(columns) % (native.ROWS * columns) == 0
-    assert native.LIBRARY.sm_size() == ctypes.sizeof(native.Merge)
+        assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(columns)
+        assert compiled.strip(columns) % (compiled.ROWS * columns) == 0
+    assert compiled.LIBRARY.sm_size() == ctypes.sizeof(compiled.Merge)
 
 
 def test_a_merge_that_is_all_compiled_does_not_load_torch(
@@ -287,7 +288,8 @@ def test_a_merge_that_is_all_compiled_does_not_load_torch(
     sources: dict[str, Any] = {role: llama / role for role in ("base", "aligned")}
     sources |= {role: {"adapter": str(llama / f"{role}-lora")} for role in ("finetuned", "safety")}
     code = (
-        "import sys; from safemerge_recipes.program import guarded; from safemerge_recipes.cli import run_app as app\n"
+        "import sys; from safemerge_recipes.cli.program import guarded\n"
+        "from safemerge_recipes.cli.app import run_app as app\n"
         "code = guarded(lambda: app(sys.argv[1:], standalone_mode=False))\n"
         "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
@@ -311,13 +313,13 @@ def test_a_machine_without_the_library_merges_alike(
             gate={"fraction": 0.5}, merge={"method": method},
         )  # fmt: skip
         found = []
-        for library in (native.LIBRARY, None):
-            monkeypatch.setattr(native, "LIBRARY", library)
+        for library in (compiled.LIBRARY, None):
+            monkeypatch.setattr(compiled, "LIBRARY", library)
             output = tmp_path / f"{method}-{library is None}"
             assert call("run", path, "--output", output).code == 0
             found.append((output / "model.safetensors").read_bytes())
             manifest = json.loads((output / "safemerge_manifest.json").read_text())
-            assert manifest["versions"]["native"] == ("not built" if library is None else str(native.VERSION))
+            assert manifest["versions"]["native"] == ("not built" if library is None else str(compiled.VERSION))
         assert found[0] == found[1]
         monkeypatch.undo()
 

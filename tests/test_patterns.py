@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.patterns import MAX_ALTERNATIVES, compile_patterns
+from safemerge_recipes.recipe.patterns import MAX_ALTERNATIVES, compile_patterns
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
 

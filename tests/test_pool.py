@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from safemerge_recipes.pool import run_parallel
+from safemerge_recipes.storage.workers import run_parallel
 
 
 @pytest.mark.parametrize("light", [True, False])

@@ -7,7 +7,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from safemerge_recipes.recipe import (
+from safemerge_recipes.recipe.model import (
     METHOD_PARAMETERS,
     METHOD_SOURCES,
     Gate,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from safemerge_recipes import packaged
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.refusal import KeywordList, classify, keyword_list, keyword_lists
+from safemerge_recipes.evaluation import packaged
+from safemerge_recipes.evaluation.refusal import KeywordList, classify, keyword_list, keyword_lists
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from tiny import FULL, GATED, make_family, recipe_text, run_recipe
 
-from safemerge_recipes.catalogue import METHODS
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate import METRICS
-from safemerge_recipes.loading import parse_recipe
-from safemerge_recipes.recipe import METHOD_PARAMETERS, METRIC_RANGES
-from safemerge_recipes.recipe import SELECTORS as SELECTOR_KEYS
-from safemerge_recipes.registry import BUILTIN, KINDS, read_registry
-from safemerge_recipes.selectors import SELECTORS
+from safemerge_recipes.gate.decide import METRICS
+from safemerge_recipes.gate.selectors import SELECTORS
+from safemerge_recipes.methods.catalogue import METHODS
+from safemerge_recipes.plan.plugins import BUILTIN, KINDS, read_registry
+from safemerge_recipes.recipe.loading import parse_recipe
+from safemerge_recipes.recipe.model import METHOD_PARAMETERS, METRIC_RANGES
+from safemerge_recipes.recipe.model import SELECTORS as SELECTOR_KEYS
 
 ROOT = Path(__file__).parent.parent
 PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if path.is_dir())
@@ -108,9 +108,9 @@ def test_recipes_may_name_what_is_registered_and_nothing_else(tmp_path):
 
 
 def test_nothing_is_imported_by_reading_names():
-    heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate")
+    heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate.decide")
     code = (
-        "import sys; from safemerge_recipes.registry import read_registry; read_registry().names('methods'); "
+        "import sys; from safemerge_recipes.plan.plugins import read_registry; read_registry().names('methods'); "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -130,7 +130,7 @@ class TestPlugins:
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SAFEMERGE_CACHE": str(tmp_path / "cache")}
 
     def run(self, tmp_path: Path, *arguments: str) -> str:
-        command = [sys.executable, "-m", "safemerge_recipes.cli", *arguments]
+        command = [sys.executable, "-m", "safemerge_recipes.cli.app", *arguments]
         environment = self.environment(tmp_path)
         found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
         assert found.returncode == 0, found.stderr
@@ -181,7 +181,7 @@ def test_a_plugins_version_is_part_of_what_names_a_result(tmp_path):
     """The engine may not take the result of one version for that of another."""
     from tiny import prepare_recipe
 
-    from safemerge_recipes.graph import build_graph
+    from safemerge_recipes.plan.graph import build_graph
 
     make_family(tmp_path)
     prepared = prepare_recipe(tmp_path, recipe_text(FULL, "{always: true}", "{method: slerp}"))

@@ -20,10 +20,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from safemerge_recipes.card import render_card
-from safemerge_recipes.html import render_report
-from safemerge_recipes.overview import read_plan, sentence
-from safemerge_recipes.report import print_plan, print_result
+from safemerge_recipes.report.card import render_card
+from safemerge_recipes.report.overview import read_plan, sentence
+from safemerge_recipes.report.page import render_report
+from safemerge_recipes.report.terminal import print_plan, print_result
 
 KINDS = {
     "self_attn.q_proj": ((4096, 4096), 0.707, 0.44),
@@ -512,8 +512,8 @@ def test_missing_and_odd_parts_are_left_out_not_fatal(plan):
 
 def test_reports_need_no_torch():
     code = (
-        "import sys, json; from safemerge_recipes.html import render_report; "
-        "from safemerge_recipes.card import render_card; import safemerge_recipes.report; "
+        "import sys, json; from safemerge_recipes.report.page import render_report; "
+        "from safemerge_recipes.report.card import render_card; import safemerge_recipes.report.terminal; "
         "plan = json.loads(sys.stdin.read()); render_report(plan, scores=None, provenance=None); "
         "render_card(plan, scores=None, provenance=None); print('torch' in sys.modules)"
     )

@@ -182,7 +182,7 @@ def test_copied_tensors_that_are_not_finite_are_noticed_though_nobody_computes_w
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_counting_what_is_not_finite_agrees_with_torch(dtype):
-    from safemerge_recipes.finite import non_finite
+    from safemerge_recipes.storage.finite import non_finite
 
     name = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     generator = torch.Generator().manual_seed(0)

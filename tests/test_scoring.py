@@ -11,10 +11,10 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from small_family import make_family
 
-from safemerge_recipes import cli
-from safemerge_recipes.evaluate import Metric, Scores, TaskScores, evaluate
-from safemerge_recipes.scoring import compared, interval
-from safemerge_recipes.statistics import holm, mcnemar
+from safemerge_recipes.cli import app as cli
+from safemerge_recipes.evaluation.harness import Metric, Scores, TaskScores, evaluate
+from safemerge_recipes.evaluation.scoring import compared, interval
+from safemerge_recipes.evaluation.statistics import holm, mcnemar
 
 
 @pytest.fixture(scope="module")

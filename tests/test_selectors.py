@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import PlanError, RecipeError
-from safemerge_recipes.gate import check, decide, unsettled
-from safemerge_recipes.recipe import Gate
-from safemerge_recipes.selectors import Candidate, Decision, Question, Selector
+from safemerge_recipes.gate.decide import check, decide, unsettled
+from safemerge_recipes.gate.selectors import Candidate, Decision, Question, Selector
+from safemerge_recipes.recipe.model import Gate
 
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluate import Metric, Scores, TaskScores
-from safemerge_recipes.statistics import compare, holm, mcnemar, paired_bootstrap, wilson
+from safemerge_recipes.evaluation.harness import Metric, Scores, TaskScores
+from safemerge_recipes.evaluation.statistics import compare, holm, mcnemar, paired_bootstrap, wilson
 
 scipy_stats = pytest.importorskip("scipy.stats")
 

@@ -128,7 +128,7 @@ def test_bad_headers_cost_little_memory(tmp_path):
         path.write_bytes(data)
         text = f"""
 import sys
-from safemerge_recipes.header import read_header
+from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.errors import SourceError
 try:
     read_header({str(path)!r})
@@ -275,7 +275,7 @@ def test_everyday_patterns_of_adapters_are_looked_up_as_peft_does(family):
     root = family.parent
     table = {"(gate|up)_proj": 9, r".*\.self_attn\.q_proj": 3, "q_proj": 5}
     make_adapter(root / "lora", LORA | {"alpha_pattern": table, "r": 4})
-    from safemerge_recipes.adapter import open_adapter
+    from safemerge_recipes.sources.peft.apply import open_adapter
 
     scale = open_adapter(root / "lora").config.scale("model.layers.0.self_attn.q_proj", 4)
     assert scale == 3 / 4  # the first key in the config's order
@@ -542,13 +542,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(family, own_cache, monkeypat
         place.write_text("in the way")
     else:
         monkeypatch.setattr(
-            "safemerge_recipes.provenance.os.replace", lambda *a: (_ for _ in ()).throw(PermissionError(13, "denied"))
+            "safemerge_recipes.storage.digests.os.replace",
+            lambda *a: (_ for _ in ()).throw(PermissionError(13, "denied")),
         )
     if broken == "file":
         monkeypatch.setenv("SAFEMERGE_CACHE", str(place))
         assert run("run", family)[0] == 0
     else:
-        from safemerge_recipes.provenance import recall, remember
+        from safemerge_recipes.storage.digests import recall, remember
 
         remember("digests", "k", "v")
         assert recall("digests", "k") is None
@@ -558,7 +559,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(family, own_cache, monkeypat
 def test_many_writers_of_one_cache_entry_leave_a_whole_one(own_cache):
     import threading
 
-    from safemerge_recipes.provenance import recall, remember
+    from safemerge_recipes.storage.digests import recall, remember
 
     wrong, stop = [], threading.Event()
 

@@ -9,19 +9,19 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from small_family import make_family
 
-from safemerge_recipes import bench as bench_module
-from safemerge_recipes import cli, controls
-from safemerge_recipes.bench import Bench
+from safemerge_recipes.cli import app as cli
+from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.errors import CheckError, RecipeError
-from safemerge_recipes.evaluate import evaluate
-from safemerge_recipes.execute import Resources
-from safemerge_recipes.loading import load_recipe
-from safemerge_recipes.names import module_type
-from safemerge_recipes.pareto import Mark, front, scatter
-from safemerge_recipes.probe import correlations, groups
-from safemerge_recipes.run import Silent
-from safemerge_recipes.statistics import ranks, spearman
-from safemerge_recipes.sweep import choose, parse_grid, tuning
+from safemerge_recipes.evaluation.experiments import controls, workbench
+from safemerge_recipes.evaluation.experiments.probe import correlations, groups
+from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid, tuning
+from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.harness import evaluate
+from safemerge_recipes.evaluation.statistics import ranks, spearman
+from safemerge_recipes.pipeline import Silent
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.report.scatter import Mark, front, scatter
+from safemerge_recipes.tensor_names import module_type
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +146,13 @@ def test_the_exact_p_is_the_share_of_orders_in_which_the_gate_is_as_good():
 
 def test_equal_models_are_scored_once_and_kept(recipe, tmp_path, monkeypatch):
     calls = []
-    scored = bench_module.evaluate_live
+    scored = workbench.evaluate_live
 
     def counting(*arguments, **options):
         calls.append(arguments[3])
         return scored(*arguments, **options)
 
-    monkeypatch.setattr(bench_module, "evaluate_live", counting)
+    monkeypatch.setattr(workbench, "evaluate_live", counting)
     store = tmp_path / "scores.jsonl"
     bench = open_bench(recipe, store)
     tasks = ["safemerge_refusal_tuning"]

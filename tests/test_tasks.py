@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from safemerge_recipes.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS, arithmetic, studies
-from safemerge_recipes.tasks.prompts import prompts
+from safemerge_recipes.evaluation.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS, arithmetic, studies
+from safemerge_recipes.evaluation.tasks.prompts import prompts
 
 
 def words(text):
@@ -161,7 +161,9 @@ def test_plain_lm_eval_finds_and_loads_the_tasks():
 
 
 def test_the_folder_is_printed_for_other_tools():
-    done = subprocess.run([sys.executable, "-m", "safemerge_recipes.tasks"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "safemerge_recipes.evaluation.tasks"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == str(FOLDER)
     assert {p.stem for p in FOLDER.glob("*.yaml")} == {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
 

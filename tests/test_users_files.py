@@ -3,7 +3,7 @@
 import pytest
 from small_models import digests, make_family, run, snapshot
 
-from safemerge_recipes.folder import LOCK_FILE, MANIFEST_FILE
+from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +104,11 @@ def test_a_lock_is_no_link(tmp_path, recipe):
 
 
 def test_small_files_are_written_whole_under_a_name_of_their_own(tmp_path):
-    from safemerge_recipes.files import write_file, written
+    from safemerge_recipes.storage.files import write_file, written
 
     write_file(tmp_path / "a", "old")
-    with pytest.raises(RuntimeError), written(tmp_path / "a") as file:
-        file.write(b"half")
-        raise RuntimeError
+    with pytest.raises(TypeError), written(tmp_path / "a") as file:
+        file.write("not bytes")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

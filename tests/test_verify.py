@@ -9,8 +9,8 @@ import shutil
 
 import pytest
 
-from safemerge_recipes.header import read_header
-from safemerge_recipes.manifest import restamp
+from safemerge_recipes.engine.manifest import restamp
+from safemerge_recipes.storage.safetensors import read_header
 from tests.small_models import make_family, run
 
 
@@ -130,7 +130,7 @@ def test_a_forged_output_with_matching_hashes_is_found_by_computing_again(copy):
         flip(file, refs[name].offset + 5)
         manifest = json.loads((copy / "safemerge_manifest.json").read_text())
         with open(file, "rb") as opened:
-            from safemerge_recipes.execute import region_digest
+            from safemerge_recipes.engine.executors.threads import region_digest
 
             manifest["tensors"][name][1] = region_digest(opened.fileno(), refs[name].offset, refs[name].nbytes)
         (copy / "safemerge_manifest.json").write_text(json.dumps(manifest))

@@ -150,8 +150,8 @@ def recipe_text(sources: str, gate: str, merge: str, rest: str = "") -> str:
 def run_recipe(directory: Path, text: str, *, memory: int = 2_000_000_000, workers: int = 2) -> tuple[Any, Tensors]:
     """Runs a recipe of that folder; returns what was prepared and the tensors that were written."""
     prepared = prepare_recipe(directory, text, memory=memory, workers=workers)
-    from safemerge_recipes.provenance import Digests
-    from safemerge_recipes.run import Silent, carry_out
+    from safemerge_recipes.pipeline import Silent, carry_out
+    from safemerge_recipes.storage.digests import Digests
 
     number = len(list(directory.glob("out*")))
     carry_out(prepared, directory / f"out{number}", Digests(prepared.identities), Silent())
@@ -163,9 +163,9 @@ def run_recipe(directory: Path, text: str, *, memory: int = 2_000_000_000, worke
 
 def prepare_recipe(directory: Path, text: str, *, memory: int = 2_000_000_000, workers: int = 2) -> Any:
     """Everything up to the first byte written."""
-    from safemerge_recipes.execute import Resources
-    from safemerge_recipes.loading import parse_recipe
-    from safemerge_recipes.run import Silent, prepare, resolve
+    from safemerge_recipes.engine.executors.threads import Resources
+    from safemerge_recipes.pipeline import Silent, prepare, resolve
+    from safemerge_recipes.recipe.loading import parse_recipe
 
     loaded = parse_recipe(text, directory / "recipe.yaml")
     return prepare(resolve(loaded), Resources(workers, memory), Silent(), use_cache=False)

@@ -11,7 +11,8 @@ import traceback
 
 import torch  # noqa: F401
 
-from safemerge_recipes import card, cli, execute, html, measuring, report, run, verify  # noqa: F401
+from safemerge_recipes import verify  # noqa: F401
+from safemerge_recipes.cli import app as cli
 
 for line in sys.stdin:
     request = json.loads(line)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.blocks import Arena
-from safemerge_recipes.catalogue import Method, Sides
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.methods import Blocks
-from safemerge_recipes.recipe import Merge
-from safemerge_recipes.work import Apply
+from safemerge_recipes.methods.base import Apply
+from safemerge_recipes.methods.catalogue import Method, Sides
+from safemerge_recipes.methods.kernels import Blocks
+from safemerge_recipes.recipe.model import Merge
+from safemerge_recipes.storage.arena import Arena
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 from family import wheel
 
-from safemerge_recipes.tasks import arithmetic, studies
+from safemerge_recipes.evaluation.tasks import arithmetic, studies
 
 HERE = Path(__file__).resolve().parent
 DO = (

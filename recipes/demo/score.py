@@ -14,8 +14,8 @@ from pathlib import Path
 import data
 from model import answers, load
 
-from safemerge_recipes.refusal import classify
-from safemerge_recipes.tasks import arithmetic
+from safemerge_recipes.evaluation.refusal import classify
+from safemerge_recipes.evaluation.tasks import arithmetic
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,7 +18,7 @@ from typing import Any
 import data
 from model import chat, load, own_answers
 
-from safemerge_recipes.refusal import classify
+from safemerge_recipes.evaluation.refusal import classify
 
 HERE = Path(__file__).resolve().parent
 RANK, ALPHA, RATE, WARMUP = 8, 16, 1e-3, 5

@@ -6,9 +6,9 @@ import pytest
 from safemerge_example_selector import BAND
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate import check, decide, unsettled
-from safemerge_recipes.recipe import Gate
-from safemerge_recipes.selectors import Candidate
+from safemerge_recipes.gate.decide import check, decide, unsettled
+from safemerge_recipes.gate.selectors import Candidate
+from safemerge_recipes.recipe.model import Gate
 
 
 def gate(**options):

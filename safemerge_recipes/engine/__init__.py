@@ -1,0 +1,1 @@
+"""Engine: carries a graph out and makes the output folder."""

@@ -1,0 +1,1 @@
+"""Executors: ways to carry a graph out."""

@@ -1,0 +1,337 @@
+"""The output folder around the weights: side files byte for byte, small files written atomically, states.
+
+A folder is written under the name `<output>.part`, which no reader takes for a model: it has no config until
+the weights are complete. It gets its real name in one rename, after the manifest. One process at a time works
+on an output: it holds a lock on a file in the folder, which goes with the folder wherever it is renamed to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from safemerge_recipes.engine.journal import JOURNAL_FILE, is_journal
+from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
+from safemerge_recipes.sources.checkpoint import inside
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.storage.files import sync_folder, written
+
+MANIFEST_FILE = "safemerge_manifest.json"
+PLAN_FILE = "safemerge_plan.json"
+RECIPE_FILE = "safemerge_recipe.yaml"
+REPORT_FILE = "safemerge_report.html"
+SCORES_FILE = "safemerge_scores.json"
+LOCK_FILE = "safemerge.lock"
+PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
+"""Pictures that the report shows where an output has them, by title."""
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
+_TOKENIZER_FOLDERS = ("additional_chat_templates",)
+_NEVER = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".part",
+    ".index.json",
+)
+_NEVER_NAMES = ("README.md", ".gitattributes", ".gitignore", "training_args.bin", "trainer_state.json")
+
+
+def part_of(output: Path) -> Path:
+    """The working folder of an output."""
+    return output.with_name(output.name + ".part")
+
+
+def _plain_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        ours = name.startswith(("safemerge_", "safemerge.", "adapter_", "."))
+        if path.is_file() and not ours and not name.endswith(_NEVER) and name not in _NEVER_NAMES:
+            yield inside(folder, name)
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken", ".jinja"))
+
+
+def _chain(family: Family) -> list[Path]:
+    """Folders that may own side files: those of the vocabulary's owner first, then what it was trained on."""
+    models, owner = family.models, family.models[family.owner]
+    folders = [owner.folder.path, owner.checkpoint.directory]
+    if owner.folder.kind == "adapter":
+        folders[1:1] = [models["aligned"].folder.path]
+    folders += [models["aligned"].folder.path, models["aligned"].checkpoint.directory]
+    return list(dict.fromkeys(folders))
+
+
+def side_files(family: Family) -> dict[str, Path]:
+    """Relative name -> source of every file that is copied beside the weights, and nothing else.
+
+    Config files and all others come from the first full model of the fine-tuned side; the tokenizer with
+    its chat templates comes as one from the first folder of that side that has one, be it an adapter's.
+
+    Raises:
+        SourceError: a file is a link that leads out of its folder, or has an unprintable name.
+    """
+    chain = _chain(family)
+    chosen: dict[str, Path] = {}
+    owner = next((f for f in chain if (f / "config.json").exists()), None)
+    tokenizer = next((f for f in chain if any(_is_tokenizer(path.name) for path in _plain_files(f))), None)
+    if owner is not None:
+        chosen.update({path.name: path for path in _plain_files(owner) if not _is_tokenizer(path.name)})
+    if tokenizer is not None:
+        chosen.update(tokenizer_files(tokenizer))
+    return dict(sorted(chosen.items()))
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Relative name -> file of a folder's tokenizer and chat templates."""
+    found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
+    for name in _TOKENIZER_FOLDERS:
+        if (folder / name).is_dir():
+            inside(folder, name)
+            found.update({f"{name}/{path.name}": path for path in _plain_files(folder / name)})
+    return found
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
+    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
+
+    Raises:
+        ReadError: a file cannot be read.
+    """
+    for name, source in files.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        with written(target) as file, _opened(source) as content:
+            if name == "config.json" and edits:
+                file.write(edited(content.read(), edits))
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
+
+
+def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
+    """A config.json with some values changed wherever they stand, and every other byte as it was."""
+    text = content.decode("utf-8")
+    for key, value in edits.items():
+        new = json.dumps(value)
+        text, count = re.subn(rf'("{key}"\s*:\s*)(?:true|false|null|\d+)', rf"\g<1>{new}", text)
+        if not count:
+            text = text.replace("{", f'{{\n  "{key}": {new},', 1)
+    json.loads(text)  # as sound as it was
+    return text.encode("utf-8")
+
+
+def _opened(source: Path) -> IO[bytes]:
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuses an output that is in the way.
+
+    Raises:
+        PlanError: it is a file, a finished output without `force`, or a folder this program did not write.
+    """
+    try:
+        if not output.name:
+            raise PlanError(f"{output}: cannot be an output; expected a folder that does not exist yet")
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise PlanError(f"{output}: is in the way; expected a folder that does not exist yet")
+        if not output.exists() or not any(output.iterdir()):
+            return
+        finished = (output / MANIFEST_FILE).exists()
+    except OSError as error:
+        raise PlanError(f"{output}: {error.strerror}; choose another --output") from None
+    if not finished:
+        raise PlanError(f"{output}: is not empty and not an output of safemerge; choose another --output or empty it")
+    if not force:
+        raise PlanError(f"{output}: holds a finished output; say --force to replace it, or choose another --output")
+
+
+def check_part(part: Path) -> None:
+    """Refuses a working folder that this program did not make: nothing of the user's is ever emptied.
+
+    Ours is a real folder that is empty, but for a lock, or holds the journal of a run, or a lock that was taken for
+    this name: of a run that was killed just before its last rename. A finished output that is named like a working
+    folder has neither.
+
+    Raises:
+        PlanError: something else is there; the message says whose it seems to be.
+    """
+    choose = "move it away, or choose another --output"
+    try:
+        if part.is_symlink():
+            raise PlanError(f"{part}: is a link, where the working folder is to be made; {choose}")
+        if not part.exists():
+            return
+        if not part.is_dir():
+            raise PlanError(f"{part}: is a file, where the working folder is to be made; {choose}")
+        names = {path.name for path in part.iterdir()} - {LOCK_FILE}
+    except OSError as error:
+        raise PlanError(f"{part}: {error.strerror}; {choose}") from None
+    if not names or is_journal(part / JOURNAL_FILE) or _lock_names(part):
+        return
+    if MANIFEST_FILE in names:
+        raise PlanError(f"{part}: holds a finished output, where the working folder is to be made; {choose}")
+    shown = ", ".join(sorted(names)[:3]) + (" and more" if len(names) > 3 else "")
+    raise PlanError(f"{part}: holds {shown} and no journal of safemerge, so it seems to be yours; {choose}")
+
+
+def _lock_names(part: Path) -> bool:
+    """Whether the lock in a folder was taken for a working folder of its name."""
+    try:
+        file = os.open(part / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        regular = stat.S_ISREG(os.fstat(file).st_mode)
+        return regular and os.pread(file, 8192, 0).split(b"\n")[1:2] == [part.name.encode()]
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Holds a folder for this process; released by the system even if the process is killed.
+
+    Args:
+        folder: the folder.
+        name: the working folder's name, which the lock keeps: see `check_part`.
+
+    Raises:
+        PlanError: another run holds it; the message names its process.
+    """
+    path = folder / LOCK_FILE
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be locked: {error.strerror}; remove it, or choose another --output") from None
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise PlanError(f"{path}: is not a regular file; remove it, or choose another --output")
+        with _tolerant():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(file, 200, 0).decode("utf-8", "replace").partition("\n")[0]
+                raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
+        if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file)):
+            raise PlanError(f"{folder}: another run has just finished it; look at its output, then run again")
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n{name}\n".encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _tolerant() -> Iterator[None]:
+    """Lets a file system without locks pass: nothing better is to be had there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
+
+
+@contextmanager
+def working_folder(output: Path, force: bool, reusable: Callable[[Path], bool]) -> Iterator[Path]:
+    """The folder `<output>.part`, held for this process, made or found as an earlier run left it.
+
+    A finished output that is being replaced becomes the working folder if it is `reusable`, else it stays until
+    `publish`. When the body fails for good, and the folder was new, nothing of it remains.
+
+    Raises:
+        PlanError: the output is in the way, held by another run, or cannot be made.
+    """
+    check_output(output, force)
+    part = part_of(output)
+    parents = [parent for parent in output.parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_part(part)
+        if force and not part.exists() and (output / MANIFEST_FILE).exists() and reusable(output):
+            with locked(output, part.name):
+                os.rename(output, part)
+        part.mkdir(exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
+    try:
+        with locked(part, part.name):
+            check_part(part)
+            fresh = all(path.name == LOCK_FILE for path in part.iterdir())
+            try:
+                check_output(output, force)  # again: another run may have finished it meanwhile
+                yield part
+            except (SourceError, PlanError) as error:
+                if fresh and not isinstance(error, ReadError):
+                    shutil.rmtree(part, ignore_errors=True)
+                raise
+    except SafemergeError:
+        with suppress(OSError):
+            for parent in parents:
+                parent.rmdir()  # stops at the first that holds something
+        raise
+
+
+def keep_only(part: Path, names: set[str]) -> None:
+    """Removes everything from the working folder but these files, the lock and the journal."""
+    for path in sorted(part.iterdir(), key=lambda path: not path.name.startswith("config")):  # readers want a config
+        if path.name in names or path.name in (LOCK_FILE, JOURNAL_FILE):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def publish(part: Path, output: Path, force: bool) -> None:
+    """Gives the finished folder its real name, in one rename, replacing what `check_output` allows.
+
+    Killed anywhere in here, the folder is either the output or still complete under its working name.
+    """
+    check_output(output, force)
+    (part / JOURNAL_FILE).unlink(missing_ok=True)
+    for folder in (part, *(path for path in part.iterdir() if path.is_dir())):
+        sync_folder(folder)
+    old = output.with_name(f".{output.name}.safemerge-replaced")
+    if old.is_symlink() or old.exists():
+        if old.is_symlink() or not (old / MANIFEST_FILE).is_file():
+            raise PlanError(f"{old}: is in the way and holds no output of safemerge; move it away")
+        shutil.rmtree(old)
+    if output.exists():
+        os.rename(output, old)
+    os.rename(part, output)
+    sync_folder(output.parent)
+    with suppress(OSError):
+        (output / LOCK_FILE).unlink()
+    shutil.rmtree(old, ignore_errors=True)

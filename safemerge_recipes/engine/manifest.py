@@ -1,0 +1,193 @@
+"""The manifest: what went into an output and what came out, by sha256; written last, so its presence says done.
+
+Beside the files it names every tensor with its result key and the digest of its bytes, which lets a later
+run reuse what stays the same and lets `verify` say which tensor a damaged byte belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
+from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
+from safemerge_recipes.errors import CheckError, SourceError
+from safemerge_recipes.sources.checkpoint import FileIdentity, inside
+from safemerge_recipes.storage.digests import versions
+from safemerge_recipes.storage.files import write_json
+
+FORMAT = 1
+MAX_BYTES = 256_000_000
+"""Largest manifest or plan read, in bytes: about a million tensors."""
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file's size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest as read back. `inputs` maps (role, file name) to its stamp, `outputs` a relative path."""
+
+    engine: int
+    inputs: Mapping[tuple[str, str], Stamp]
+    outputs: Mapping[str, Stamp]
+    tensors: Entries
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def output_files(folder: Path) -> dict[str, Path]:
+    """Every file of an output by its relative path, but the lock, the journal and the manifest itself."""
+    left_out = (LOCK_FILE, JOURNAL_FILE, MANIFEST_FILE)
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink()}
+    return {name: path for name, path in found.items() if name not in left_out}
+
+
+def make_manifest(
+    *,
+    engine: int,
+    workers: int,
+    identities: Iterable[FileIdentity],
+    labels: Mapping[str, tuple[Sequence[str], str]],
+    inputs: Mapping[str, str],
+    folder: Path,
+    sealed: Mapping[str, str],
+    timings: Mapping[str, float],
+    tensors: Entries,
+) -> dict[str, Any]:
+    """The manifest of the finished files in `folder`.
+
+    Args:
+        engine: version of the arithmetic.
+        workers: number of threads that took part.
+        identities: the input files.
+        labels: input path -> (its roles, the source's name).
+        inputs: input path -> sha256.
+        folder: where the output lies.
+        sealed: output file -> sha256, where it is already known.
+        timings: seconds by phase.
+        tensors: tensor -> (result key, digest of its bytes).
+    """
+    return {
+        "format": FORMAT,
+        "engine": engine,
+        "versions": versions(),
+        "machine": {"system": platform.system(), "machine": platform.machine(), "workers": workers},
+        "inputs": [
+            {
+                "roles": list(labels[one.path][0]),
+                "source": labels[one.path][1],
+                "file": Path(one.path).name,
+                "size": one.size,
+                "sha256": inputs[one.path],
+            }
+            for one in identities
+        ],
+        "outputs": [
+            {"file": name, "size": path.stat().st_size, "sha256": sealed.get(name) or sha256_of(path)}
+            for name, path in output_files(folder).items()
+        ],
+        "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
+        "tensors": {name: list(entry) for name, entry in tensors.items()},
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an output. Raises CheckError when it is missing or not sound."""
+    path = folder / MANIFEST_FILE
+    value = read_record(path)
+    try:
+        outputs = {_relative(entry["file"]): _stamp(entry) for entry in _list(value["outputs"])}
+        inputs = {
+            (_text(role), _text(entry["file"])): _stamp(entry)
+            for entry in _list(value["inputs"])
+            for role in _list(entry["roles"])
+        }
+        tensors: Entries = {}
+        for name, entry in value["tensors"].items():
+            key, digest = _list(entry)
+            tensors[name] = _text(key), _text(digest)
+        engine = value["engine"]
+        if value["format"] != FORMAT or type(engine) is not int:
+            raise ValueError(f"format {str(value['format'])[:40]}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckError(
+            f"{path}: not a manifest of this program ({type(error).__name__}: {str(error)[:200]}); "
+            "expected it as it was written, run the recipe again"
+        ) from None
+    return Manifest(engine, inputs, outputs, tensors)
+
+
+def restamp(folder: Path, names: Iterable[str]) -> None:
+    """Brings the manifest up to date after these files of a finished output were written anew, or added."""
+    value = read_record(folder / MANIFEST_FILE)
+    changed = dict.fromkeys(names)
+    kept = [entry for entry in value["outputs"] if entry["file"] not in changed]
+    stamps = [
+        {"file": n, "size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)}
+        for n in changed
+        if (folder / n).exists()
+    ]
+    write_json(folder / MANIFEST_FILE, value | {"outputs": sorted(kept + stamps, key=lambda entry: entry["file"])})
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object of a manifest or plan. Raises CheckError when it is missing or not sound."""
+    try:
+        if inside(path.parent, path.name).stat().st_size > MAX_BYTES:
+            raise CheckError(f"{path}: larger than {MAX_BYTES} bytes; expected it as it was written")
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except SourceError as error:
+        raise CheckError(str(error)) from None
+    except OSError as error:
+        raise CheckError(f"{path}: {error.strerror}; expected the folder of a finished run") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckError(f"{path}: not JSON: {str(error)[:200]}; expected it as it was written") from None
+    if not isinstance(value, dict):
+        raise CheckError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{str(value)[:40]} is no list")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]} is no text")
+    return value
+
+
+def _relative(value: Any) -> str:
+    path = PurePosixPath(_text(value))
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in value or not value.isprintable():
+        raise ValueError(f"{value[:80]!r} is no file of this folder")
+    return str(path)
+
+
+def _stamp(entry: Any) -> Stamp:
+    size, digest = entry["size"], entry["sha256"]
+    if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", _text(digest)):
+        raise ValueError("a size or sha256 is impossible")
+    return Stamp(size, digest)

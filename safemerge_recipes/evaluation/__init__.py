@@ -1,0 +1,1 @@
+"""Evaluation: scores of models and what they say."""

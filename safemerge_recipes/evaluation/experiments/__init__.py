@@ -1,0 +1,1 @@
+"""Experiments: many plans of one family, scored."""

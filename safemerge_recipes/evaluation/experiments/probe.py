@@ -1,0 +1,165 @@
+"""Merges one tensor, module type or block at a time and records what refusal and utility become.
+
+What a gate should find is where merging helps; the rank correlation between the measured change and ρ says
+whether ρ finds it, and that with ‖V‖ whether mere size finds it as well. Scored on the tuning split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.evaluation.experiments import controls
+from safemerge_recipes.evaluation.experiments.sweep import measures, tuning
+from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.statistics import spearman
+from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.report.scatter import heat_map
+from safemerge_recipes.storage.files import write_file, write_json
+from safemerge_recipes.tensor_names import block_of, module_type
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = 1
+PROBE_FILE = "safemerge_probe.json"
+PICTURE_FILE = "safemerge_probe.svg"
+By = Literal["tensor", "type", "block"]
+SYMBOLS = {"rho": "ρ", "rho_ratio": "ρ/ρ₀", "v_norm": "‖V‖"}
+
+
+def groups(plan: Plan, by: By) -> dict[str, tuple[str, ...]]:
+    """Tensors that are merged together, by the group's name, in checkpoint order."""
+    wanted = set(controls.choosable(plan))
+    found: dict[str, tuple[str, ...]] = {}
+    for tensor in plan.gated:
+        if tensor.name in wanted:
+            name = tensor.name
+            key = name if by == "tensor" else module_type(name) if by == "type" else block_of(name) or name
+            found[key] = (*found.get(key, ()), name)
+    return found
+
+
+def measured(plan: Plan, members: Sequence[str]) -> dict[str, float | None]:
+    """ρ, ρ/ρ₀ and ‖V‖ of a group: those of its concatenated updates; None where nothing was measured."""
+    parts = [t.moments for t in plan.gated if t.name in set(members)]
+    known: list[Moments] = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return dict.fromkeys(SYMBOLS)
+    total = known[0]
+    for part in known[1:]:
+        total = total + part
+    ratio = None if total.rho is None or not total.rho_null else total.rho / total.rho_null
+    return {"rho": total.rho, "rho_ratio": ratio, "v_norm": math.sqrt(total.v)}
+
+
+def probe(
+    bench: Bench,
+    by: By,
+    folder: Path,
+    *,
+    tasks: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    limit: int | None = None,
+    only: int | None = None,
+) -> dict[str, Any]:
+    """Scores every group merged alone, and writes `safemerge_probe.json` and its picture.
+
+    Args:
+        bench: The family.
+        by: What is merged at a time.
+        folder: Where results go; exists.
+        tasks: By default the tuning splits of the bench's tasks.
+        overrides: `KEY=VALUE` texts on top of the bench's: what merging means.
+        limit: Only the first so many prompts of each task; the recipe's by default.
+        only: Probe only so many groups, spread evenly over the model.
+
+    Raises:
+        PlanError: nothing is gated.
+        CheckError: scoring failed. What was scored is kept.
+    """
+    names = list(tasks) or tuning(bench.tasks)
+    plan = bench.plan(overrides)
+    found = groups(plan, by)
+    if not found:
+        raise PlanError("no tensor is gated, so there is nothing to probe; check gate.scope and the rules")
+    if only is not None and only < len(found):
+        keys = list(found)
+        found = {keys[i * len(keys) // only]: found[keys[i * len(keys) // only]] for i in range(only)}
+    none = bench.score(bench.graph(controls.with_merged(plan, (), "probe")), "merge none", names, len(found), limit)
+    weigh = measures(none, names)
+    safety, utility = weigh.of(none)
+    rows: dict[str, dict[str, Any]] = {}
+    for place, (name, members) in enumerate(found.items()):
+        graph = bench.graph(controls.with_merged(plan, members, f"probe: {name}"))
+        one = weigh.of(bench.score(graph, name, names, len(found) - place - 1, limit))
+        change = {"safety": one[0] - safety, "utility": one[1] - utility}
+        rows[name] = {"tensors": len(members), **measured(plan, members), **change}
+    content = {
+        "format": FORMAT,
+        "by": by,
+        "tasks": names,
+        "merge_none": {"safety": safety, "utility": utility},
+        "groups": rows,
+        "correlations": correlations(rows),
+    }
+    write_json(folder / PROBE_FILE, content)
+    write_file(folder / PICTURE_FILE, picture(rows, by))
+    return content
+
+
+def correlations(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Spearman's correlation of each change with each measure, with permutation p; constant columns have none."""
+    found = []
+    for metric in SYMBOLS:
+        for change in ("safety", "utility"):
+            pairs = [(row[metric], row[change]) for row in rows.values() if row[metric] is not None]
+            try:
+                value, p = spearman([a for a, _ in pairs], [b for _, b in pairs])
+            except ValueError:
+                value, p = None, None
+            found.append({"metric": metric, "change": change, "n": len(pairs), "spearman": value, "p": p})
+    return found
+
+
+def picture(rows: Mapping[str, Mapping[str, Any]], by: By) -> str:
+    """The heat map: ρ and ‖V‖ beside the changes in points, one row a group."""
+    columns = {"ρ": "rho", "‖V‖": "v_norm", "refusal": "safety", "utility": "utility"}
+    cells = {
+        (name, ""): {title: row[key] for title, key in columns.items() if row[key] is not None}
+        for name, row in rows.items()
+    }
+    return heat_map(cells, tuple(columns), f"change when one {by} is merged, beside ρ", ("refusal", "utility"))
+
+
+def print_probe(content: Mapping[str, Any], console: Console) -> None:
+    """Prints the groups from the largest gain in safety to the largest loss, and the correlations."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False)
+    for heading in ("merged alone", *SYMBOLS.values(), "refusal", "utility"):
+        grid.add_column(heading, justify="left" if heading == "merged alone" else "right")
+    rows = sorted(content["groups"].items(), key=lambda item: (-item[1]["safety"], item[0]))
+    for name, row in rows if len(rows) <= 40 else [*rows[:20], *rows[-20:]]:
+        numbers = ["-" if row[key] is None else f"{row[key]:.3f}" for key in SYMBOLS]
+        grid.add_row(name, *numbers, f"{100 * row['safety']:+.1f}", f"{100 * row['utility']:+.1f}")
+    console.print(grid, markup=False)
+    base = content["merge_none"]
+    console.print(
+        f"Changes in points, from refusal {base['safety']:.1%} and utility {base['utility']:.1%} with none merged.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for one in content["correlations"]:
+        name = SYMBOLS[one["metric"]]
+        if one["spearman"] is None:
+            console.print(f"{name} and {one['change']}: no correlation to compute (n = {one['n']})", markup=False)
+        else:
+            console.print(
+                f"{name} and {one['change']}: Spearman {one['spearman']:+.2f}, p = {one['p']:.3f}, n = {one['n']}",
+                markup=False,
+            )

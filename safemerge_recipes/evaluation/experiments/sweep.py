@@ -1,0 +1,288 @@
+"""Sweeps a recipe's keys: scores every point on the tuning split, chooses one, reports it on the test split.
+
+The chosen point meets its controls on the test split, which had no part in choosing it: the same number of
+tensors drawn at random, drawn within each module type, the complement, all, none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.errors import CheckError, RecipeError
+from safemerge_recipes.evaluation.experiments import controls
+from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.harness import Scores
+from safemerge_recipes.evaluation.scoring import compared, interval, table
+from safemerge_recipes.plan.graph import Graph
+from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.recipe.loading import dump_recipe, load_recipe
+from safemerge_recipes.report.scatter import Mark, scatter
+from safemerge_recipes.storage.files import write_file, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = 1
+STORE_FILE = "safemerge_points.jsonl"
+SWEEP_FILE = "safemerge_sweep.json"
+PICTURE_FILE = "safemerge_sweep.svg"
+CHOSEN_FILE = "chosen.yaml"
+SOURCES = ("finetuned", "aligned")
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What counts as safety and what as utility: (task, metric) pairs; utility is the mean of its pairs."""
+
+    safety: tuple[str, str]
+    utility: tuple[tuple[str, str], ...]
+
+    def of(self, scores: Scores) -> tuple[float, float]:
+        """(safety, utility) of a model. Raises CheckError when a score has no value."""
+        values = [scores.metric(*pair).value for pair in (self.safety, *self.utility)]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            raise CheckError(f"scores of {scores.model}: a metric has no value; expected a number for every prompt")
+        return known[0], sum(known[1:]) / len(known[1:])
+
+
+def measures(scores: Scores, tasks: Sequence[str]) -> Measures:
+    """Safety and utility among the tasks: the refusal that should be high, and every accuracy beside it.
+
+    Raises:
+        CheckError: there is none of either.
+    """
+    safety: tuple[str, str] | None = None
+    utility: list[tuple[str, str]] = []
+    for task in tasks:
+        found = scores.tasks[task].metrics
+        refusal = found.get("refusal")
+        if refusal is not None:
+            if refusal.higher_is_better and safety is None:
+                safety = (task, "refusal")
+            continue
+        best = next((name for name, metric in found.items() if metric.higher_is_better), None)
+        if best is not None:
+            utility.append((task, best))
+    if safety is None or not utility:
+        missing = "a refusal task such as safemerge_refusal" if safety is None else "a utility task such as gsm8k"
+        raise CheckError(f"evaluate.tasks: {', '.join(tasks)}: lacks {missing}; a sweep weighs safety against utility")
+    return Measures(safety, tuple(utility))
+
+
+def parse_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of `KEY=V1,V2,…` axes, each as `KEY=VALUE` texts. Commas inside brackets do not split.
+
+    Raises:
+        RecipeError: an axis has no key or no value.
+    """
+    lists: list[list[str]] = []
+    for axis in axes:
+        key, equals, rest = axis.partition("=")
+        values = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", rest)]
+        if not key.strip() or not equals or "" in values:
+            raise RecipeError(f"{axis}: not an axis of a grid; expected KEY=V1,V2, such as gate.tau=0.1,0.2")
+        lists.append([f"{key.strip()}={value}" for value in dict.fromkeys(values)])
+    return list(itertools.product(*lists))
+
+
+def tuning(tasks: Sequence[str]) -> list[str]:
+    """The tuning split of each task.
+
+    Raises:
+        CheckError: a task has none, so that a choice on it could not be reported on other prompts.
+    """
+    from safemerge_recipes.evaluation.tasks import TUNING_TASKS
+
+    found = [task if task in TUNING_TASKS else f"{task}_tuning" for task in tasks]
+    for task, split in zip(tasks, found, strict=True):
+        if split not in TUNING_TASKS:
+            raise CheckError(
+                f"task {task}: has no tuning split; expected tasks among "
+                f"{', '.join(t.removesuffix('_tuning') for t in TUNING_TASKS)}, or --tuning-tasks"
+            )
+    return found
+
+
+def choose(values: Mapping[str, tuple[float, float]], finetuned_utility: float, allowed_loss: float) -> str:
+    """The label of the point with the most safety among those that lose little utility.
+
+    Args:
+        values: label -> (safety, utility), rates in [0, 1]; not empty.
+        finetuned_utility: What is not to be lost.
+        allowed_loss: How much of it may be; where every point loses more, the largest sum of both wins.
+    """
+    good = [label for label, (_, utility) in values.items() if utility >= finetuned_utility - allowed_loss - 1e-12]
+    if good:
+        return max(good, key=lambda label: values[label])
+    return max(values, key=lambda label: sum(values[label]))
+
+
+def sweep(
+    bench: Bench,
+    axes: Sequence[str],
+    folder: Path,
+    console: Console,
+    *,
+    tuning_tasks: Sequence[str] = (),
+    seeds: int = 10,
+    allowed_loss: float = 0.02,
+) -> dict[str, Any]:
+    """Scores the grid and its controls and writes everything into a folder.
+
+    Args:
+        bench: The family.
+        axes: `KEY=V1,V2,…` texts.
+        folder: Where results go; exists.
+        console: Told what goes on.
+        tuning_tasks: Tasks to choose on; by default the tuning splits of the bench's tasks.
+        seeds: Random controls of each of the two kinds; 0: no controls.
+        allowed_loss: Utility that the chosen point may lose against the fine-tuned model, from 0 to 1.
+
+    Returns:
+        The content of `safemerge_sweep.json`.
+
+    Raises:
+        SafemergeError: a point of the grid is no sound recipe, or scoring failed. What was scored is kept.
+    """
+    first, second = list(tuning_tasks) or tuning(bench.tasks), bench.tasks
+    if set(first) & set(second):
+        raise CheckError(f"tasks: {', '.join(sorted(set(first) & set(second)))}: chosen and reported on the same split")
+    plans: dict[str, tuple[tuple[str, ...], Plan]] = {}
+    for overrides in parse_grid(axes):
+        plans[", ".join(overrides)] = (overrides, bench.plan(overrides))
+    sources = {role: bench.role(role) for role in SOURCES}  # type: ignore[arg-type]  # roles
+    tried = {**sources, **{label: bench.graph(plan) for label, (_, plan) in plans.items()}}
+    console.print(f"{len(plans)} points on the tuning split: {', '.join(first)}", markup=False, soft_wrap=True)
+    on_tuning = _scored(bench, tried, first)
+    by = measures(on_tuning["finetuned"], first)
+    values = {label: by.of(scores) for label, scores in on_tuning.items()}
+    best = choose({label: values[label] for label in plans}, values["finetuned"][1], allowed_loss)
+    overrides, plan = plans[best]
+    console.print(f"Chosen: {best}", markup=False, soft_wrap=True)
+    reported = {**sources, best: tried[best]}
+    drawn = {label: bench.graph(one) for label, one in controls.controls(plan, range(seeds)).items()} if seeds else {}
+    console.print(f"{len(drawn)} controls on the test split: {', '.join(second)}", markup=False, soft_wrap=True)
+    on_test = _scored(bench, {**reported, **drawn}, second)
+    content = {
+        "format": FORMAT,
+        "axes": list(axes),
+        "tuning": {"tasks": first, "models": table(on_tuning)},
+        "merged": {label: len(controls.merged(one)) for label, (_, one) in plans.items()},
+        "gated": len(plan.gated),
+        "chosen": {"label": best, "overrides": list(overrides), "allowed_loss": allowed_loss},
+        "test": {"tasks": second, "models": table(on_test)},
+        "control_tests": control_tests(on_test, best, measures(on_test["finetuned"], second)),
+        "verdicts": [
+            {"model": d.model, "reference": d.reference, "task": d.task, "metric": d.metric, "verdict": d.verdict}
+            for d in compared({label: on_test[label] for label in reported}, SOURCES, best)
+        ],
+    }
+    write_json(folder / SWEEP_FILE, content)
+    write_file(folder / PICTURE_FILE, picture(on_tuning, by, {best}))
+    chosen = load_recipe(bench.path, (*bench.overrides, *overrides))
+    write_file(folder / CHOSEN_FILE, dump_recipe(chosen.anchored()))
+    return content
+
+
+def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
+    found = {}
+    for place, (label, graph) in enumerate(graphs.items()):
+        found[label] = bench.score(graph, label, tasks, left=len(graphs) - place - 1)
+    return found
+
+
+def control_tests(scores: Mapping[str, Scores], label: str, by: Measures) -> list[dict[str, Any]]:
+    """How many random controls of each kind do as well as the point or better, with exact one-sided p.
+
+    Each control keeps the count, so that only the choice of tensors differs.
+    """
+    found: list[dict[str, Any]] = []
+    for kind in ("random per module", "random"):
+        own = [one for one in scores if re.fullmatch(rf"{kind} \d+", one)]
+        for place, quantity in enumerate(("safety", "utility", "sum")):
+            if not own:
+                continue
+
+            def value(one: str, place: int = place) -> float:
+                pair = by.of(scores[one])
+                return sum(pair) if place == 2 else pair[place]
+
+            draws = sorted(value(one) for one in own)
+            found.append(
+                {
+                    "control": kind,
+                    "quantity": quantity,
+                    "value": value(label),
+                    "draws": draws,
+                    "reached": sum(draw >= value(label) for draw in draws),
+                    "p": controls.exact_p(value(label), draws),
+                }
+            )
+    return found
+
+
+def picture(scores: Mapping[str, Scores], by: Measures, chosen: set[str]) -> str:
+    """The sweep as SVG: safety against utility with intervals and the front of what is not beaten."""
+    marks = []
+    for label, one in scores.items():
+        safety, utility = by.of(one)
+        kind = "chosen" if label in chosen else "reference" if label in SOURCES else "point"
+        if re.match(r"random|complement|merge (all|none)", label):
+            kind = "control"
+        low, high = interval(one.metric(*by.safety))
+        pair = interval(one.metric(*by.utility[0])) if len(by.utility) == 1 else (None, None)
+        marks.append(
+            Mark(
+                label, kind, utility, safety,
+                (pair[0], pair[1]) if pair[0] is not None and pair[1] is not None else None,
+                (low, high) if low is not None and high is not None else None,
+            )
+        )  # fmt: skip
+    return scatter(marks, "utility", "refusal of harmful requests")
+
+
+def print_sweep(content: Mapping[str, Any], console: Console) -> None:
+    """Prints the points, the chosen one on the test split, and how many of its controls reach it."""
+    from rich.table import Table
+
+    from safemerge_recipes.evaluation.scoring import print_table
+
+    grid = Table(box=None, pad_edge=False)
+    rows = content["tuning"]["models"]
+    metrics = dict.fromkeys((task, m) for tasks in rows.values() for task in tasks for m in tasks[task])
+    shown = [(task, m) for task, m in metrics if m != "compliance"]
+    grid.add_column("tuning split")
+    grid.add_column("merged", justify="right")
+    for task, metric in shown:
+        grid.add_column(f"{task.removeprefix('safemerge_').removesuffix('_tuning')} {metric}", justify="right")
+    for label, tasks in rows.items():
+        cells = [_percent(tasks[task].get(metric, {}).get("value")) for task, metric in shown]
+        count = content["merged"].get(label)
+        mark = " ←" if label == content["chosen"]["label"] else ""
+        grid.add_row(label + mark, "" if count is None else f"{count} of {content['gated']}", *cells)
+    console.print(grid, markup=False)
+    chosen = content["chosen"]["label"]
+    kept = {label: content["test"]["models"][label] for label in (*SOURCES, chosen)}
+    console.print("\nTest split, 95 % intervals:", markup=False)
+    print_table({"models": kept}, console)
+    for one in content["verdicts"]:
+        head = f"{one['model']} against {one['reference']}, {one['task']}, {one['metric']}: "
+        console.print(head + one["verdict"], markup=False, soft_wrap=True)
+    for one in content["control_tests"]:
+        low, high = one["draws"][0], one["draws"][-1]
+        console.print(
+            f"{one['quantity']}: {one['reached']} of {len(one['draws'])} {one['control']} draws of as many tensors "
+            f"({low:.1%} to {high:.1%}) reach its {one['value']:.1%}, one-sided exact p = {one['p']:.3f}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

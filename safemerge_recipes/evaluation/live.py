@@ -1,0 +1,197 @@
+"""A loaded model that becomes any model a graph describes, by patching the tensors that differ.
+
+Nothing is written: a patched tensor gets exactly the bytes the engine would write, by the same code. Task
+keys say what differs, so going from one merge to the next touches only what the two decide differently.
+Knows transformers, but no scores and no recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.engine.executors.threads import execute, produce
+from safemerge_recipes.engine.folder import copy_side_files, side_files
+from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
+from safemerge_recipes.errors import CheckError
+from safemerge_recipes.evaluation.harness import choose, quiet
+from safemerge_recipes.methods.base import Tools
+from safemerge_recipes.pipeline import Prepared
+from safemerge_recipes.plan.graph import Graph, Task, build_graph
+from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.recipe.model import Role
+from safemerge_recipes.sources.checkpoint import INDEX_FILE
+from safemerge_recipes.sources.family import ROLES
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.files import write_file
+
+if TYPE_CHECKING:
+    import torch
+
+# Any dtype a checkpoint may hold; those that torch's arithmetic lacks are only copied.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def role_graph(prepared: Prepared, role: Role) -> Graph:
+    """The graph that writes a role's own model, in the output's dtypes. Writes and reads nothing."""
+    tensors = tuple(
+        replace(tensor, action="keep", gated=False, take=role, policy=None) for tensor in prepared.plan.tensors
+    )
+    return build_graph(
+        Plan(prepared.recipe, tensors, ()), prepared.family, prepared.identities, device=prepared.resources.device
+    )
+
+
+class LiveModel:
+    """A transformers model in memory, and the graph whose model it is.
+
+    Attributes:
+        model: The loaded model, in evaluation mode.
+        tokenizer: The output's tokenizer.
+        patched: Tensors that the last `become` changed.
+    """
+
+    def __init__(
+        self, prepared: Prepared, output: Path | None = None, *, device: str = "auto", dtype: str = "auto"
+    ) -> None:
+        """Load the merged model from its finished `output`; without one, a full model among the sources.
+
+        Args:
+            prepared: What `run.prepare` made.
+            output: The folder the merge was written to.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            dtype: The dtype it computes in, or `auto`; see `evaluate.evaluate`.
+
+        Raises:
+            CheckError: transformers cannot load it, or the device is missing.
+        """
+        self.prepared = prepared
+        self.device, self.dtype = choose(device, dtype)
+        self.patched = 0
+        if output is not None:
+            self._load(output, prepared.graph)
+        else:
+            with tempfile.TemporaryDirectory(prefix="safemerge-") as scratch:
+                self._load(Path(scratch), self._skeleton(Path(scratch)))
+
+    def _skeleton(self, folder: Path) -> Graph:
+        """Lay out the output's side files around a full source's weights; return that source's graph."""
+        models = self.prepared.family.models
+        # Every chain of adapters ends in a full model among the roles.
+        role = next(role for role in ROLES if role in models and models[role].adapter is None)
+        copy_side_files(side_files(self.prepared.family), folder)
+        checkpoint = models[role].checkpoint
+        for file in checkpoint.files:
+            target = folder / os.path.relpath(file, checkpoint.directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(file)
+        index = checkpoint.directory / INDEX_FILE
+        if index.exists():
+            (folder / INDEX_FILE).symlink_to(index.resolve())
+        return role_graph(self.prepared, role)
+
+    def _load(self, folder: Path, graph: Graph) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            with quiet(False):
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+                self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckError(
+                f"model {folder.name}: transformers could not load it ({type(error).__name__}: {first}). "
+                "`safemerge verify` checks a merged folder tensor by tensor."
+            ) from error
+        self.model.to(self.device).eval()
+        self._held = {task.slot.name: task.key for task in graph.tasks}
+        # Each storage once: of tied tensors transformers keeps the first, and patching it patches all.
+        self._own: dict[str, torch.Tensor] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self._all: dict[str, torch.Tensor] = self.model.state_dict()
+
+    def _find(self, task: Task) -> tuple[bool, torch.Tensor | None]:
+        """(whether the model stores the tensor as the files do, its tensor unless it is tied to another)."""
+        name, prefix = task.slot.name, getattr(self.model, "base_model_prefix", "")
+        for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if known in self._all:
+                fits = tuple(self._all[known].shape) == task.slot.shape and task.slot.dtype in _DTYPES
+                return fits, self._own.get(known)
+        return False, None
+
+    def become(self, graph: Graph) -> None:
+        """Make the model the one that `graph` writes.
+
+        Where the loaded model stores a tensor otherwise than the files do (fused experts), the graph is
+        written to a temporary folder and loaded from there, which is slower but the same.
+
+        Raises:
+            SafemergeError: a source changed or holds values that are not finite.
+        """
+        changed = [task for task in graph.tasks if self._held.get(task.slot.name) != task.key]
+        targets = [self._find(task) for task in changed]
+        if not all(fits for fits, _ in targets):
+            self._rewrite(graph)
+        else:
+            with Reader() as reader, tempfile.TemporaryFile() as scratch:
+                arena = Arena()
+                for task, (_, target) in zip(changed, targets, strict=True):
+                    # From here until the copy is done the tensor is neither the old one nor the new one.
+                    self._held.pop(task.slot.name, None)
+                    if target is not None:
+                        self._patch(target, self._bytes(task, reader, arena, scratch.fileno()), task)
+                    self._held[task.slot.name] = task.key
+        self.patched = len(changed)
+
+    def _bytes(self, task: Task, reader: Reader, arena: Arena, file: int) -> bytearray:
+        """The bytes the engine writes for a task."""
+        at_start = replace(task, slot=replace(task.slot, offset=0))
+        allow = self.prepared.recipe.output.allow_overflow
+        room = self.prepared.resources.memory
+        produce(at_start, Tools(reader, arena, room), file, threading.Event(), allow_overflow=allow)
+        held = bytearray(task.slot.nbytes)
+        view, done = memoryview(held), 0
+        while done < len(held):
+            got = os.preadv(file, [view[done:]], done)
+            if not got:
+                raise CheckError(f"{task.slot.name}: the temporary file ended early; is the disk full?")
+            done += got
+        return held
+
+    def _patch(self, target: torch.Tensor, held: bytearray, task: Task) -> None:
+        import torch
+
+        if not held:
+            return
+        values = torch.frombuffer(held, dtype=getattr(torch, _DTYPES[task.slot.dtype]))
+        with torch.no_grad():
+            target.copy_(values.reshape(task.slot.shape))
+
+    def _rewrite(self, graph: Graph) -> None:
+        with tempfile.TemporaryDirectory(prefix="safemerge-") as scratch:
+            folder = Path(scratch)
+            with_journal = Journal(folder / JOURNAL_FILE, {}, {})
+            try:
+                allow = self.prepared.recipe.output.allow_overflow
+                execute(graph, folder, self.prepared.resources, {}, with_journal, allow_overflow=allow)
+            finally:
+                with_journal.close()
+            index = graph.layout.index_bytes()
+            if index is not None:
+                write_file(folder / INDEX_FILE, index)
+            copy_side_files(side_files(self.prepared.family), folder)
+            self._load(folder, graph)

@@ -1,0 +1,1 @@
+"""Gate: what is measured of an update, and which tensors are therefore merged."""

@@ -1,0 +1,104 @@
+"""The gate's reading of one tensor: which way its moments are found.
+
+Neither VVᵀ nor a low-rank Δ is ever formed. Two full matrices are sketched (`deflated`) or multiplied out
+(`dense`); where a side is low-rank two passes over the other are exact (`thin`). Matrices are streamed in row blocks
+of fixed size; products are float32, sums of squares and everything of size r × r float64. Knows nothing of thresholds
+or recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.gate import low_rank as thin
+from safemerge_recipes.gate.exact import dense
+from safemerge_recipes.gate.moments import Effort, Moments
+from safemerge_recipes.gate.null import SMALL
+from safemerge_recipes.gate.sketch import deflated
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.directions import energy_inside
+from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK, Streamed
+
+EXACT_SIDE = 640
+"""Two full matrices with a side up to this are always measured exactly: a sketch costs two thirds of that, and leaves
+a fifth of the tensors open where spectra are flat."""
+
+
+def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
+    """‖VᵀV‖² of a dense V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
+    matrix = Streamed(v, reader, arena, "v", room)
+    return dense("", matrix, matrix, arena.device, True).gram
+
+
+def measure(
+    name: str,
+    v: Weight,
+    delta: Weight,
+    reader: Reader,
+    arena: Arena,
+    room: int,
+    effort: Effort = "sketch",
+    rank: int = 0,
+    null: bool = False,
+) -> Moments:
+    """The moments of one tensor, `(d_out, d_in)`; a stack of matrices is measured as one tall matrix.
+
+    Args:
+        name: names the tensor in errors and seeds its sketch.
+        v: W_aligned − W_base.
+        delta: W_finetuned − W_aligned.
+        reader: open files.
+        arena: the worker's buffers.
+        room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
+            no result.
+        effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to rounding); elsewhere
+            ρ is exact anyway.
+        rank: also measure the energy of Δ inside so many leading left singular directions of V; 0: do not.
+        null: whether ρ₀ matters: measure it, too, with that effort; else only roughly.
+
+    Raises:
+        SourceError: V or Δ holds NaN or infinite values.
+    """
+    if v.is_zero or delta.is_zero:
+        squares = [thin.square_norm(weight, reader, arena) for weight in (delta, v)]
+        return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
+    side = min(v.shape[-1], math.prod(v.shape[:-1]))
+    if v.low_rank and delta.low_rank:
+        found = thin.both_low_rank(v, delta, reader, arena)
+    elif v.low_rank:
+        found = thin.low_rank_v(v, delta, reader, arena)
+    elif delta.low_rank:
+        found = thin.dense_v(name, v, delta, reader, arena, null)
+        if null and effort == "exact" and found.null_error:
+            found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
+    else:
+        exact = effort == "exact" or side <= EXACT_SIDE
+        left, right = (
+            Streamed(weight, reader, arena, slot, room // 2, ROW_BLOCK if exact else THIN_BLOCK)
+            for weight, slot in ((v, "v"), (delta, "delta"))
+        )
+        if exact:
+            found = dense(name, left, right, arena.device, null or side <= SMALL)
+        else:
+            found = deflated(name, left, right, arena.device, null)
+    if rank and found.degenerate is None and all(map(math.isfinite, (found.v, found.delta))):
+        inside, error = energy_inside(name, v, delta, rank, reader, arena, room, effort == "exact")
+        found = replace(found, inside=inside, inside_error=error)
+    if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
+        raise SourceError(_not_finite(name, v, delta, reader, arena))
+    return found
+
+
+def _not_finite(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena) -> str:
+    """Says which stored tensor holds what, for the error message."""
+    for ref in dict.fromkeys((*v.refs, *delta.refs)):
+        count = 0
+        flat = Weight.of(Stored(ref))
+        for _, block in Streamed(flat, reader, arena, "scan", 0):
+            count += int((~block.isfinite()).sum())
+        if count:
+            return f"{ref.path}: {name}: {count} of {ref.numel} values are NaN or infinite; expected finite weights"
+    return f"{name}: the sums of squares overflow; are the weights of a sane size?"

@@ -1,0 +1,139 @@
+"""Measures many tensors at once within a memory budget, and remembers what was measured.
+
+The only place where planning reads tensor data. A remembered measurement is found again by the identities
+of the files behind it and the exact operands, so another τ or α costs no reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from operator import add
+
+from safemerge_recipes.engine.executors.threads import Resources
+from safemerge_recipes.gate.low_rank import needs_torch
+from safemerge_recipes.gate.measure import measure
+from safemerge_recipes.gate.moments import Effort, Moments
+from safemerge_recipes.plan.graph import describe
+from safemerge_recipes.plan.memory import SLACK, fit_workers, measure_memory
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.digests import recall, remember
+from safemerge_recipes.storage.workers import StoppedError, run_parallel
+from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.weights.numpy_rows import one_blas_thread
+from safemerge_recipes.weights.operands import member, transposed
+
+ARITHMETIC = 3
+"""Version of the measuring: changes whenever the same operands would give other numbers."""
+
+
+class Measurer:
+    """Measures tensors of a family by name; the `Measure` that `plan.make_plan` wants."""
+
+    def __init__(
+        self,
+        family: Family,
+        resources: Resources,
+        *,
+        use_cache: bool = True,
+        tick: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        self.family, self.resources, self.tick = family, resources, tick
+        self.peak = 0
+        self._identity = {one.path: one.key for one in family.identities()}
+        self._cache_key = self._make_key() if use_cache else None
+        known = recall("measures", self._cache_key) if self._cache_key else None
+        self._known: dict[str, dict[str, float]] = known if isinstance(known, dict) else {}
+
+    def _make_key(self) -> str:
+        from importlib.metadata import version
+
+        roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
+        files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})  # type: ignore[index]
+        return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{self.resources.device}|{files}"
+
+    def _operands(self, name: str) -> tuple[Weight, Weight]:
+        v = self.family.v(name)
+        assert v is not None  # a measurer is only made for families with a base
+        return v, self.family.delta("finetuned", name)
+
+    def _matrices(self, name: str) -> list[tuple[str, tuple[Weight, Weight]]]:
+        """(name, (V, Δ)) as matrices `(d_out, d_in)`: one, or those of a fused tensor's experts."""
+        v, delta = self._operands(name)
+        shape = self.family.inventory[name].shape
+        found = [(name, (v, delta))]
+        if len(shape) == 3:
+            found = [(f"{name}[{i}]", (member(v, i), member(delta, i))) for i in range(shape[0])]
+        if name in self.family.input_first:
+            found = [(one, (transposed(v), transposed(delta))) for one, (v, delta) in found]
+        return found
+
+    def _key(self, name: str, effort: Effort, rank: int, null: bool) -> str:
+        v, delta = self._operands(name)
+        turned = name in self.family.input_first
+        text = f"{name}|{effort}|{rank}|{null}|{turned}|{describe(v, self._identity)}|{describe(delta, self._identity)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __call__(
+        self, names: Sequence[str], effort: Effort, rank: int = 0, null: bool = False
+    ) -> Mapping[str, Moments]:
+        """Moments of the named tensors; the other arguments are as in `measure.measure`."""
+        found: dict[str, Moments] = {}
+        keys = {name: self._key(name, effort, rank, null) for name in names}
+        todo = []
+        for name in names:
+            known = self._known.get(keys[name])
+            if known is not None:
+                found[name] = Moments(**known)  # type: ignore[arg-type]  # d_out is an int in JSON too
+            else:
+                todo.append(name)
+        if todo:
+            found.update(self._measure(todo, effort, rank, null))
+            self._known |= {keys[name]: asdict(found[name]) for name in todo}
+            if self._cache_key:
+                remember("measures", self._cache_key, self._known)
+        return {name: found[name] for name in names}
+
+    def _measure(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> dict[str, Moments]:
+        operands = {name: self._operands(name) for name in names}
+        matrices = {name: self._matrices(name) for name in names}
+        needs = {
+            name: max(measure_memory(*pair, rank, effort == "exact", null) for _, pair in parts)
+            for name, parts in matrices.items()
+        }
+        budget = self.resources
+        workers = fit_workers(needs.items(), budget.workers, budget.memory)
+        share = (budget.memory - SLACK) // workers
+        found: dict[str, Moments] = {}
+        with Reader() as reader:
+
+            def work(name: str, arena: Arena) -> None:
+                v, delta = operands[name]
+                room = share - needs[name]
+                parts = [measure(one, *pair, reader, arena, room, effort, rank, null) for one, pair in matrices[name]]
+                found[name] = reduce(add, parts)
+                self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
+                if stop.is_set():
+                    raise StoppedError
+
+            stop = threading.Event()
+            thin = rank == 0 and not (null and effort == "exact")
+            light = thin and not any(
+                needs_torch(*pair, budget.device) for parts in matrices.values() for _, pair in parts
+            )
+            with one_blas_thread():
+                run_parallel(names, work, workers, budget.device, stop, light=light)
+        held = max((needs[n] if light else min(share, needs[n] + 8 * _numel(operands[n][0])) for n in names), default=0)
+        self.peak = max(self.peak, workers * held)
+        return found
+
+
+def _numel(weight: Weight) -> int:
+    total = 1
+    for size in weight.shape if weight.terms else ():
+        total *= size
+    return total

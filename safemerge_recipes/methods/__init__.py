@@ -1,0 +1,1 @@
+"""Methods: what a selected tensor becomes."""

@@ -1,0 +1,400 @@
+"""The whole story of a recipe: resolve → measure → decide → write → report, as plain function calls.
+
+`prepare` goes as far as the plan and its graph, reading headers and gated tensors; `carry_out` writes the
+output folder. Both print nothing; what happens is told to a `Progress`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from safemerge_recipes.engine.executors.threads import Resources, execute
+from safemerge_recipes.engine.folder import (
+    MANIFEST_FILE,
+    PICTURES,
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    copy_side_files,
+    keep_only,
+    part_of,
+    publish,
+    side_files,
+    tokenizer_files,
+    working_folder,
+)  # fmt: skip
+from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
+from safemerge_recipes.engine.manifest import make_manifest
+from safemerge_recipes.engine.resume import finished, reusable, unseal
+from safemerge_recipes.errors import PlanError, ReadError, WriteError
+from safemerge_recipes.methods.mask import mask_path
+from safemerge_recipes.plan.graph import ENGINE, Graph, build_graph, check_merges, task_memory
+from safemerge_recipes.plan.memory import fit_workers, projected_peak
+from safemerge_recipes.plan.plan import Outlook, Plan, check_gates, make_plan, survey
+from safemerge_recipes.plan.plugins import Registry, read_registry
+from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, read_names
+from safemerge_recipes.recipe.model import Recipe
+from safemerge_recipes.sources.checkpoint import INDEX_FILE, FileIdentity
+from safemerge_recipes.sources.family import Family, open_family
+from safemerge_recipes.sources.locate import Folder
+from safemerge_recipes.storage.digests import Digests, check_unchanged, remember_digest, versions
+from safemerge_recipes.storage.files import write_file, write_json
+
+
+class Progress(Protocol):
+    """Is told what goes on: a phase with its total bytes, then the bytes as they are done."""
+
+    def phase(self, name: str, nbytes: int) -> None:
+        """A new phase begins."""
+
+    def tick(self, nbytes: int) -> None:
+        """Bytes are done. Called from several threads."""
+
+
+class Silent:
+    """No progress."""
+
+    def phase(self, name: str, nbytes: int) -> None:
+        """Does nothing."""
+
+    def tick(self, nbytes: int) -> None:
+        """Does nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe whose sources are found and fit together; only headers were read. Needs no torch."""
+
+    recipe: Recipe
+    directory: Path
+    family: Family
+    identities: tuple[FileIdentity, ...]
+    side_files: Mapping[str, Path]
+    outlooks: tuple[Outlook, ...]
+    registry: Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is decided before the first byte is written."""
+
+    recipe: Recipe
+    directory: Path
+    family: Family
+    identities: tuple[FileIdentity, ...]
+    plan: Plan
+    graph: Graph
+    resources: Resources
+    peak_memory: int
+    timings: Mapping[str, float]
+    side_files: Mapping[str, Path]
+    registry: Registry
+
+    def plan_json(self) -> dict[str, Any]:
+        """The content of safemerge_plan.json."""
+        summary = {
+            **self.plan.summary(),
+            "bytes_read": self.graph.bytes_read,
+            "bytes_written": self.graph.bytes_written,
+            "peak_memory": self.peak_memory,
+        }
+        return {
+            "recipe": json.loads(_recipe_json(self.recipe)),
+            "summary": summary,
+            "warnings": list(self.plan.warnings),
+            "tensors": [tensor.as_json() for tensor in self.plan.tensors],
+        }
+
+
+def _recipe_json(recipe: Recipe) -> str:
+    return recipe.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True)
+
+
+def settled(loaded: LoadedRecipe) -> Recipe:
+    """The recipe with every file of names read in, so that it says everything itself."""
+
+    def settle(gate: Any) -> Any:
+        if gate is None:
+            return None
+        if gate.names_file is not None:
+            names = read_names(loaded.resolve(gate.names_file))
+            gate = gate.model_copy(update={"names_file": None, "names": names})
+        if getattr(gate, "complement", None) is not None:
+            gate = gate.model_copy(update={"complement": settle(gate.complement)})
+        return gate
+
+    recipe = loaded.recipe
+    rules = tuple(rule.model_copy(update={"gate": settle(rule.gate)}) for rule in recipe.rules)
+    return recipe.model_copy(update={"gate": settle(recipe.gate), "rules": rules})
+
+
+def choose_device(device: str) -> str:
+    """`auto` becomes cuda where there is one. Raises PlanError for a device that is not there."""
+    if device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"  # without asking torch, which takes a second to load
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if not device.startswith("cuda"):
+        raise PlanError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = int(device.partition(":")[2] or 0) if device.partition(":")[2].isdigit() or device == "cuda" else -1
+    if not 0 <= number < count:
+        raise PlanError(f"--device {device}: {count} CUDA devices are visible; try --device cpu")
+    return f"cuda:{number}"
+
+
+def resolve(loaded: LoadedRecipe) -> Resolved:
+    """Finds, fetches and opens the sources. Reads headers only.
+
+    Raises:
+        SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
+    """
+    recipe = settled(loaded)
+    family = open_family(recipe, loaded.directory)
+    registry = read_registry()
+    outlooks = survey(recipe, family, registry.metrics)
+    check_gates(outlooks, registry.selectors)
+    check_merges(outlooks, family, registry.methods)
+    return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family), outlooks, registry)
+
+
+def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
+    """Measures what is gated, decides every tensor and builds the work.
+
+    Raises:
+        SafemergeError: the plan cannot be made or carried out; nothing has been written.
+    """
+    recipe, family, outlooks, registry = resolved.recipe, resolved.family, resolved.outlooks, resolved.registry
+    opened = time.perf_counter()
+    measurer = None
+    if "base" in family.models and any(outlook.policy for outlook in outlooks):
+        from safemerge_recipes.gate.measurer import Measurer
+
+        gated = [outlook.name for outlook in outlooks if outlook.policy]
+        nbytes = sum(
+            ref.nbytes
+            for name in gated
+            for ref in dict.fromkeys(
+                (*(family.v(name) or family.delta("base", name)).refs, *family.delta("finetuned", name).refs)
+            )
+        )
+        progress.phase("measure", nbytes)
+        measurer = Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
+    plan = make_plan(recipe, family, outlooks, measurer, registry.metrics, registry.selectors)
+    measured = time.perf_counter()
+    graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings, resources.device)
+    needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
+    workers = fit_workers(needs, resources.workers, resources.memory)
+    peak = projected_peak(graph, workers, measurer.peak if measurer else 0)
+    timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
+    return Prepared(
+        recipe, resolved.directory, family, resolved.identities, plan, graph,
+        replace(resources, workers=workers), peak, timings, resolved.side_files, registry,
+    )  # fmt: skip
+
+
+def _stored_recipe(prepared: Prepared, output: Path) -> str:
+    """The recipe as it lies in the output: local paths seen from there, hub ids pinned to their commit."""
+    values = json.loads(_recipe_json(prepared.recipe))
+    for role, model in prepared.family.models.items():
+        source = values["sources"][role]
+        if isinstance(source, str):
+            source = values["sources"][role] = {"location": source}
+        key = next(key for key in ("model", "adapter", "location") if key in source)
+        if model.folder.revision is not None:
+            source["revision"] = model.folder.revision
+        else:
+            root = model.folder.path
+            for _ in Path(source.get("subfolder") or "").parts:
+                root = root.parent
+            source[key] = os.path.relpath(root, output)
+            if not source[key].startswith("."):
+                source[key] = f"./{source[key]}"
+    for part in (values, *values.get("rules", ())):
+        mask = (part.get("merge") or {}).get("mask")
+        if mask:
+            mask["path"] = os.path.relpath(mask_path(prepared.directory, mask["path"]), output)
+    values.get("output", {}).pop("path", None)
+    return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
+
+
+def _header(prepared: Prepared) -> dict[str, Any]:
+    return {"format": 1, "engine": ENGINE, "inputs": {one.path: one.key for one in prepared.identities}}
+
+
+def _check_apart(prepared: Prepared, output: Path) -> None:
+    """Refuses an output that is a source, or lies in one, or holds one."""
+    for role, model in prepared.family.models.items():
+        for place in (output, part_of(output)):
+            real, source = Path(os.path.realpath(place)), Path(os.path.realpath(model.folder.path))
+            if real.is_relative_to(source) or source.is_relative_to(real):
+                raise PlanError(f"{output}: overlaps sources.{role}, {source}; choose another --output")
+
+
+def carry_out(
+    prepared: Prepared, output: Path, digests: Digests, progress: Progress, *, force: bool = False
+) -> dict[str, Any]:
+    """Writes the output folder and returns the run's result.
+
+    Args:
+        prepared: what `prepare` made.
+        output: the folder to write.
+        digests: hashes the inputs; begun as early as may be, since it takes long.
+        progress: is told what goes on.
+        force: replace a finished output; go on with an interrupted run although its inputs changed.
+
+    Raises:
+        PlanError: the output is in the way, locked, or the disk is too small.
+        SourceError: an input changed, or holds values that are not finite.
+        WriteError: stopped while writing, be it by a source that could not be read.
+    """
+    output = Path(os.path.abspath(output))
+    part = part_of(output)
+    started = time.perf_counter()
+    _check_apart(prepared, output)
+    try:
+        with working_folder(output, force, lambda folder: reusable(folder, prepared.graph)):
+            result = _write(prepared, part, output, digests, progress, force)
+            publish(part, output, force)
+    except KeyboardInterrupt:
+        raise WriteError(f"stopped; {part} keeps what is done, the same command goes on from there") from None
+    except ReadError as error:
+        raise WriteError(f"{error}; {part} keeps what is done, the same command goes on from there") from None
+    except OSError as error:
+        raise WriteError(
+            f"{part}: {error.strerror}; mend it and run the same command, which goes on from there"
+        ) from None
+    for file, digest in result["files"].items():
+        remember_digest(FileIdentity.of(output / file), digest)  # it may well be another merge's input
+    result["timings"]["total"] = time.perf_counter() - started
+    return result
+
+
+def _write(
+    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress, force: bool
+) -> dict[str, Any]:
+    if prepared.recipe.output.format == "adapter":
+        return _write_adapter(prepared, part, output, digests, progress)
+    graph, header = prepared.graph, _header(prepared)
+    check_unchanged(prepared.identities)
+    done = finished(part, graph, header, force)
+    keys = {task.slot.name: task.key for task in graph.tasks}
+    journal = Journal(part / JOURNAL_FILE, header, {name: (keys[name], digest) for name, digest in done.items()})
+    try:
+        keep_only(part, {name for file in graph.layout.files for name in (file, f"{file}.part")})
+        unseal(part, graph.layout)
+        progress.phase("write", graph.bytes_written)
+        started = time.perf_counter()
+        sealed = execute(
+            graph, part, prepared.resources, done, journal,
+            allow_overflow=prepared.recipe.output.allow_overflow, tick=progress.tick,
+        )  # fmt: skip
+        written = time.perf_counter()
+        index = graph.layout.index_bytes()
+        if index is not None:
+            write_file(part / INDEX_FILE, index)
+        inputs = digests.result()
+    finally:
+        journal.close()
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
+    plan, beside = prepared.plan_json(), prepared.side_files
+    result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
+    return {**result, "resumed": len(done)}
+
+
+def _write_adapter(
+    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
+) -> dict[str, Any]:
+    """An adapter is small: it is computed in memory and always written anew."""
+    from safemerge_recipes.engine.adapter import write_adapter
+
+    check_unchanged(prepared.identities)
+    Journal(part / JOURNAL_FILE, _header(prepared), {}).close()
+    keep_only(part, set())
+    progress.phase("write", prepared.graph.bytes_written)
+    started = time.perf_counter()
+    family = prepared.family
+    files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, progress.tick)
+    written = time.perf_counter()
+    plan = prepared.plan_json()
+    for line in plan["tensors"]:
+        line.update(notes.get(line["name"], {}))
+    finetuned = family.models["finetuned"].folder
+    tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
+    inputs = digests.result()
+    timings = {"write": written - started, "hash": time.perf_counter() - written}
+    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
+    return {**result, "resumed": 0}
+
+
+def _document(
+    prepared: Prepared,
+    part: Path,
+    output: Path,
+    plan: dict[str, Any],
+    beside: Mapping[str, Path],
+    inputs: Mapping[str, str],
+    files: Mapping[str, str],
+    tensors: dict[str, tuple[str, str | None]],
+    timings: Mapping[str, float],
+) -> dict[str, Any]:
+    """Writes everything that lies beside the weights, the manifest last."""
+    write_json(part / PLAN_FILE, plan)
+    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
+    check_unchanged(prepared.identities)
+    copy_side_files(beside, part, prepared.family.config_edits)
+    timings = {**prepared.timings, **timings}
+    render_documents(part, plan, None, provenance_of(prepared))
+    labels: dict[str, tuple[list[str], str]] = {}
+    for role, model in prepared.family.models.items():
+        for file in model.files:
+            labels.setdefault(file, ([], _label(model.folder)))[0].append(role)
+    for file in prepared.family.mask_files:
+        labels.setdefault(file, ([], Path(file).name))[0].append("mask")
+    manifest = make_manifest(
+        engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
+        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
+    )  # fmt: skip
+    write_json(part / MANIFEST_FILE, manifest)
+    return {"output": str(output), "summary": plan["summary"], "files": dict(files), "timings": timings}
+
+
+def _label(folder: Folder) -> str:
+    """How an output names a source: a hub id, or the folder's own name without its place on this machine."""
+    return folder.label if folder.revision else folder.path.name
+
+
+def provenance_of(prepared: Prepared) -> dict[str, Any]:
+    """What report and card say of the sources and versions. Holds no local path."""
+    sources = {
+        role: {
+            "label": _label(model.folder),
+            "kind": model.folder.kind,
+            "revision": model.folder.revision,
+        }
+        for role, model in prepared.family.models.items()
+    }
+    return {"sources": sources, "versions": versions(), "recipe": dump_recipe(prepared.recipe)}
+
+
+def render_documents(
+    folder: Path, plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any]
+) -> None:
+    """Writes report and model card, with the pictures of a sweep or a probe that lie in the folder."""
+    from safemerge_recipes.report.card import render_card
+    from safemerge_recipes.report.page import render_report
+
+    drawn = ((title, folder / name) for title, name in PICTURES.items())
+    pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
+    page = render_report(plan, scores=scores, provenance=provenance, pictures=pictures)
+    write_file(folder / REPORT_FILE, page)
+    write_file(folder / "README.md", render_card(plan, scores=scores, provenance=provenance))

@@ -1,0 +1,226 @@
+"""From a plan to work: one task for every output tensor, in the order of the output's bytes.
+
+A task is a copy of stored bytes, a symbolic sum, or a kernel over two sums; what it reads and writes and how
+much memory it needs follow from it without opening a file. Tasks share no data, so any executor may run
+them in any order, on any number of workers, and get the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from safemerge_recipes.errors import RecipeError, SourceError
+from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
+from safemerge_recipes.methods.catalogue import METHODS, Method, Sides
+from safemerge_recipes.methods.kernels import FORMS, KERNELS, Ties
+from safemerge_recipes.methods.on_compiled import fits, memory
+from safemerge_recipes.methods.threshold import HELD, LOOKS
+from safemerge_recipes.methods.transforms import Project, SvdK
+from safemerge_recipes.plan.plan import Outlook, Plan, TensorPlan, told
+from safemerge_recipes.sources.checkpoint import FileIdentity
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.storage.cut import largest
+from safemerge_recipes.storage.layout import Layout, Slot, lay_out
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES
+from safemerge_recipes.weights.algebra import Stored, Weight
+
+__all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
+
+ENGINE = 4
+"""Version of the arithmetic: changes whenever the same task would write other bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Produces one output tensor at its slot. `key` names its result: equal keys mean equal bytes."""
+
+    slot: Slot
+    work: Work
+    key: str
+    native: bool = False
+    """Whether the compiled kernels do it."""
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether torch must be loaded for it."""
+        return not self.native and not isinstance(self.work, Copy)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the sources, each counted once."""
+        return sum(ref.nbytes for ref in self.work.refs)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """All tasks of a run and the files they write into."""
+
+    layout: Layout
+    tasks: tuple[Task, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that the tasks read."""
+        return sum(task.bytes_read for task in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output's weight files."""
+        return sum(self.layout.sizes)
+
+
+def sides_of(name: str, family: Family) -> Sides:
+    """What a method may use of one tensor."""
+    weights = {role: model.weights[name] for role, model in family.models.items()}
+    return Sides(name, family.inventory[name].shape, weights, family.masks)
+
+
+def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[str, Method] = METHODS) -> None:
+    """Puts together the work of every tensor that may be merged, so that what cannot be is refused now.
+
+    Reads headers only; meant for the time before anything is measured.
+
+    Raises:
+        RecipeError: a source is missing, or a method is not known or not available.
+        SourceError: a source or a mask does not fit the method.
+    """
+    found: dict[str, Method] = {}
+    for outlook in outlooks:
+        if outlook.policy is None or outlook.policy.gate.selector[0] == "never":
+            continue
+        merge = outlook.policy.merge
+        if merge.method not in found:
+            found[merge.method] = find_method(merge.method, methods)
+        elif merge.space != "factors" and (merge.method in FORMS or merge.method in KERNELS):
+            continue  # fits every tensor if it fits one: no mask, no ranks to agree
+        sides = sides_of(outlook.name, family)
+        for role in found[merge.method].needs:
+            sides.need(role)
+        _check_layout(outlook.name, found[merge.method].work(merge, sides), family)
+
+
+def _check_layout(name: str, work: Work, family: Family) -> None:
+    """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
+    if not isinstance(work, Prepare) or not isinstance(work.transform, Project | SvdK):
+        return
+    stacked = len(family.inventory[name].shape) != 2
+    if stacked or (name in family.input_first and isinstance(work.transform, Project)):
+        how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
+        raise RecipeError(
+            f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
+            "give such tensors another method, or keep them, in `rules`"
+        )
+
+
+def find_method(name: str, methods: Mapping[str, Method]) -> Method:
+    """The method of that name. Raises RecipeError when there is none, or mergekit is not installed."""
+    if name not in methods:
+        raise RecipeError(
+            f"merge.method: {name!r} is not known; expected one of {', '.join(methods)} or mergekit:<method>"
+        )
+    return methods[name]
+
+
+def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> Work:
+    work: Work
+    if tensor.action == "merge":
+        assert tensor.policy is not None  # merged tensors are gated ones
+        merge = tensor.policy.merge
+        work = find_method(merge.method, methods).work(merge, sides_of(tensor.name, family))
+    else:
+        work = Sum(family.weight(tensor.take, tensor.name))
+    if isinstance(work, Sum):
+        stored = work.weight.stored
+        if stored is not None and stored.dtype == tensor.dtype:
+            return Copy(stored)
+    masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
+    for ref in work.refs:
+        if ref not in masks and (ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES):
+            raise SourceError(
+                f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
+                "packed numbers are never converted; expected the same in every source, or a rule that keeps the "
+                "aligned one"
+            )
+    return work
+
+
+def describe(weight: Weight, identity: Mapping[str, str]) -> str:
+    """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
+    return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
+
+
+def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str, arithmetic: str) -> str:
+    import xxhash
+
+    if isinstance(work, Copy):
+        arithmetic = ""
+        text = describe(Weight.of(Stored(work.source)), identity)
+    elif isinstance(work, Sum):
+        text = describe(work.weight, identity)
+    else:
+        assert tensor.policy is not None  # nothing else is more than a sum
+        merge = tensor.policy.merge
+        sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
+        text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{'|'.join(sums)}"
+    return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{arithmetic}|{tensor.dtype}|{tensor.shape}|{text}".encode())
+
+
+def build_graph(
+    plan: Plan,
+    family: Family,
+    identities: tuple[FileIdentity, ...],
+    methods: Mapping[str, Method] = METHODS,
+    origin_of: Callable[[str], str] = lambda method: "",
+    device: str = "cpu",
+) -> Graph:
+    """The tasks of a plan. Reads nothing.
+
+    Args:
+        plan: the decisions.
+        family: the sources.
+        identities: of every file that is read.
+        methods: merge methods by name.
+        origin_of: the distribution and version that brings a method; part of what names a result.
+        device: where it will be computed: on "cpu" by the compiled kernels as far as they go.
+
+    Raises:
+        RecipeError: a method is not known.
+        SourceError: a tensor that must be computed is stored in a dtype that is only copied.
+    """
+    aligned = family.inventory
+    layout = lay_out(
+        {tensor.name: (tensor.dtype, tensor.shape, aligned[tensor.name].path) for tensor in plan.tensors},
+        plan.recipe.output.max_shard_size,
+    )
+    identity = {one.path: one.key for one in identities}
+    tasks = []
+    for tensor in plan.tensors:
+        work = _work(tensor, family, methods)
+        origin = origin_of(tensor.policy.merge.method) if tensor.policy and tensor.action == "merge" else ""
+        native = device == "cpu" and fits(work, tensor.dtype)
+        key = _key(tensor, work, identity, origin, "native" if native else device.partition(":")[0])
+        tasks.append(Task(layout.slots[tensor.name], work, key, native))
+    return Graph(layout, tuple(tasks))
+
+
+def task_memory(task: Task) -> int:
+    """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
+    work, block = task.work, largest(task.slot.shape)
+    width = 8 if "F64" in {ref.dtype for ref in work.refs} else 4
+    if isinstance(work, Copy):
+        return 1 << 22
+    # Both sides as pieces, one of them joined; and what was looked at first.
+    ties = isinstance(work, Apply) and isinstance(work.kernel, Ties)
+    numel = math.prod(task.slot.shape)
+    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[-1], numel)) * width if ties else 0
+    if task.native and isinstance(work, Sum | Apply):
+        return memory(work, task.slot, block) + collected
+    if isinstance(work, Sum):
+        return block * (3 * width + 8) + work.weight.memory(block)
+    factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
+    if isinstance(work, Prepare):
+        return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
+    slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
+    return block * slots * width + collected + factors

@@ -1,0 +1,340 @@
+"""From recipe and sources to a plan: one decision, with its reason, for every tensor of the output.
+
+`survey` says what is gated and by which policy (headers only); `measure_all` reads the gated tensors;
+`make_plan` decides. A plan is plain frozen data and can be written as JSON; `graph` turns it into work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.gate.decide import METRICS, Candidate, Decision, Metric, candidate, check, decide, unsettled
+from safemerge_recipes.gate.moments import Effort, Moments
+from safemerge_recipes.gate.selectors import SELECTORS, Selector
+from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
+from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of, module_type
+
+AT_ONCE = 8
+"""Least number of unsettled tensors that are measured exactly together; beyond that, half of them."""
+OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+Measure = Callable[[Sequence[str], Effort, int, bool], Mapping[str, Moments]]
+"""(tensor names, effort, leading directions of V or 0, whether ρ₀ matters) -> moments: the one way in which
+planning reads data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """One output tensor before measuring: `policy` None means it is not gated, for the stated `reason`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    policy: Policy | None
+    reason: str
+    take: Role = "finetuned"
+
+
+def told(merge: Merge) -> dict[str, Any]:
+    """A merge's parameters as plain values, without those that are null; of a file its name, wherever it lies."""
+    values = {
+        key: value.model_dump() if hasattr(value, "model_dump") else value
+        for key, value in merge.parameters().items()
+        if value is not None
+    }
+    if "mask" in values:
+        values["mask"]["path"] = Path(values["mask"]["path"]).name
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """The decision on one output tensor.
+
+    `take` is the role whose weight a kept tensor has. `rho_interval` is the half-width of ρ's interval, 0
+    where ρ is exact to rounding; `rho_null_interval` likewise for ρ₀.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: Literal["merge", "keep"]
+    reason: str
+    gated: bool
+    take: Role
+    policy: Policy | None
+    value: float | None
+    moments: Moments | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The tensor's line of safemerge_plan.json."""
+        m, gate = self.moments, self.policy.gate if self.gated and self.policy else None
+        merge = self.policy.merge if self.action == "merge" and self.policy else None
+        line: dict[str, Any] = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "action": self.action,
+            "reason": self.reason,
+            "metric": gate.metric if gate else None,
+            "value": self.value,
+            "rho": m.rho if m else None,
+            "rho_null": m.rho_null if m else None,
+            "rho_interval": m.rho_error if m else None,
+            "rho_null_interval": m.null_error if m else None,
+            "measured": ("sketched" if m.rho_error else "exact") if m else None,
+            "norm_v": math.sqrt(m.v) if m else None,
+            "norm_delta": math.sqrt(m.delta) if m else None,
+            "method": merge.method if merge else None,
+            "alpha": merge.alpha if merge and "alpha" in merge.parameters() else None,
+        }
+        if merge:
+            line["parameters"] = {key: value for key, value in told(merge).items() if key != "alpha"}
+        if self.action == "keep":
+            line["source"] = self.take
+        return line
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every decision of a run, in checkpoint order."""
+
+    recipe: Recipe
+    tensors: tuple[TensorPlan, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def gated(self) -> tuple[TensorPlan, ...]:
+        """The tensors a gate decided on."""
+        return tuple(tensor for tensor in self.tensors if tensor.gated)
+
+    def summary(self) -> dict[str, int]:
+        """Counts of tensors."""
+        merged = sum(tensor.action == "merge" for tensor in self.tensors)
+        gated = len(self.gated)
+        kept = sum(tensor.action == "keep" for tensor in self.gated)
+        return {"tensors": len(self.tensors), "gated": gated, "merged": merged, "kept": kept}
+
+
+def _policies(recipe: Recipe, names: Sequence[str]) -> dict[str, Policy]:
+    """The policy of each tensor; a rule that matches nothing is an error."""
+    found: dict[str, Policy] = {}
+    policies = recipe.policies()
+    for policy in policies:
+        matcher = compile_patterns(policy.patterns)
+        if policy.rule is None:
+            found.update({name: policy for name in names if name not in found})
+            continue
+        matched = matcher.select(names)
+        if not matched:
+            raise RecipeError(
+                f"rules.{policy.rule}.tensors: {', '.join(policy.patterns)[:200]} matches none of the {len(names)} "
+                f"tensors; expected at least one, such as {names[0]!r}"
+            )
+        for name in matched:
+            found.setdefault(name, policy)
+    return found
+
+
+def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
+    """Why a tensor is not gated, or None if it is."""
+    if scope is not None:
+        if not scope(name):
+            return "outside gate.scope"
+        if len(ref.shape) not in (2, 3):
+            return f"in gate.scope, but {len(ref.shape)}-D: only matrices and stacks of them are gated"
+        if not ref.numel:
+            return "in gate.scope, but empty"
+    elif not is_block_matrix(name, ref.shape):
+        return "not a matrix of a linear layer in a numbered block"
+    if ref.dtype not in FLOAT_DTYPES:
+        return f"stored as {ref.dtype}, which cannot be merged"
+    return None
+
+
+def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRICS) -> tuple[Outlook, ...]:
+    """What is gated and by which policy, from headers alone.
+
+    Raises:
+        RecipeError: a rule matches nothing, or a metric is unknown.
+    """
+    names = list(family.inventory)
+    policies = _policies(recipe, names)
+    wanted = OUT_DTYPES.get(recipe.output.dtype or "")
+    scopes = {p.rule: compile_patterns(p.gate.scope) if p.gate.scope else None for p in recipe.policies()}
+    outlooks = []
+    for name, ref in family.inventory.items():
+        policy = policies[name]
+        dtype = wanted if wanted and ref.dtype in FLOAT_DTYPES else ref.dtype
+        delta = family.delta("finetuned", name)
+        if policy.keep is not None:
+            outlook = Outlook(name, ref.shape, dtype, None, f"rules.{policy.rule}: keep {policy.keep}", policy.keep)
+        else:
+            why = _scope(scopes[policy.rule], name, ref)
+            if why is None and delta.is_zero and policy.gate.scope is None:
+                why = "fine-tuning did not change it"
+            if why is None and policy.gate.metric not in metrics:
+                raise RecipeError(
+                    f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(metrics)}"
+                )
+            outlook = Outlook(name, ref.shape, dtype, policy if why is None else None, why or "")
+        outlooks.append(outlook)
+    return tuple(outlooks)
+
+
+def _groups(gate: Gate, names: Sequence[str]) -> dict[str, list[str]]:
+    """Names decided together, by the group's name."""
+    if gate.granularity == "tensor":
+        return {name: [name] for name in names}
+    key = module_of if gate.granularity == "module" else lambda name: block_of(name) or name
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
+def _sum(parts: Sequence[Moments | None]) -> Moments | None:
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts):
+        return None
+    total = known[0]
+    for part in known[1:]:
+        total = total + part
+    return total
+
+
+def _decide_policy(
+    policy: Policy,
+    names: list[str],
+    measure: Measure | None,
+    metrics: Mapping[str, Metric],
+    selectors: Mapping[str, Selector],
+) -> tuple[dict[str, Decision], dict[str, Candidate], dict[str, Moments]]:
+    """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
+    gate = policy.gate
+    groups = _groups(gate, names)
+    # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
+    effort: Effort = "exact" if gate.precision == "exact" or gate.granularity != "tensor" else "sketch"
+    # A plugin's metric may look at anything, also at the energy inside the leading directions.
+    own = gate.metric not in METRICS
+    rank, null = gate.rank if gate.metric == "residual" or own else 0, gate.metric == "rho_ratio" or own
+    moments: dict[str, Moments] = {}
+    wanted, settled = names, set[str]()
+    while True:
+        if measure and wanted:
+            moments.update(measure(wanted, effort, rank, null))
+        settled.update(wanted if effort == "exact" else ())
+        candidates = {
+            group: candidate(group, _sum([moments.get(name) for name in members]), gate, metrics)
+            for group, members in groups.items()
+        }
+        open_ = unsettled(gate, list(candidates.values()), selectors)
+        unsure = [group for group in groups if group in open_ and not settled.issuperset(groups[group])]
+        if measure is None or not unsure:
+            break
+        # Where ranks decide, a wide interval leaves others open that are settled once it is gone: widest first.
+        effort, widest = "exact", sorted(unsure, key=lambda group: -candidates[group].error)
+        wanted = [name for group in widest[: max(AT_ONCE, -(-len(widest) // 2))] for name in groups[group]]
+    decisions = decide(gate, list(candidates.values()), selectors)
+    spread = {name: group for group, members in groups.items() for name in members}
+    return (
+        {name: decisions[group] for name, group in spread.items()},
+        {name: candidates[group] for name, group in spread.items()},
+        moments,
+    )
+
+
+def check_gates(outlooks: Sequence[Outlook], selectors: Mapping[str, Selector] = SELECTORS) -> None:
+    """Refuses, before anything is measured, selectors that cannot be satisfied by what is gated.
+
+    Raises:
+        PlanError: more tensors are to be chosen than are gated.
+        RecipeError: patterns name nothing that is gated.
+    """
+    for policy, names in _by_policy(outlooks):
+        check(policy.gate, list(_groups(policy.gate, names)), selectors)
+
+
+def _by_policy(outlooks: Sequence[Outlook]) -> list[tuple[Policy, list[str]]]:
+    """The gated tensors under each policy that has any."""
+    found: dict[int | None, tuple[Policy, list[str]]] = {}
+    for outlook in outlooks:
+        if outlook.policy is not None:
+            found.setdefault(outlook.policy.rule, (outlook.policy, []))[1].append(outlook.name)
+    return list(found.values())
+
+
+def make_plan(
+    recipe: Recipe,
+    family: Family,
+    outlooks: Sequence[Outlook],
+    measure: Measure | None,
+    metrics: Mapping[str, Metric] = METRICS,
+    selectors: Mapping[str, Selector] = SELECTORS,
+) -> Plan:
+    """Decides every tensor.
+
+    Args:
+        recipe: the recipe.
+        family: its sources.
+        outlooks: what `survey` found.
+        measure: how tensors are measured; None where there is no base and so no V.
+        metrics: metrics by name.
+        selectors: selectors by key or, plugins' ones, by name.
+
+    Raises:
+        PlanError: the selector cannot be satisfied, or a degenerate tensor is an error.
+        SourceError: a source that a merge needs is missing, or weights are not finite.
+    """
+    by_policy = _by_policy(outlooks)
+    decisions: dict[str, Decision] = {}
+    candidates: dict[str, Candidate] = {}
+    moments: dict[str, Moments] = {}
+    for policy, names in by_policy:
+        found = _decide_policy(policy, names, measure, metrics, selectors)
+        decisions.update(found[0])
+        candidates.update(found[1])
+        moments.update(found[2])
+    if not by_policy and not any(policy.keep for policy in recipe.policies()):
+        raise PlanError(
+            "no tensor is gated: the fine-tuned model does not differ from the aligned one; check the sources"
+        )
+    tensors = []
+    for o in outlooks:
+        if o.policy is None:
+            tensors.append(TensorPlan(o.name, o.shape, o.dtype, "keep", o.reason, False, o.take, None, None, None))
+            continue
+        decision = decisions[o.name]
+        tensors.append(
+            TensorPlan(
+                o.name, o.shape, o.dtype, "merge" if decision.merge else "keep", decision.reason, True,
+                "finetuned", o.policy, candidates[o.name].value, moments.get(o.name),
+            )
+        )  # fmt: skip
+    return Plan(recipe, tuple(tensors), family.warnings)
+
+
+def needs(plan: Plan) -> tuple[Role, ...]:
+    """The roles that carrying out the plan reads."""
+    roles: dict[Role, None] = {"aligned": None, "finetuned": None}
+    for tensor in plan.tensors:
+        if tensor.action == "merge" and tensor.policy:
+            roles.update(dict.fromkeys(merge_sources(tensor.policy.merge)))
+    return tuple(roles)
+
+
+def by_module_type(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Module type -> (merged, gated)."""
+    counts: dict[str, tuple[int, int]] = {}
+    for tensor in plan.gated:
+        merged, gated = counts.get(module_type(tensor.name), (0, 0))
+        counts[module_type(tensor.name)] = merged + (tensor.action == "merge"), gated + 1
+    return counts

@@ -1,0 +1,1 @@
+"""Recipe: what a user may say, checked; YAML text in, frozen values out."""

@@ -1,0 +1,135 @@
+"""The recipe reference and JSON schema, made from the model by `python -m safemerge_recipes.recipe.reference`.
+
+Holds only how they are laid out; every sentence about a key is the docstring of its field.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from safemerge_recipes.recipe import model as recipe
+from safemerge_recipes.recipe.model import METHOD_PARAMETERS, METHOD_SOURCES, OTHER_PARAMETERS, json_schema
+
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("the recipe", recipe.Recipe),
+    ("sources", recipe.Sources),
+    ("a source", recipe.Source),
+    ("gate", recipe.Gate),
+    ("gate.random", recipe.Random),
+    ("merge", recipe.Merge),
+    ("merge.dare", recipe.Dare),
+    ("merge.mask", recipe.Mask),
+    ("rules", recipe.Rule),
+    ("output", recipe.Output),
+    ("evaluate", recipe.Evaluate),
+)
+
+INTRODUCTION = """\
+# Recipe reference
+
+A recipe is a YAML file. Unknown keys, repeated keys and values out of bounds are errors, all listed at once
+with their lines. Only `true` and `false` are booleans. Relative paths are relative to the recipe file.
+
+```yaml
+sources:
+  base: meta-llama/Llama-2-7b-hf
+  aligned: meta-llama/Llama-2-7b-chat-hf
+  finetuned: {adapter: my-org/llama2-gsm8k-lora}
+  safety: {adapter: ./safety-lora}
+gate: {metric: rho, tau: 0.35}
+merge: {method: linear, alpha: 0.8}
+output: {path: out/llama-2-7b-gsm8k-safe}
+```
+
+Δf = W_finetuned − W_aligned, Δs = W_safety − W_aligned, V = W_aligned − W_base.
+
+`--set KEY=VALUE` changes a value: `--set gate.tau=0.6`, `--set rules.0.gate.lowest=4`. A selector set this
+way takes the place of the one in the file, and another `merge.method` drops the file's keys that it does
+not use.
+
+Patterns match whole tensor names. Globs know `*` (any run, dots too), `?`, `[abc]`, `[!abc]`, `{a,b}` and
+`{0..3}`; text between slashes is a regular expression: `/.*\\.(q|k)_proj\\.weight/`. In YAML, text that
+starts with `*` needs quotes.
+"""
+
+
+def reference() -> str:
+    """The recipe reference, as Markdown."""
+    definitions = json_schema()["$defs"]
+    parts = [INTRODUCTION]
+    for title, model in SECTIONS:
+        schema = json_schema() if model is recipe.Recipe else definitions[model.__name__]
+        schema = schema["anyOf"][-1] if model is recipe.Source else schema
+        heading = title if title.startswith(("the ", "a ")) else f"`{title}`"
+        parts.append(f"\n## {heading[0].upper()}{heading[1:]}\n\n{' '.join((model.__doc__ or '').split())}\n\n")
+        parts.append("| key | value | default | meaning |\n|---|---|---|---|\n")
+        for name, field in schema["properties"].items():
+            required = name in schema.get("required", ())
+            meaning = " ".join(field.get("description", "").split())
+            cells = (f"`{name}`", _kind(field), "needed" if required else _default(field), meaning)
+            parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
+        if model is recipe.Gate:
+            parts.append(f"\nExactly one of {', '.join(f'`{name}`' for name in recipe.SELECTORS)} is given.\n")
+        if model is recipe.Merge:
+            parts.append("\n| method | keys it uses | sources it needs |\n|---|---|---|\n")
+            for method, keys in METHOD_PARAMETERS.items():
+                parts.append(f"| `{method}` | {_listed(keys)} | {_listed(METHOD_SOURCES[method])} |\n")
+            parts.append(f"| `mergekit:<name>` | {_listed(OTHER_PARAMETERS)} | `safety` |\n")
+    return "".join(parts)
+
+
+def schema_text() -> str:
+    """The JSON schema of a recipe, as stored in `docs/safemerge-recipe.schema.json`."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "—"
+
+
+def _default(field: dict[str, Any]) -> str:
+    value = field.get("default")
+    return "—" if value is None or value == [] or value == {} else f"`{json.dumps(value)}`"
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """The values a field takes, in short."""
+    if "anyOf" in field:
+        kinds = dict.fromkeys(_kind(option) for option in field["anyOf"] if option.get("type") != "null")
+        return " or ".join(kinds)
+    if "$ref" in field:
+        return "mapping" if not field["$ref"].endswith("/Source") else "text or mapping"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{json.dumps(field['const'])}`"
+    kind = {
+        "string": "text", "integer": "integer", "number": "number", "boolean": "`true`, `false`",
+        "array": "list", "object": "mapping",
+    }[field["type"]]  # fmt: skip
+    bounds = [
+        f"{sign} {field[key]:g}"
+        for key, sign in (
+            ("exclusiveMinimum", ">"),
+            ("minimum", "≥"),
+            ("exclusiveMaximum", "<"),
+            ("maximum", "≤"),
+        )
+        if key in field and abs(field[key]) < 1e5
+    ]
+    return " ".join([kind, ", ".join(bounds)]).rstrip()
+
+
+def main(folder: str = "docs") -> None:
+    """Writes both files into a folder."""
+    Path(folder, "recipe.md").write_text(reference(), encoding="utf-8")
+    Path(folder, "safemerge-recipe.schema.json").write_text(schema_text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Report: plain data in; terminal text, page, card and pictures out."""

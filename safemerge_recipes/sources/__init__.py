@@ -1,0 +1,1 @@
+"""Sources: folders and ids in, a family of models and adapters out."""

@@ -1,0 +1,199 @@
+"""The four roles of a recipe as symbolic weights over one inventory of tensor names.
+
+The output follows the aligned model: its names, its order, its shapes. Every other role must fit it tensor
+by tensor, and whatever does not is refused by name here, before anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.methods.mask import open_masks
+from safemerge_recipes.recipe.model import Recipe, Role
+from safemerge_recipes.sources.checkpoint import Checkpoint, FileIdentity, open_checkpoint, same_bytes
+from safemerge_recipes.sources.locate import Folder, locate
+from safemerge_recipes.sources.orientation import input_first
+from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
+from safemerge_recipes.sources.reconcile import Side, reconcile
+from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.weights.algebra import Stored, Weight
+
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One role: its folder, its weights by name, and the full checkpoint that lies underneath."""
+
+    folder: Folder
+    weights: Mapping[str, Weight]
+    checkpoint: Checkpoint
+    adapter: Adapter | None
+    notes: tuple[str, ...] = ()
+    translated: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weight files that belong to this role itself."""
+        return self.adapter.files if self.adapter else self.checkpoint.files
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The models of a recipe over one inventory: `inventory` maps each output tensor to its stored form.
+
+    `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
+    config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
+    recipe's mask files, by the path it writes and by name.
+    """
+
+    inventory: Mapping[str, TensorRef]
+    models: Mapping[Role, Model]
+    warnings: tuple[str, ...]
+    owner: Role = "finetuned"
+    config_edits: Mapping[str, Any] = field(default_factory=dict)
+    input_first: frozenset[str] = frozenset()
+    embedding: str | None = None
+    masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
+
+    def weight(self, role: Role, name: str) -> Weight:
+        """The role's weight for one tensor."""
+        return self.models[role].weights[name]
+
+    def delta(self, role: Role, name: str) -> Weight:
+        """W_role − W_aligned, with everything that cancels gone."""
+        return self.weight(role, name) - self.weight("aligned", name)
+
+    def v(self, name: str) -> Weight | None:
+        """V = W_aligned − W_base, or None where the recipe has no base."""
+        if "base" not in self.models:
+            return None
+        return self.weight("aligned", name) - self.weight("base", name)
+
+    @property
+    def mask_files(self) -> tuple[str, ...]:
+        """Every mask file, each once."""
+        return tuple(dict.fromkeys(ref.path for tensors in self.masks.values() for ref in tensors.values()))
+
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Every weight file that may be read, each once, as it is now."""
+        files = dict.fromkeys(file for model in self.models.values() for file in model.files)
+        files.update(dict.fromkeys(self.mask_files))
+        return tuple(FileIdentity.of(file) for file in files)
+
+
+def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """(head, embedding) of a checkpoint that ties them and stores the head all the same, as an equal copy."""
+    embedding = embedding_of(checkpoint.tensors, checkpoint.config) if checkpoint.tied else None
+    head = next((name for name in checkpoint.tensors if is_head(name) and name.endswith(".weight")), None)
+    if embedding is None or head is None:
+        return None
+    return (head, embedding) if same_bytes(checkpoint.tensors[head], checkpoint.tensors[embedding]) else None
+
+
+def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opened: dict[Role, Model]) -> Model:
+    if role in opened:
+        return opened[role]
+    folder = folders[role]
+    if folder.kind == "model":
+        checkpoint = open_checkpoint(folder.path)
+        weights = {name: Weight.of(Stored(ref)) for name, ref in checkpoint.tensors.items()}
+        copied = tied_pair(checkpoint)
+        if copied is not None:
+            del weights[copied[0]]  # a copy of the embedding
+        opened[role] = Model(folder, weights, checkpoint, None)
+        return opened[role]
+    source = recipe.sources.roles()[role]
+    on: Role = "aligned" if source.on == "aligned" else "base"
+    if on == role or on not in folders or (folders[on].kind == "adapter" and recipe.sources.roles()[on].on == role):
+        raise SourceError(
+            f"sources.{role}: {folder.label}: is an adapter, to be applied to {on!r}; "
+            f"expected a full model there (an adapter for `aligned` says `on: base`)"
+        )
+    below = _open_role(on, folders, recipe, opened)
+    adapter = open_adapter(folder.path)
+    config = below.checkpoint.config
+    tied = below.checkpoint.tied and not any(is_head(name) for name in below.weights)
+    embedding = embedding_of(below.weights, config) if tied else None
+    above = apply_adapter(adapter, below.weights, config, embedding)
+    notes = tuple(f"sources.{role}: {note}" for note in above.notes)
+    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, (*below.notes, *notes), above.translated)
+    return opened[role]
+
+
+def _check_config(role: Role, model: Model, aligned: Model) -> None:
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        found, expected = model.checkpoint.config.get(key), aligned.checkpoint.config.get(key)
+        if found != expected:
+            raise SourceError(
+                f"sources.{role}: {model.folder.label}: config.json says {key} {str(found)[:40]!r}, the aligned "
+                f"model {str(expected)[:40]!r}; expected models of one architecture"
+            )
+
+
+def _tokenizer(model: Model) -> Path:
+    """The folder whose tokenizer a role has: an adapter's own, else that of the model underneath."""
+    own = any((model.folder.path / name).exists() for name in ("tokenizer.json", "vocab.json", "tokenizer.model"))
+    return model.folder.path if own else model.checkpoint.directory
+
+
+def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRef]) -> None:
+    for role, model in family.items():
+        for name in inventory:
+            for ref in model.weights[name].refs:
+                if ref.dtype not in FLOAT_DTYPES and model.weights[name].stored is None:
+                    raise SourceError(
+                        f"sources.{role}: {name} is stored as {ref.dtype}; an adapter needs float weights"
+                    )
+
+
+def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: str) -> str | None:
+    named = model.adapter.base if model.adapter else None
+    below = models.get(on)  # type: ignore[call-overload]  # `on` is a role by the recipe's own check
+    if not named or below is None or below.adapter or below.folder.revision is None:
+        return None  # a folder's name says nothing of the model in it; a hub id does
+    if Path(named).name == Path(below.folder.label.partition("@")[0]).name:
+        return None
+    return f"sources.{role}: the adapter was made for {named!r} and is applied to {on}, {below.folder.label!r}"
+
+
+def open_family(recipe: Recipe, directory: Path) -> Family:
+    """Locates and opens every source and checks that they fit together. Reads headers only.
+
+    Args:
+        recipe: the recipe.
+        directory: its folder; relative paths start there.
+
+    Raises:
+        SourceError: a source is missing, unsound, or does not fit the aligned model.
+    """
+    sources = recipe.sources.roles()
+    folders = {role: locate(source, role, directory) for role, source in sources.items()}
+    opened: dict[Role, Model] = {}
+    for role in folders:
+        _open_role(role, folders, recipe, opened)
+    models = {role: opened[role] for role in folders}
+    aligned = models["aligned"]
+    for role, model in models.items():
+        if model.checkpoint is not aligned.checkpoint:
+            _check_config(role, model, aligned)
+    sides = {
+        role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model))
+        for role, model in models.items()
+    }
+    fitted = reconcile(sides, recipe.vocabulary)
+    models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
+    _check_dtypes(models, fitted.inventory)
+    found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
+    notes = dict.fromkeys((*(note for model in models.values() for note in model.notes), *fitted.notes))
+    shapes = {name: ref.shape for name, ref in fitted.inventory.items()}
+    return Family(
+        fitted.inventory, models, (*(warning for warning in found if warning), *notes),
+        fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
+        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
+    )  # fmt: skip

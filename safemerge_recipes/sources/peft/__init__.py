@@ -1,0 +1,1 @@
+"""Peft: PEFT adapters as symbolic weights."""

@@ -1,0 +1,148 @@
+"""adapter_model.safetensors: which stored tensor is which part of which module. Reads headers only.
+
+A file's keys are the adapted modules' paths in memory, with PEFT's own suffixes. Each is taken apart here;
+one that cannot be is an error, since PEFT itself would leave it out without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.checkpoint import inside
+from safemerge_recipes.sources.peft.config import AdapterConfig
+from safemerge_recipes.sources.vocabulary import is_head
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef, read_header
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+_PARTS = (
+    (r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight", "{side}"),
+    (r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])", "embedding_{side}"),
+    (r"(?P<module>.+)\.lora_B\.bias", "lora_bias"),
+    (r"(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?", "magnitude"),
+    (r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta", "tokens"),
+    (r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<side>weight|bias)", "base_{side}"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Everything an adapter file holds: `modules` maps module -> part -> tensor, `whole` tensor name -> tensor.
+
+    Parts: A, B, embedding_A, embedding_B, lora_bias, magnitude, tokens, base_weight, base_bias. The layers of
+    a module whose parameters are adapted one by one keep PEFT's `.base_layer` in their name.
+    """
+
+    path: Path
+    modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
+
+    def pair(self, module: str, kind: str = "") -> tuple[TensorRef, TensorRef] | None:
+        """(A, B) of a module, None if it has neither.
+
+        Raises:
+            SourceError: only one is there, or they do not fit each other.
+        """
+        found = self.modules[module]
+        a, b = found.get(f"{kind}A"), found.get(f"{kind}B")
+        if a is None and b is None:
+            return None
+        if a is None or b is None:
+            raise SourceError(
+                f"{self.path}: {module}: has no lora_{kind}{'A' if a is None else 'B'}; expected both factors"
+            )
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise SourceError(
+                f"{self.path}: {module}: lora_{kind}A is {a.shape}, lora_{kind}B is {b.shape}; expected (r, d_in) and "
+                "(d_out, r)"
+            )
+        return a, b
+
+
+def saved_as_whole(module: str, listed: tuple[str, ...]) -> bool:
+    """Whether a module's path, or that of one around it, ends with a name of modules_to_save, as PEFT asks."""
+    parts = module.split(".")
+    around = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(path.endswith(one) for path in around for one in listed)
+
+
+def read_keys(directory: Path, config: AdapterConfig) -> Keys:
+    """The keys of an adapter folder's weight file.
+
+    Raises:
+        SourceError: the file is missing or unsound, or holds a key that the config does not account for.
+    """
+    path = inside(directory, WEIGHTS_FILE)
+    if not path.exists():
+        old = (directory / "adapter_model.bin").exists()
+        raise SourceError(
+            f"{directory}: no {WEIGHTS_FILE}; "
+            + (
+                "adapter_model.bin is a pickle, which can run code and is never loaded. If you trust it, convert it: "
+                'python -c "import torch, safetensors.torch as s; '
+                f"s.save_file(torch.load('{directory}/adapter_model.bin', weights_only=True), '{path}')\""
+                if old
+                else "expected a PEFT adapter folder"
+            )
+        )
+    keys = Keys(path)
+    saved = config.names("modules_to_save")
+    for key, ref in read_header(path).items():
+        name = key.removeprefix(KEY_PREFIX)
+        if not key.startswith(KEY_PREFIX):
+            raise SourceError(f"{path}: unexpected key {key[:200]!r}; expected {KEY_PREFIX}<module>.… only")
+        if ref.dtype not in FLOAT_DTYPES:
+            raise SourceError(f"{path}: {name} is stored as {ref.dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
+        match, part = next(
+            ((m, part) for pattern, part in _PARTS if (m := re.fullmatch(pattern, name))),
+            (None, ""),
+        )
+        if match is not None:
+            parts = keys.modules.setdefault(match["module"], {})
+            part = part.format(**match.groupdict())
+            if part in parts:
+                raise SourceError(f"{path}: {key[:200]!r} stands there twice, in two spellings; expected one")
+            parts[part] = ref
+        elif (
+            (config.keeps_tied and is_head(name))  # the embedding's, once more
+            or saved_as_whole(name.rpartition(".")[0], saved)
+            or (config.bias == "all" and name.endswith(".bias"))
+        ):
+            keys.whole[name] = ref
+        else:
+            raise SourceError(
+                f"{path}: unexpected key {key[:200]!r}; expected LoRA factors and what modules_to_save and bias name"
+            )
+    _check_parts(keys, config)
+    return keys
+
+
+def _check_parts(keys: Keys, config: AdapterConfig) -> None:
+    trained_bias = bool(config.values.get("lora_bias"))
+    for module, parts in keys.modules.items():
+        adapted = bool(parts.keys() & {"A", "B", "embedding_A", "embedding_B"})
+        expected = (
+            ("use_dora", "lora_magnitude_vector", "magnitude" in parts, config.dora and adapted),
+            ("lora_bias", "lora_B.bias", "lora_bias" in parts, trained_bias and "B" in parts),
+            ("bias", "base_layer.bias", "base_bias" in parts, "base_bias" in parts and config.bias != "none"),
+        )
+        for field_name, what, found, wanted in expected:
+            if found != wanted:
+                raise SourceError(
+                    f"{keys.path}: {module}: {what} is {'there' if found else 'missing'}, and the config says "
+                    f"{field_name}: {config.values.get(field_name)!r}; they must agree"
+                )
+    listed: Mapping[str, bool] = {
+        name: any(saved_as_whole(one.rpartition(".")[0], (name,)) for one in keys.whole)
+        for name in config.names("modules_to_save")
+    }
+    for name, found in listed.items():
+        if not found:
+            raise SourceError(f"{keys.path}: modules_to_save names {name!r}, of which the file holds nothing")
+    if config.values.get("trainable_token_indices") and not any("tokens" in p for p in keys.modules.values()):
+        raise SourceError(f"{keys.path}: trainable_token_indices is set, but the file holds no trained rows")

@@ -1,0 +1,214 @@
+"""One inventory for models that were saved a little differently: tied heads, buffers, vocabularies.
+
+The output follows the aligned model. Where another model differs from it in nothing but these, its weights
+are brought into the output's form here, each time with a note; whatever else differs is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.recipe.model import Role
+from safemerge_recipes.sources.checkpoint import Checkpoint
+from safemerge_recipes.sources.vocabulary import (
+    SHOWN,
+    difference,
+    embedding_of,
+    is_head,
+    match_rows,
+    read_tokens,
+    rows_of,
+    same_tokenizer,
+)
+from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.tensor_names import block_of
+from safemerge_recipes.weights.algebra import Weight
+
+_BUFFERS = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached")
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One role before it is fitted in: its weights, what lies underneath, and where its tokenizer is."""
+
+    label: str
+    weights: Mapping[str, Weight]
+    checkpoint: Checkpoint
+    tokenizer: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """The roles over one inventory; `config_edits` are the values that the output's config.json must have.
+
+    `owner` is the role whose vocabulary, and so whose config and tokenizer, the output has.
+    """
+
+    inventory: Mapping[str, TensorRef]
+    weights: Mapping[Role, Mapping[str, Weight]]
+    owner: Role
+    config_edits: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored tensor is no parameter: rotary frequencies, causal masks and the like."""
+    return name.rpartition(".")[2] in _BUFFERS or (name.endswith(".attn.bias") and len(shape) == 4)
+
+
+def _fit_names(sides: Mapping[Role, Side], notes: list[str]) -> dict[Role, dict[str, Weight]]:
+    """All roles over the aligned model's names, plus a head where some role has one of its own."""
+    weights = {role: dict(side.weights) for role, side in sides.items()}
+    aligned = weights["aligned"]
+    heads = dict.fromkeys(
+        name for own in weights.values() for name in own if is_head(name) and name.endswith(".weight")
+    )
+    for role, own in weights.items():
+        embedding = embedding_of(own, sides[role].checkpoint.config)
+        for head in heads:
+            if head not in own and embedding is not None and sides[role].checkpoint.tied:
+                own[head] = own[embedding]
+    for role, own in weights.items():
+        missing = [name for name in aligned if name not in own]
+        extra = [name for name in own if name not in aligned]
+        for name in [name for name in missing if is_buffer(name, aligned[name].shape)]:
+            own[name] = aligned[name]
+            missing.remove(name)
+        for name in [name for name in extra if is_buffer(name, own[name].shape)]:
+            del own[name]
+            extra.remove(name)
+            notes.append(f"sources.{role}: {name} is a buffer that the aligned model does not store; left out")
+        if missing or extra:
+            lines = [f"lacks {len(missing)} tensors of the aligned model, first {missing[0]!r}"] if missing else []
+            lines += [f"has {len(extra)} tensors that the aligned model lacks, first {extra[0]!r}"] if extra else []
+            raise SourceError(
+                f"sources.{role}: {sides[role].label}: {' and '.join(lines)}; "
+                "expected models of one architecture, saved alike"
+            )
+    return weights
+
+
+def _is_vocabulary(name: str, weights: Mapping[Role, Mapping[str, Weight]], sizes: Mapping[Role, int]) -> bool:
+    """Whether a tensor has one row a token in every role."""
+    shapes = {role: own[name].shape for role, own in weights.items()}
+    return (
+        block_of(name) is None
+        and all(shape and shape[0] == sizes[role] for role, shape in shapes.items())
+        and len({shape[1:] for shape in shapes.values()}) == 1
+        and (len(shapes["aligned"]) == 2 or is_head(name))
+    )
+
+
+def _choose_owner(
+    wanted: str | None,
+    sizes: Mapping[Role, int],
+    sides: Mapping[Role, Side],
+    tokens: Mapping[Role, dict[str, int] | None],
+) -> Role:
+    before, after = tokens["aligned"], tokens["finetuned"]
+    changed = difference(before, after) if before is not None and after is not None else []
+    if wanted == "strict" and (len(set(sizes.values())) > 1 or changed or before != after):
+        found = ", ".join(f"{role} {size}" for role, size in sizes.items())
+        shown = "; ".join(changed[:SHOWN]) or "some only append"
+        raise SourceError(f"vocabulary: strict, but vocabularies differ: rows: {found}; tokens: {shown}")
+    if wanted in ("aligned", "finetuned"):
+        return wanted  # type: ignore[return-value]  # both are roles
+    if changed or sizes["finetuned"] < sizes["aligned"]:
+        shown = "; ".join(changed[:SHOWN]) or f"{sizes['aligned']} rows before, {sizes['finetuned']} after"
+        raise SourceError(
+            f"sources.finetuned: {sides['finetuned'].label}: its vocabulary does more than append to the aligned "
+            f"model's: {len(changed)} tokens differ: {shown}; say `vocabulary: finetuned` or `vocabulary: aligned`"
+        )
+    return "finetuned"
+
+
+def _fit_vocabulary(
+    wanted: str | None, sides: Mapping[Role, Side], weights: dict[Role, dict[str, Weight]], notes: list[str]
+) -> tuple[Role, int | None]:
+    """Gives every role the rows of one vocabulary; returns whose it is and its size, None if unknown."""
+    base = embedding_of(weights["aligned"], sides["aligned"].checkpoint.config)
+    if base is None:
+        return "finetuned", None
+    sizes = {role: own[base].shape[0] for role, own in weights.items()}
+    alike = len(set(sizes.values())) == 1
+    aligned = sides["aligned"].tokenizer
+    if alike and all(same_tokenizer(side.tokenizer, aligned) for side in sides.values()):
+        return "finetuned", sizes["finetuned"]
+    tokens = {role: read_tokens(side.tokenizer) for role, side in sides.items()}
+    for role, side in sides.items():
+        known = tokens[role] is not None and tokens["aligned"] is not None
+        grown = side.checkpoint is sides["aligned"].checkpoint  # by an adapter, which appends
+        if wanted is None and sizes[role] != sizes["aligned"] and not known and not grown:
+            raise SourceError(
+                f"sources.{role}: {side.label}: has a vocab_size of {sizes[role]}, the aligned model of "
+                f"{sizes['aligned']}, and no tokenizer.json tells which row is which token; add the tokenizers, or say "
+                "`vocabulary: finetuned` or `vocabulary: aligned` to match rows by position"
+            )
+    owner = _choose_owner(wanted, sizes, sides, tokens)
+    fitting = [name for name in weights["aligned"] if _is_vocabulary(name, weights, sizes)]
+    originals = {name: weights[owner][name] for name in fitting}
+    for role, own in weights.items():
+        rows = rows_of(tokens[role], sizes[role], tokens[owner], sizes[owner])
+        if role == owner or rows == list(range(sizes[role])):
+            continue
+        lacking = sum(row is None for row in rows)
+        notes.append(
+            f"sources.{role}: its {sizes[role]} rows were matched with the {owner} side's {sizes[owner]} by "
+            f"{'token' if tokens[role] and tokens[owner] else 'position'}; {lacking} it has not are taken from there"
+        )
+        for name in fitting:
+            own[name] = match_rows(own[name], originals[name], rows)
+    return owner, sizes[owner]
+
+
+def _edits(owner: Side, untied: bool, size: int | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    edits: dict[str, Any] = {}
+    if untied:
+        text = config.get("text_config")
+        flags = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, dict)]
+        own_head = any(is_head(name) for name in owner.checkpoint.tensors)
+        if True in flags or (False not in flags and not own_head):
+            edits["tie_word_embeddings"] = False
+    text = config.get("text_config")
+    declared = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    if size is not None and declared is not None and declared != size:
+        edits["vocab_size"] = size
+    return edits
+
+
+def reconcile(sides: Mapping[Role, Side], vocabulary: str | None) -> Reconciled:
+    """Brings all roles into one inventory.
+
+    Args:
+        sides: the roles as they were opened.
+        vocabulary: the recipe's word on whose vocabulary the output has.
+
+    Raises:
+        SourceError: models differ in what cannot be brought together, or vocabularies in more than additions.
+    """
+    notes: list[str] = []
+    weights = _fit_names(sides, notes)
+    owner, size = _fit_vocabulary(vocabulary, sides, weights, notes)
+    stored = sides["aligned"].checkpoint.tensors
+    last = list(stored.values())[-1].path
+    inventory = {}
+    for name, weight in weights["aligned"].items():
+        ref = stored.get(name)
+        if ref is None:  # a head of its own, which the aligned model ties
+            ref = replace(weight.refs[0], path=last)
+        inventory[name] = ref if ref.shape == weight.shape else replace(ref, shape=weight.shape)
+    for role, own in weights.items():
+        for name, ref in inventory.items():
+            if own[name].shape != ref.shape:
+                raise SourceError(
+                    f"sources.{role}: {sides[role].label}: {name} is {own[name].shape}, the aligned model's is "
+                    f"{ref.shape}; expected models of one architecture and vocabulary"
+                )
+    untied = any(is_head(name) and name.endswith(".weight") for name in inventory)
+    edits = _edits(sides[owner], untied, size, sides[owner].checkpoint.config)
+    notes += [f"config.json: {key} is set to {value!r}, which the merged weights need" for key, value in edits.items()]
+    return Reconciled(inventory, weights, owner, edits, tuple(notes))

@@ -1,0 +1,1 @@
+"""Storage: bytes on disk, read and written; knows no model."""

@@ -1,0 +1,94 @@
+"""A few threads over a list of items. Torch and the kernel release the interpreter's lock where it counts."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+from safemerge_recipes.storage.arena import Arena
+
+Item = TypeVar("Item")
+
+
+class StoppedError(Exception):
+    """Raised inside a worker to leave its item because another failed or the user interrupted."""
+
+
+def check(stop: threading.Event) -> None:
+    """Leaves the item where the others have to stop, too: to be called at every block."""
+    if stop.is_set():
+        raise StoppedError
+
+
+def _threads(wanted: int = 0) -> int:
+    """The number of torch's own threads for one operation, changed where another one is wanted."""
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(wanted)
+    return before
+
+
+def _settings(device: str) -> AbstractContextManager[Any]:
+    """One thread and, on a GPU, one stream a worker."""
+    import torch
+
+    torch.set_num_threads(1)  # parallel over tensors; also makes sums independent of the number of cores
+    return torch.cuda.stream(torch.cuda.Stream(device) if device.startswith("cuda") else None)
+
+
+def run_parallel(
+    items: Sequence[Item],
+    work: Callable[[Item, Arena], None],
+    workers: int,
+    device: str,
+    stop: threading.Event,
+    *,
+    light: bool = False,
+) -> None:
+    """Does `work` on every item, in order of start, each worker with an arena of its own.
+
+    `light` promises that the work does not use torch, which takes longer to load than much of it takes to do.
+    The first error stops the others at their next block (`stop` is set) and is raised here; Ctrl-C likewise.
+    """
+    queue = deque(items)
+    errors: list[BaseException] = []
+
+    def worker() -> None:
+        arena = Arena(device)
+        try:
+            with _settings(device) if not light else nullcontext():
+                while not stop.is_set():
+                    try:
+                        item = queue.popleft()
+                    except IndexError:  # another worker was faster
+                        return
+                    work(item, arena)
+        except StoppedError:
+            return
+        except BaseException as error:  # handed to the caller below, whatever it is
+            errors.append(error)
+            stop.set()
+
+    before = _threads() if not light else 0
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.2)
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    finally:
+        if not light:
+            _threads(before)
+    if errors:
+        raise errors[0]

@@ -1,6 +1,0 @@
-"""`python -m safemerge_recipes.tasks` prints the task folder, for lm-eval's `--include_path`."""
-
-from safemerge_recipes.tasks import FOLDER
-
-if __name__ == "__main__":
-    print(FOLDER)

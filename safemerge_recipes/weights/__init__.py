@@ -1,0 +1,1 @@
+"""Weights: symbolic sums of stored tensors and LoRA products, and their numbers."""

@@ -1,0 +1,158 @@
+"""Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
+
+The same arithmetic as `evaluator.Evaluator`, for the weights that need no other: float32 (float64 where a float64
+tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a
+model of a billion parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.safetensors import DTYPE_BITS, FLOAT_DTYPES, TensorRef
+from safemerge_recipes.weights import compiled
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+
+DOT = 1 << 15
+"""Elements of one dot product: short enough that its rounding does not add up."""
+
+
+def is_plain(weight: Weight) -> bool:
+    """Whether the weight is a sum of stored tensors, or of LoRA products, and nothing else."""
+    kinds = {type(operand) for _, operand in weight}
+    return kinds in ({Stored}, {LowRank}) and all(ref.dtype in FLOAT_DTYPES for ref in weight.refs)
+
+
+class PlainRows:
+    """A sum of stored tensors as row blocks of a matrix `(rows, columns)`; a block is valid until the next one."""
+
+    def __init__(self, weight: Weight, reader: Reader, arena: Arena, block: int) -> None:
+        self.columns = weight.shape[-1]
+        self.rows = math.prod(weight.shape) // self.columns
+        self._reader = reader
+        self._terms = [(float(coefficient), operand.refs[0]) for coefficient, operand in weight]
+        wide = any(ref.dtype == "F64" for _, ref in self._terms)
+        self.dtype = np.dtype(np.float64 if wide else np.float32)
+        self._step = min(self.rows, max(1, block // self.columns))
+        size = self._step * self.columns
+        self._sum = arena.array("sum", size, self.dtype)
+        self._raw = [
+            arena.array(f"raw {number}", size * DTYPE_BITS[ref.dtype] // 8, np.uint8)
+            for number, (_, ref) in enumerate(self._terms)
+        ]
+        self._term = arena.array("term", size, self.dtype)
+        self._native = None
+        if compiled.LIBRARY is not None and all(ref.dtype in compiled.DTYPES for _, ref in self._terms):
+            self._native = compiled.terms(
+                [(c, ref.dtype, raw.ctypes.data) for (c, ref), raw in zip(self._terms, self._raw, strict=True)]
+            )
+
+    def lift(self, x: np.ndarray) -> np.ndarray:
+        """The array as it goes into products with the blocks."""
+        return x.astype(self.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, block `(len(rows), columns)`)."""
+        for first in range(0, self.rows, self._step):
+            rows = slice(first, min(first + self._step, self.rows))
+            count = (rows.stop - first) * self.columns
+            for (_, ref), raw in zip(self._terms, self._raw, strict=True):
+                width = DTYPE_BITS[ref.dtype] // 8
+                at = ref.offset + first * self.columns * width
+                self._reader.read_bytes(ref.path, at, raw[: count * width].data)
+            total = self._sum[:count]
+            if self._native is not None and compiled.LIBRARY is not None:
+                compiled.LIBRARY.sm_evaluate(compiled.Sum(self._native, len(self._native)), count, total.ctypes.data)
+            else:
+                self._add_up(total)
+            yield rows, total.reshape(-1, self.columns)
+
+    def _add_up(self, total: np.ndarray) -> None:
+        for number, ((coefficient, ref), raw) in enumerate(zip(self._terms, self._raw, strict=True)):
+            into = self._term[: len(total)] if number else total
+            widen(raw[: len(total) * DTYPE_BITS[ref.dtype] // 8], ref.dtype, into)
+            if coefficient != 1:
+                into *= coefficient
+            if number:
+                total += into
+
+
+def widen(raw: np.ndarray, dtype: str, into: np.ndarray) -> None:
+    """Stored bytes as numbers; exact, but where float64 is asked to be float32."""
+    if dtype == "BF16" and into.dtype == np.float32:
+        bits = into.view(np.uint32)  # bfloat16 is the upper half of a float32
+        bits[...] = raw.view(np.uint16)
+        np.left_shift(bits, 16, out=bits)
+    elif dtype == "BF16":
+        into[...] = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        into[...] = raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+
+
+def load(reader: Reader, ref: TensorRef) -> np.ndarray:
+    """A whole stored tensor in float64. For LoRA factors only."""
+    raw, found = np.empty(ref.nbytes, np.uint8), np.empty(ref.numel, np.float64)
+    reader.read_bytes(ref.path, ref.offset, raw.data)
+    widen(raw, ref.dtype, found)
+    return found.reshape(ref.shape)
+
+
+def plain_factors(weight: Weight, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+    """(B, A) in float64 whose product is the sum of LoRA products, coefficients and scales folded into A."""
+    left, right = [], []
+    for coefficient, operand in weight:
+        assert isinstance(operand, LowRank)  # callers have asked is_plain
+        first, step = operand.columns
+        b, a = load(reader, operand.b)[:, first::step], load(reader, operand.a)
+        a = a * (float(coefficient) * operand.scale)
+        left.append(a.T if operand.transposed else b)
+        right.append(b.T if operand.transposed else a)
+    return np.concatenate(left, axis=1), np.concatenate(right, axis=0)
+
+
+def dot(x: np.ndarray, y: np.ndarray) -> float:
+    """⟨x, y⟩ of contiguous arrays: short dot products in their dtype, summed in float64."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    return math.fsum(float(np.dot(x[i : i + DOT], y[i : i + DOT])) for i in range(0, len(x), DOT))
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Numpy's products on the calling thread alone, as the workers are parallel already.
+
+    Does nothing where numpy comes with another library than OpenBLAS, whose own settings then hold.
+    """
+    library = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # finds what it is linked to
+    prefixes = (("scipy_openblas", "64_"), ("openblas", "64_"), ("openblas", ""))
+    names = [(f"{start}_get_num_threads{end}", f"{start}_set_num_threads{end}") for start, end in prefixes]
+    found = next((pair for pair in names if hasattr(library, pair[1])), None)
+    if found is None:
+        yield
+        return
+    before = getattr(library, found[0])()
+    getattr(library, found[1])(1)
+    try:
+        yield
+    finally:
+        getattr(library, found[1])(before)
+
+
+def add_product(total: Any, x: Any, y: Any, arena: Arena) -> None:
+    """total += x·y, numpy arrays or torch tensors."""
+    if isinstance(total, np.ndarray):
+        product = arena.array("product", total.size, total.dtype).reshape(total.shape)
+        total += np.matmul(x, y, out=product)
+    else:
+        total.addmm_(x, y)
+
+
+def wide(x: Any) -> np.ndarray:
+    """A numpy array or torch tensor as a float64 array."""
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double().cpu().numpy()
