@@ -30,8 +30,8 @@ from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.gate.null import SMALL
 from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve, settled
-from safemerge_recipes.plan.plan import Plan, make_plan, survey
-from safemerge_recipes.plan.plugins import read_registry
+from safemerge_recipes.planning.plan import Plan, make_plan, survey
+from safemerge_recipes.planning.plugins import read_registry
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.family import open_family
 from safemerge_recipes.storage.arena import Arena, Reader

@@ -50,7 +50,7 @@ from safemerge_recipes.evaluation.harness import Scores, TaskScores
 from safemerge_recipes.evaluation.scoring import compared, table
 from safemerge_recipes.evaluation.statistics import Difference, holm
 from safemerge_recipes.pipeline import Silent
-from safemerge_recipes.plan.graph import Graph
+from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.digests import cache_folder, versions
 
 HERE = Path(__file__).resolve().parent.parent

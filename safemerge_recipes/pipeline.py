@@ -34,10 +34,10 @@ from safemerge_recipes.engine.manifest import make_manifest
 from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.methods.mask import mask_path
-from safemerge_recipes.plan.graph import ENGINE, Graph, build_graph, check_merges, task_memory
-from safemerge_recipes.plan.memory import fit_workers, projected_peak
-from safemerge_recipes.plan.plan import Outlook, Plan, check_gates, make_plan, survey
-from safemerge_recipes.plan.plugins import Registry, read_registry
+from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
+from safemerge_recipes.planning.memory import fit_workers, projected_peak
+from safemerge_recipes.planning.plan import Outlook, Plan, check_gates, make_plan, survey
+from safemerge_recipes.planning.plugins import Registry, read_registry
 from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, read_names
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.sources.checkpoint import INDEX_FILE, FileIdentity

@@ -113,7 +113,7 @@ def test_project_does_not_depend_on_memory_or_workers(family, kind, monkeypatch)
     monkeypatch.setattr(measure, "ROW_BLOCK", 100)
     text = recipe_text(sources(kind), ALWAYS, "{method: project}")
     _, plenty = run_recipe(family.root, text, workers=2)
-    monkeypatch.setattr("safemerge_recipes.plan.memory.room_of", lambda task, share: 0)
+    monkeypatch.setattr("safemerge_recipes.planning.memory.room_of", lambda task, share: 0)
     _, little = run_recipe(family.root, text, workers=1)
     for name in GATED:
         assert torch.equal(plenty[name], little[name])
@@ -232,7 +232,7 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.errors import CheckError
     from safemerge_recipes.pipeline import Silent
-    from safemerge_recipes.verify import verify
+    from safemerge_recipes.verification import verify
 
     checked = verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
     assert checked["recomputed"] == len(family.aligned)
@@ -339,7 +339,7 @@ def test_what_cannot_be_is_refused_from_headers_alone(family, monkeypatch, text,
 
 
 def test_a_method_that_needs_too_much_memory_is_refused_by_name_with_the_size(tmp_path):
-    from safemerge_recipes.plan.memory import SLACK
+    from safemerge_recipes.planning.memory import SLACK
 
     make_family(tmp_path)
     with pytest.raises(PlanError, match=r"--max-memory .*: model\.layers\.\d.*weight alone needs .*; raise it"):

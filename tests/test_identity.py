@@ -53,7 +53,7 @@ def test_workers_and_memory_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    from safemerge_recipes.plan import memory
+    from safemerge_recipes.planning import memory
 
     roles = ("finetuned", "safety") if forms == "adapters" else ()
     content: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_workers_and_memory_change_nothing(
 def test_small_blocks_and_no_room_change_nothing_within_a_block_size(
     llama: pico.Family, merge: Callable[..., Any], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safemerge_recipes.plan import memory
+    from safemerge_recipes.planning import memory
     from safemerge_recipes.storage import cut
 
     wanted = pico.read_weights(merge(llama, merge={"method": method})[0])

@@ -17,7 +17,7 @@ from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.gate.decide import METRICS
 from safemerge_recipes.gate.selectors import SELECTORS
 from safemerge_recipes.methods.catalogue import METHODS
-from safemerge_recipes.plan.plugins import BUILTIN, KINDS, read_registry
+from safemerge_recipes.planning.plugins import BUILTIN, KINDS, read_registry
 from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.model import METHOD_PARAMETERS, METRIC_RANGES
 from safemerge_recipes.recipe.model import SELECTORS as SELECTOR_KEYS
@@ -110,7 +110,7 @@ def test_recipes_may_name_what_is_registered_and_nothing_else(tmp_path):
 def test_nothing_is_imported_by_reading_names():
     heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate.decide")
     code = (
-        "import sys; from safemerge_recipes.plan.plugins import read_registry; read_registry().names('methods'); "
+        "import sys; from safemerge_recipes.planning.plugins import read_registry; read_registry().names('methods'); "
         f"print([m for m in {heavy!r} if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -181,7 +181,7 @@ def test_a_plugins_version_is_part_of_what_names_a_result(tmp_path):
     """The engine may not take the result of one version for that of another."""
     from tiny import prepare_recipe
 
-    from safemerge_recipes.plan.graph import build_graph
+    from safemerge_recipes.planning.graph import build_graph
 
     make_family(tmp_path)
     prepared = prepare_recipe(tmp_path, recipe_text(FULL, "{always: true}", "{method: slerp}"))

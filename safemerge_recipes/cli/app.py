@@ -40,7 +40,7 @@ ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which en
 
 
 def _load(recipe: Path, overrides: list[str] | None) -> LoadedRecipe:
-    from safemerge_recipes.plan.plugins import read_registry
+    from safemerge_recipes.planning.plugins import read_registry
     from safemerge_recipes.recipe.loading import load_recipe
 
     registry = read_registry()
@@ -201,7 +201,7 @@ def controls(
 @app.command()
 def plugins(json_: JsonOption = False) -> None:
     """List the metrics, selectors and merge methods that recipes may name, and where each comes from."""
-    from safemerge_recipes.plan.plugins import KINDS, read_registry
+    from safemerge_recipes.planning.plugins import KINDS, read_registry
 
     registry = read_registry()
     entries = [entry for kind in KINDS for entry in registry.entries[kind].values()]
@@ -434,7 +434,7 @@ def verify(
     from safemerge_recipes.cli.progress import progress_bar
     from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import choose_device
-    from safemerge_recipes.verify import verify as check
+    from safemerge_recipes.verification import verify as check
 
     deep = deep or sample is not None
     resources = Resources(workers or _cores(), _bytes(max_memory), choose_device(device) if deep else "cpu")

@@ -20,8 +20,8 @@ from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.methods import on_torch
 from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Tools, Work
 from safemerge_recipes.methods.kernels import Slerp
-from safemerge_recipes.plan.graph import Graph, Task
-from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.planning.graph import Graph, Task
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.peft.config import CONFIG_FILE

@@ -17,7 +17,7 @@ from safemerge_recipes.engine.folder import MANIFEST_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries, read_journal
 from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.errors import CheckError, SourceError, WriteError
-from safemerge_recipes.plan.graph import ENGINE, Copy, Graph, Task
+from safemerge_recipes.planning.graph import ENGINE, Copy, Graph, Task
 from safemerge_recipes.storage.layout import Layout
 
 

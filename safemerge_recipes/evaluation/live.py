@@ -21,8 +21,8 @@ from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import choose, quiet
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared
-from safemerge_recipes.plan.graph import Graph, Task, build_graph
-from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.planning.graph import Graph, Task, build_graph
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.model import Role
 from safemerge_recipes.sources.checkpoint import INDEX_FILE
 from safemerge_recipes.sources.family import ROLES

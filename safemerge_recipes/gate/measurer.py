@@ -17,8 +17,8 @@ from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.gate.low_rank import needs_torch
 from safemerge_recipes.gate.measure import measure
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.plan.graph import describe
-from safemerge_recipes.plan.memory import SLACK, fit_workers, measure_memory
+from safemerge_recipes.planning.graph import describe
+from safemerge_recipes.planning.memory import SLACK, fit_workers, measure_memory
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.digests import recall, remember

@@ -24,7 +24,7 @@ from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Copy, Tools
-from safemerge_recipes.plan.graph import Graph, Task
+from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.storage.arena import Arena, Reader, write_bytes
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.layout import Layout
@@ -318,7 +318,7 @@ def execute(
         SourceError: a source ended early, or holds values that are not finite.
         WriteError: writing failed; the same call goes on where it stopped.
     """
-    from safemerge_recipes.plan.memory import room_of
+    from safemerge_recipes.planning.memory import room_of
 
     files = Files(folder, graph.layout)
     turns = [threading.Lock() for _ in graph.layout.files]

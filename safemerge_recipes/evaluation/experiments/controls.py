@@ -10,7 +10,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.tensor_names import module_type
 
 

@@ -17,7 +17,7 @@ from safemerge_recipes.evaluation.experiments.sweep import measures, tuning
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.statistics import spearman
 from safemerge_recipes.gate.moments import Moments
-from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.report.scatter import heat_map
 from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.tensor_names import block_of, module_type

@@ -18,8 +18,8 @@ from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import Scores
 from safemerge_recipes.evaluation.scoring import compared, interval, table
-from safemerge_recipes.plan.graph import Graph
-from safemerge_recipes.plan.plan import Plan
+from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import dump_recipe, load_recipe
 from safemerge_recipes.report.scatter import Mark, scatter
 from safemerge_recipes.storage.files import write_file, write_json

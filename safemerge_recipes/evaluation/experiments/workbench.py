@@ -24,8 +24,8 @@ from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scoring import evaluate_live
 from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve, settled
-from safemerge_recipes.plan.graph import Graph, build_graph, check_merges
-from safemerge_recipes.plan.plan import Plan, check_gates, make_plan, survey
+from safemerge_recipes.planning.graph import Graph, build_graph, check_merges
+from safemerge_recipes.planning.plan import Plan, check_gates, make_plan, survey
 from safemerge_recipes.recipe.loading import LoadedRecipe, load_recipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 

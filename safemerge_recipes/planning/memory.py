@@ -14,7 +14,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.gate.exact import panel_width
 from safemerge_recipes.gate.null import NULL_PROBES, SMALL
 from safemerge_recipes.gate.sketch import RANK
-from safemerge_recipes.plan.graph import Graph, Task, task_memory
+from safemerge_recipes.planning.graph import Graph, Task, task_memory
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK
 from safemerge_recipes.weights.spectrum import leading_memory

@@ -21,8 +21,8 @@ from safemerge_recipes.engine.manifest import Manifest, output_files, read_manif
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve
-from safemerge_recipes.plan.graph import ENGINE, Copy, Task
-from safemerge_recipes.plan.memory import room_of
+from safemerge_recipes.planning.graph import ENGINE, Copy, Task
+from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.sources.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE

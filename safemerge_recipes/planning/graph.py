@@ -18,7 +18,7 @@ from safemerge_recipes.methods.kernels import FORMS, KERNELS, Ties
 from safemerge_recipes.methods.on_compiled import fits, memory
 from safemerge_recipes.methods.threshold import HELD, LOOKS
 from safemerge_recipes.methods.transforms import Project, SvdK
-from safemerge_recipes.plan.plan import Outlook, Plan, TensorPlan, told
+from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.sources.checkpoint import FileIdentity
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.cut import largest
