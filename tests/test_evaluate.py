@@ -292,7 +292,7 @@ def test_the_missing_extra_is_named(monkeypatch, tmp_path):
 def test_importing_the_evaluation_imports_nothing_heavy():
     heavy = "torch transformers peft lm_eval datasets pyarrow huggingface_hub"
     code = (
-        "import sys; from safemerge_recipes import evaluate, statistics, judge, loaders, refusal, tasks; "
+        "import sys; from safemerge_recipes.evaluation import benchmarks, harness, judge, refusal, statistics, tasks; "
         f"print([m for m in '{heavy}'.split() if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
