@@ -26,6 +26,7 @@ lint: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
 
 demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
 	$(RUN)/python recipes/demo/family.py

@@ -24,11 +24,9 @@ from typing import Any
 from benchmarks.families import DATA, make_family
 from benchmarks.finetunes import DEMO, folder
 from benchmarks.run import RESULTS, machine
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.gate import measure as measuring
 from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.gate.null import SMALL
 from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve, settled
 from safemerge_recipes.planning.plan import Plan, make_plan, survey
 from safemerge_recipes.planning.plugins import read_registry
@@ -37,7 +35,9 @@ from safemerge_recipes.sources.family import open_family
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.spectrum import SMALL
 
 WORKER = Resources(workers=1, memory=2_000_000_000)
 SIDES = (1024, 2048, 4096, 8192)

@@ -5,8 +5,8 @@ python -m benchmarks.hashed FILE [FILE ...]
 
 import sys
 
-from safemerge_recipes.sources.checkpoint import FileIdentity
 from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.identity import FileIdentity
 
 for path in sys.argv[1:]:
     file_digest(FileIdentity.of(path))

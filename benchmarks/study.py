@@ -40,8 +40,8 @@ from benchmarks.study_results import (
     PROBES,
     REFUSAL,
 )
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.engine.folder import write_json
+from safemerge_recipes.engine.manifest import versions
 from safemerge_recipes.errors import PlanError, SafemergeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.probe import By, probe
@@ -51,7 +51,8 @@ from safemerge_recipes.evaluation.scoring import compared, table
 from safemerge_recipes.evaluation.statistics import Difference, holm
 from safemerge_recipes.pipeline import Silent
 from safemerge_recipes.planning.graph import Graph
-from safemerge_recipes.storage.digests import cache_folder, versions
+from safemerge_recipes.storage.cache import cache_folder
+from safemerge_recipes.storage.workers import Resources
 
 HERE = Path(__file__).resolve().parent.parent
 DEMO = HERE / "recipes" / "demo"

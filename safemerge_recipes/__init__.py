@@ -1,3 +1,3 @@
 """Safety-restoring merges of language models, declared as recipes (SafeMERGE, arXiv 2503.17239)."""
 
-__version__ = "0.1.0"
+from safemerge_recipes._version import __version__ as __version__

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from safemerge_recipes.engine.executors.threads import Resources, execute
+from safemerge_recipes.engine.executors.threads import execute
 from safemerge_recipes.engine.folder import (
     MANIFEST_FILE,
     PICTURES,
@@ -30,21 +30,23 @@ from safemerge_recipes.engine.folder import (
     working_folder,
 )  # fmt: skip
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
-from safemerge_recipes.engine.manifest import make_manifest
+from safemerge_recipes.engine.manifest import make_manifest, versions
 from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
-from safemerge_recipes.methods.mask import mask_path
 from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
-from safemerge_recipes.planning.memory import fit_workers, projected_peak
+from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.plan import Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.planning.plugins import Registry, read_registry
 from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, read_names
 from safemerge_recipes.recipe.model import Recipe
-from safemerge_recipes.sources.checkpoint import INDEX_FILE, FileIdentity
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder
-from safemerge_recipes.storage.digests import Digests, check_unchanged, remember_digest, versions
+from safemerge_recipes.sources.masks import mask_path
+from safemerge_recipes.storage.digests import Digests, remember_digest
 from safemerge_recipes.storage.files import write_file, write_json
+from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
+from safemerge_recipes.storage.layout import INDEX_FILE
+from safemerge_recipes.storage.workers import Resources, fit_workers
 
 
 class Progress(Protocol):

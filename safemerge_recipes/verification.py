@@ -15,21 +15,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.executors.threads import Resources, produce, region_digest
+from safemerge_recipes.engine.executors.threads import produce, region_digest
 from safemerge_recipes.engine.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
-from safemerge_recipes.engine.manifest import Manifest, output_files, read_manifest, read_record
+from safemerge_recipes.engine.manifest import Manifest, output_files, read_manifest, read_record, versions
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Copy, Task
 from safemerge_recipes.planning.memory import room_of
-from safemerge_recipes.sources.checkpoint import INDEX_FILE, inside, open_checkpoint, read_object
+from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.storage.arena import Arena, Reader
-from safemerge_recipes.storage.digests import file_digest, versions
+from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.layout import INDEX_FILE
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
-from safemerge_recipes.storage.workers import run_parallel
+from safemerge_recipes.storage.workers import Resources, run_parallel
 
 CHUNK = 1 << 20
 """Bytes hashed at once."""

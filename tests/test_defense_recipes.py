@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import GATED, Family, make_family, prepare_recipe, run_recipe
 
-from safemerge_recipes.methods.kernels import Draw
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.weights.draw import Draw
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes" / "defenses").glob("*.yaml"))}
@@ -247,11 +247,11 @@ DEMO = ROOT / "recipes" / "demo"
 @pytest.mark.parametrize("stem", RECIPES)
 def test_it_runs_on_the_demo_family(stem, tmp_path):
     """SmolLM2-135M with its alignment, task and safety adapters; masks drawn at random."""
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
     from safemerge_recipes.recipe.loading import parse_recipe
     from safemerge_recipes.storage.digests import Digests
     from safemerge_recipes.storage.safetensors import read_header
+    from safemerge_recipes.storage.workers import Resources
 
     folders = {
         "base": f"{DEMO}/base",

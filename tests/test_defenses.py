@@ -25,8 +25,8 @@ from tiny import (
 )
 
 from safemerge_recipes.errors import PlanError, RecipeError, SourceError
-from safemerge_recipes.methods.kernels import Draw
 from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.weights.draw import Draw
 
 ALWAYS = "{always: true}"
 PAIR = "{aligned: aligned, finetuned: finetuned}"
@@ -229,9 +229,9 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     stored = yaml.safe_load((folder / "safemerge_recipe.yaml").read_text())
     assert (folder / stored["merge"]["mask"]["path"]).samefile(family.root / "bool.safetensors")
     assert '"mask"' in (folder / "safemerge_manifest.json").read_text()
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.errors import CheckError
     from safemerge_recipes.pipeline import Silent
+    from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify
 
     checked = verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
@@ -339,7 +339,7 @@ def test_what_cannot_be_is_refused_from_headers_alone(family, monkeypatch, text,
 
 
 def test_a_method_that_needs_too_much_memory_is_refused_by_name_with_the_size(tmp_path):
-    from safemerge_recipes.planning.memory import SLACK
+    from safemerge_recipes.storage.workers import SLACK
 
     make_family(tmp_path)
     with pytest.raises(PlanError, match=r"--max-memory .*: model\.layers\.\d.*weight alone needs .*; raise it"):
@@ -477,7 +477,7 @@ def test_the_published_procedure(family):
 def test_the_merged_factors_are_pefts(family):
     """Not only their product: A and B themselves, so a written adapter is PEFT's."""
     from safemerge_recipes.storage.arena import Reader
-    from safemerge_recipes.weights.torch_rows import joined_factors
+    from safemerge_recipes.weights.torch_factors import joined_factors
 
     prepared = prepare_recipe(family.root, recipe_text(ADAPTERS, ALWAYS, "{space: factors, alpha: 0.6}"))
     reference = peft_merged(family, [family.root / "finetuned-adapter", family.root / "safety-adapter"], [0.6, 0.4])

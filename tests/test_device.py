@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.storage.digests import Digests
+from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.weights import compiled
 
 GPU = pytest.param("cuda:0", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))

@@ -601,8 +601,8 @@ def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_
 
 
 def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import Silent
+    from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify
 
     recipe = _three(bench, tmp_path, merge={"method": "ties"})

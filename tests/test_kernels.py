@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safemerge_recipes.methods import threshold
-from safemerge_recipes.methods.kernels import Consensus, Draw, Sizes, Slerp, Trimmer
+from safemerge_recipes.methods.kernels import Consensus, Sizes, Slerp, Trimmer
 from safemerge_recipes.methods.threshold import trims
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Stored, Weight, exact
+from safemerge_recipes.weights.draw import Draw
 
 QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-40, -1e-45, 3.4e38, -3.4e38, 1e-8])

@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 from small_family import llama, make_family, save_model, tokenizer  # noqa: E402
 
-from safemerge_recipes.engine.executors.threads import Resources  # noqa: E402
 from safemerge_recipes.errors import CheckError  # noqa: E402
 from safemerge_recipes.evaluation.live import LiveModel, role_graph  # noqa: E402
 from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve  # noqa: E402
 from safemerge_recipes.recipe.loading import load_recipe  # noqa: E402
 from safemerge_recipes.storage.digests import Digests  # noqa: E402
+from safemerge_recipes.storage.workers import Resources  # noqa: E402
 
 RESOURCES = Resources(1, 1 << 28)
 

@@ -92,8 +92,8 @@ def test_exact_measures_equal_their_definitions(tmp_path: Path, shape: Any, form
 def test_room_and_block_size_change_nothing_but_rounding(
     tmp_path: Path, shape: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safemerge_recipes.gate import exact as panels
     from safemerge_recipes.gate import measure as module
+    from safemerge_recipes.weights import matrix as panels
 
     v, delta, *dense = _pair(tmp_path, shape, ("dense", form))
     assert _measure(v, delta, room=0) == _measure(v, delta)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from safemerge_recipes.methods.kernels import LEVELS, Draw
 from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.weights.draw import LEVELS, Draw
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear", "alpha": 0.8},

@@ -23,13 +23,14 @@ from torch import Tensor
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools
-from safemerge_recipes.methods.kernels import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.cut import BLOCK
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+from safemerge_recipes.weights.draw import Draw
 from safemerge_recipes.weights.numpy_rows import PlainRows
 
 pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="the kernels were not compiled")

@@ -542,14 +542,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(family, own_cache, monkeypat
         place.write_text("in the way")
     else:
         monkeypatch.setattr(
-            "safemerge_recipes.storage.digests.os.replace",
+            "safemerge_recipes.storage.cache.os.replace",
             lambda *a: (_ for _ in ()).throw(PermissionError(13, "denied")),
         )
     if broken == "file":
         monkeypatch.setenv("SAFEMERGE_CACHE", str(place))
         assert run("run", family)[0] == 0
     else:
-        from safemerge_recipes.storage.digests import recall, remember
+        from safemerge_recipes.storage.cache import recall, remember
 
         remember("digests", "k", "v")
         assert recall("digests", "k") is None
@@ -559,7 +559,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(family, own_cache, monkeypat
 def test_many_writers_of_one_cache_entry_leave_a_whole_one(own_cache):
     import threading
 
-    from safemerge_recipes.storage.digests import recall, remember
+    from safemerge_recipes.storage.cache import recall, remember
 
     wrong, stop = [], threading.Event()
 

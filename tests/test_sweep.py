@@ -10,7 +10,6 @@ pytest.importorskip("torch")
 from small_family import make_family
 
 from safemerge_recipes.cli import app as cli
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls, workbench
 from safemerge_recipes.evaluation.experiments.probe import correlations, groups
@@ -21,6 +20,7 @@ from safemerge_recipes.evaluation.statistics import ranks, spearman
 from safemerge_recipes.pipeline import Silent
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.report.scatter import Mark, front, scatter
+from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.tensor_names import module_type
 
 

@@ -163,9 +163,9 @@ def run_recipe(directory: Path, text: str, *, memory: int = 2_000_000_000, worke
 
 def prepare_recipe(directory: Path, text: str, *, memory: int = 2_000_000_000, workers: int = 2) -> Any:
     """Everything up to the first byte written."""
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import Silent, prepare, resolve
     from safemerge_recipes.recipe.loading import parse_recipe
+    from safemerge_recipes.storage.workers import Resources
 
     loaded = parse_recipe(text, directory / "recipe.yaml")
     return prepare(resolve(loaded), Resources(workers, memory), Silent(), use_cache=False)

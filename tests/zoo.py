@@ -168,10 +168,10 @@ def largest_error(folder: Path, oracle: Path) -> float:
 
 def run(recipe: Mapping[str, Any], output: Path) -> dict[str, Any]:
     """Carries out a recipe in this process; returns the plan as it was written."""
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
     from safemerge_recipes.recipe.loading import load_recipe
     from safemerge_recipes.storage.digests import Digests
+    from safemerge_recipes.storage.workers import Resources
 
     path = output.parent / f"{output.name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

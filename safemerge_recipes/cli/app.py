@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safemerge_recipes import __version__
+from safemerge_recipes._version import __version__
 from safemerge_recipes.cli.program import run_program
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.weights import compiled as native
@@ -67,8 +67,8 @@ def _cores() -> int:
 
 def _prepare(resolved: Resolved, device: str, workers: int | None, memory: int) -> tuple[Prepared, Any]:
     from safemerge_recipes.cli.progress import progress_bar
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import choose_device, prepare
+    from safemerge_recipes.storage.workers import Resources
 
     progress = progress_bar()
     try:
@@ -316,10 +316,10 @@ def _bench(
     recipe: Path, set_: list[str] | None, tasks: list[str] | None, limit: int | None, folder: Path, device: str
 ) -> Any:
     from safemerge_recipes.cli.progress import progress_bar
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
     from safemerge_recipes.pipeline import choose_device
+    from safemerge_recipes.storage.workers import Resources
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -432,8 +432,8 @@ def verify(
 ) -> None:
     """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
     from safemerge_recipes.cli.progress import progress_bar
-    from safemerge_recipes.engine.executors.threads import Resources
     from safemerge_recipes.pipeline import choose_device
+    from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify as check
 
     deep = deep or sample is not None

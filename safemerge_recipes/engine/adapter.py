@@ -32,7 +32,7 @@ from safemerge_recipes.tensor_names import is_block_matrix
 from safemerge_recipes.weights.algebra import Stored, Weight, exact
 from safemerge_recipes.weights.factors import recompress, truncate
 from safemerge_recipes.weights.operands import LowRankStack, Rescaled, Rows
-from safemerge_recipes.weights.torch_rows import joined_factors
+from safemerge_recipes.weights.torch_factors import joined_factors
 
 if TYPE_CHECKING:
     import torch

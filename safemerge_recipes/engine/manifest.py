@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safemerge_recipes._version import __version__
 from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
-from safemerge_recipes.sources.checkpoint import FileIdentity, inside
-from safemerge_recipes.storage.digests import versions
+from safemerge_recipes.sources.checkpoint import inside
 from safemerge_recipes.storage.files import write_json
+from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.weights import compiled
 
 FORMAT = 1
 MAX_BYTES = 256_000_000
@@ -191,3 +193,14 @@ def _stamp(entry: Any) -> Stamp:
     if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", _text(digest)):
         raise ValueError("a size or sha256 is impossible")
     return Stamp(size, digest)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that takes part in the arithmetic."""
+    from importlib.metadata import version
+
+    found = {"safemerge-recipes": __version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "safetensors", "xxhash", "huggingface_hub"):
+        found[name] = version(name)
+    found["native"] = str(compiled.VERSION) if compiled.LIBRARY is not None else "not built"
+    return found

@@ -84,7 +84,7 @@ def _recipe_models(
     from safemerge_recipes.pipeline import Silent, choose_device, prepare, resolve
     from safemerge_recipes.recipe.model import Evaluate
 
-    from safemerge_recipes.engine.executors.threads import Resources  # isort: skip
+    from safemerge_recipes.storage.workers import Resources  # isort: skip
 
     loaded = load_recipe(path)
     settings = loaded.recipe.evaluate or Evaluate(tasks=tuple(tasks or ["safemerge"]))

@@ -24,10 +24,10 @@ from safemerge_recipes.pipeline import Prepared
 from safemerge_recipes.planning.graph import Graph, Task, build_graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.model import Role
-from safemerge_recipes.sources.checkpoint import INDEX_FILE
 from safemerge_recipes.sources.family import ROLES
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.files import write_file
+from safemerge_recipes.storage.layout import INDEX_FILE
 
 if TYPE_CHECKING:
     import torch

@@ -7,16 +7,8 @@ from dataclasses import replace
 
 from safemerge_recipes.gate.moments import Moments, with_null
 from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
-from safemerge_recipes.weights.matrix import Streamed, inner_product, square_sum
+from safemerge_recipes.weights.matrix import Streamed, inner_product, panel_width, square_sum
 from safemerge_recipes.weights.spectrum import normal_probes
-
-PANEL = 1 << 23
-"""Elements of the panels into which d × d products are cut."""
-
-
-def panel_width(longest: int) -> int:
-    """Columns of the exact products held at once, for matrices with a side of that length."""
-    return max(64, min(1024, PANEL // longest))
 
 
 def dense(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:

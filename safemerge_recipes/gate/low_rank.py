@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from safemerge_recipes.gate.moments import Moments, with_null
-from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, SMALL, null_moment
+from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.matrix import THIN_BLOCK, Streamed, square_sum
 from safemerge_recipes.weights.numpy_rows import PlainRows, add_product, dot, is_plain, plain_factors, wide
-from safemerge_recipes.weights.spectrum import normal
+from safemerge_recipes.weights.spectrum import SMALL, normal
 
 
 def needs_torch(v: Weight, delta: Weight, device: str) -> bool:
@@ -41,7 +41,7 @@ def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, n
         return plain_factors(weight, reader)
     import torch
 
-    from safemerge_recipes.weights.torch_rows import joined_factors
+    from safemerge_recipes.weights.torch_factors import joined_factors
 
     pair = joined_factors(weight, reader, torch.float64, "cpu")
     assert pair is not None  # callers have asked weight.low_rank

@@ -15,12 +15,12 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.gate import low_rank as thin
 from safemerge_recipes.gate.exact import dense
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.gate.null import SMALL
 from safemerge_recipes.gate.sketch import deflated
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.directions import energy_inside
 from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK, Streamed
+from safemerge_recipes.weights.spectrum import SMALL
 
 EXACT_SIDE = 640
 """Two full matrices with a side up to this are always measured exactly: a sketch costs two thirds of that, and leaves

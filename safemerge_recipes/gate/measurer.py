@@ -13,17 +13,15 @@ from dataclasses import asdict
 from functools import reduce
 from operator import add
 
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.gate.low_rank import needs_torch
 from safemerge_recipes.gate.measure import measure
+from safemerge_recipes.gate.memory import measure_memory
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.planning.graph import describe
-from safemerge_recipes.planning.memory import SLACK, fit_workers, measure_memory
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.arena import Arena, Reader
-from safemerge_recipes.storage.digests import recall, remember
-from safemerge_recipes.storage.workers import StoppedError, run_parallel
-from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.storage.cache import recall, remember
+from safemerge_recipes.storage.workers import SLACK, Resources, StoppedError, fit_workers, run_parallel
+from safemerge_recipes.weights.algebra import Weight, describe
 from safemerge_recipes.weights.numpy_rows import one_blas_thread
 from safemerge_recipes.weights.operands import member, transposed
 

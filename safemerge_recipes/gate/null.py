@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-SMALL = 256
-"""ρ₀ of matrices with a side up to this is always exact: sketching it would cost as much."""
 NULL_PROBES = {False: 8, True: 48}
 """Random columns for ρ₀, by whether the metric looks at it."""
 NULL_SAMPLES = {False: 8, True: 32}

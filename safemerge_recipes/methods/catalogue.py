@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.methods.base import Apply, Prepare, Sum
 from safemerge_recipes.methods.branchless import zero_where_dropped
-from safemerge_recipes.methods.kernels import FORMS, KERNELS, LINKS, Blocks, Draw
-from safemerge_recipes.methods.mask import Replace, mask_ref
+from safemerge_recipes.methods.kernels import FORMS, KERNELS, Blocks
+from safemerge_recipes.methods.mask import Replace
 from safemerge_recipes.methods.transforms import Mergekit, Project, SvdK
+from safemerge_recipes.recipe.builtins import LINKS
 from safemerge_recipes.recipe.model import Merge, Role
+from safemerge_recipes.sources.masks import mask_ref
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Blend, LowRank, Stored, Weight
+from safemerge_recipes.weights.draw import Draw
 
 if TYPE_CHECKING:
     import torch

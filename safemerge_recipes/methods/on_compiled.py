@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools, Work
-from safemerge_recipes.methods.kernels import Consensus, Dare, Draw, Slerp, Ties
+from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
 from safemerge_recipes.methods.threshold import Bracket, Trim, trims
-from safemerge_recipes.storage.cut import has_factors, ranges
+from safemerge_recipes.storage.cut import ranges
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import DTYPE_BITS, TensorRef
 from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights import compiled as native
-from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
+from safemerge_recipes.weights.draw import Draw
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.methods.base import Apply, Prepare, Sum, Tools, Work
 from safemerge_recipes.storage.arena import torch_bytes, torch_dtype
-from safemerge_recipes.storage.cut import has_factors, ranges
+from safemerge_recipes.storage.cut import ranges
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.workers import check
+from safemerge_recipes.weights.algebra import has_factors
 from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ from safemerge_recipes.methods.on_compiled import fits, memory
 from safemerge_recipes.methods.threshold import HELD, LOOKS
 from safemerge_recipes.methods.transforms import Project, SvdK
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
-from safemerge_recipes.sources.checkpoint import FileIdentity
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.cut import largest
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
 from safemerge_recipes.storage.safetensors import FLOAT_DTYPES
-from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.algebra import Stored, Weight, describe
 
-__all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "describe", "task_memory"]
+__all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "task_memory"]
 
 ENGINE = 4
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
@@ -144,11 +144,6 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
                 "aligned one"
             )
     return work
-
-
-def describe(weight: Weight, identity: Mapping[str, str]) -> str:
-    """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
-    return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
 
 
 def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str, arithmetic: str) -> str:

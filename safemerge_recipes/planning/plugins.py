@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, v
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from safemerge_recipes import __version__
+from safemerge_recipes._version import __version__
 from safemerge_recipes.errors import RecipeError
 
 Kind = Literal["metrics", "selectors", "methods"]

@@ -306,7 +306,7 @@ def method_words(view: Overview, method: str) -> str:
 
 def method_link(method: str) -> str | None:
     """The address of a method's source, if known; never made from outside text."""
-    from safemerge_recipes.methods.kernels import LINKS
+    from safemerge_recipes.recipe.builtins import LINKS
 
     return LINKS.get(method)
 

@@ -14,44 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
 
 
 MAX_NAME = 200
 """Longest file name accepted, in characters; file systems take 255 bytes, and working names are longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileIdentity:
-    """What tells an unchanged file from a changed one without reading it: sizes in bytes, times in ns.
-
-    The change time cannot be set back by ordinary means, so a rewritten file never keeps its identity.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: str | Path) -> FileIdentity:
-        """The identity of the file as it is now. Raises SourceError when it is gone."""
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            raise SourceError(f"{path}: {error.strerror}; it was expected to stay while the recipe runs") from None
-        return cls(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-
-    @property
-    def key(self) -> str:
-        """The identity as one line, without the path: a renamed or linked file stays the same file."""
-        return f"{self.size}:{self.mtime_ns}:{self.ctime_ns}:{self.inode}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.methods.mask import open_masks
 from safemerge_recipes.recipe.model import Recipe, Role
-from safemerge_recipes.sources.checkpoint import Checkpoint, FileIdentity, open_checkpoint, same_bytes
+from safemerge_recipes.sources.checkpoint import Checkpoint, open_checkpoint, same_bytes
 from safemerge_recipes.sources.locate import Folder, locate
+from safemerge_recipes.sources.masks import open_masks
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
 from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.weights.algebra import Stored, Weight
 

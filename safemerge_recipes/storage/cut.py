@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from safemerge_recipes.weights.algebra import Stored, Weight
-
 BLOCK = 1 << 18
 """Elements of a block: its float32 form is 1 MiB and stays in a core's cache."""
 
@@ -26,8 +24,3 @@ def ranges(shape: tuple[int, ...], whole_rows: bool) -> Iterator[tuple[int, int]
 def largest(shape: tuple[int, ...]) -> int:
     """Elements of the largest block of a tensor of this shape, at most."""
     return min(math.prod(shape), max(BLOCK, shape[-1] if shape else 1))
-
-
-def has_factors(weight: Weight) -> bool:
-    """Whether evaluating the weight takes a matrix product or the like, and so whole rows."""
-    return any(not isinstance(operand, Stored) for _, operand in weight)

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safemerge_recipes.sources.checkpoint import SINGLE_FILE
 from safemerge_recipes.storage.safetensors import DTYPE_BITS, header_bytes
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,62 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from safemerge_recipes.errors import PlanError
 from safemerge_recipes.storage.arena import Arena
 
 Item = TypeVar("Item")
+
+
+SLACK = 24_000_000
+"""Bytes for the plan, headers, threads and allocator that no formula below counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use: worker threads, bytes of its own memory in all, and a torch device."""
+
+    workers: int
+    memory: int
+    device: str = "cpu"
+
+    @property
+    def share(self) -> int:
+        """Bytes for each worker."""
+        return self.memory // self.workers
+
+
+def human(nbytes: float) -> str:
+    """Bytes for reading: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def worst(items: Iterable[tuple[str, int]]) -> tuple[str, int]:
+    """The name and size of the largest."""
+    return max(items, key=lambda item: item[1], default=("", 0))
+
+
+def fit_workers(needs: Iterable[tuple[str, int]], workers: int, memory: int) -> int:
+    """The number of workers, at most `workers`, that fit the budget.
+
+    Raises:
+        PlanError: not even one fits; names the worst tensor.
+    """
+    name, need = worst(needs)
+    free = memory - SLACK
+    if need > free:
+        raise PlanError(
+            f"--max-memory {human(memory)}: {name} alone needs {human(need + SLACK)}; raise it to at least that"
+        )
+    return max(1, min(workers, free // need)) if need else workers
 
 
 class StoppedError(Exception):

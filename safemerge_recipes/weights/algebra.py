@@ -4,12 +4,12 @@ A weight of any role is a sum of terms, each an exact rational coefficient times
 stored, the product of two LoRA factors, or one of the rarer things in `operands`. Differences of roles are
 differences of sums, in which equal operands cancel: with two adapters on one model, W_f − W_a is the product
 of the factors alone, and αW_f + (1−α)W_s over full checkpoints does not mention W_a any more. Knows nothing
-of files being read or of torch; `evaluator` turns sums into numbers.
+of files being read or of torch; `torch_rows` turns sums into numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -233,3 +233,13 @@ class Weight:
 
 
 ZERO = Weight()
+
+
+def describe(weight: Weight, identity: Mapping[str, str]) -> str:
+    """A weight as text that names its operands by the identity of their files: equal texts, equal numbers."""
+    return weight.describe(lambda r: f"{identity[r.path]}@{r.offset}+{r.nbytes}:{r.dtype}{r.shape}")
+
+
+def has_factors(weight: Weight) -> bool:
+    """Whether evaluating the weight takes a matrix product or the like, and so whole rows."""
+    return any(not isinstance(operand, Stored) for _, operand in weight)

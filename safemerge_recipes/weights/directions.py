@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.gate.exact import panel_width
-from safemerge_recipes.gate.null import SMALL
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import Streamed, square_sum
-from safemerge_recipes.weights.spectrum import NEGLIGIBLE, Leading, leading, leading_of_gram
-from safemerge_recipes.weights.torch_rows import joined_factors
+from safemerge_recipes.weights.matrix import Streamed, panel_width, square_sum
+from safemerge_recipes.weights.spectrum import NEGLIGIBLE, SMALL, Leading, leading, leading_of_gram
+from safemerge_recipes.weights.torch_factors import joined_factors
 
 if TYPE_CHECKING:
     import torch

@@ -20,6 +20,15 @@ THIN_BLOCK = 1 << 18
 """... and where products have but a few columns: its float32 form is 1 MiB and stays in a core's cache."""
 
 
+PANEL = 1 << 23
+"""Elements of the panels into which d × d products are cut."""
+
+
+def panel_width(longest: int) -> int:
+    """Columns of the exact products held at once, for matrices with a side of that length."""
+    return max(64, min(1024, PANEL // longest))
+
+
 class Streamed:
     """A weight as row blocks of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
 

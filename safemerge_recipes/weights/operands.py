@@ -1,37 +1,16 @@
 """Operands beyond stored tensors and low-rank products: what rarer adapters and vocabularies make of a weight.
 
-Each is a frozen description that can be compared, like the two in `algebra`, and knows how to evaluate
-itself block by block: `open` does what has to be done once (norms, factors) and returns a function from a
-range of whole rows to their values. Knows nothing of files' names, roles or PEFT.
+Each is a frozen description that can be compared, like the two in `algebra`; `torch_operands` evaluates them.
+Knows nothing of files' names, roles or PEFT.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
 
-from safemerge_recipes.storage.cut import ranges
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import LowRank, Naming, Operand, Stored, Weight
-
-if TYPE_CHECKING:
-    import torch
-
-    from safemerge_recipes.storage.arena import Arena, Reader
-
-Block = Callable[[int, int], "torch.Tensor"]
-"""(start, stop) of whole rows of the flattened tensor -> the values, valid until the next call."""
-
-
-class Computed(Operand, Protocol):
-    """An operand that evaluates itself."""
-
-    def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
-        """Prepares the evaluation in `dtype`; buffers of the arena are named after `slot`."""
 
 
 def _sources(weight: Weight, block: int) -> int:
@@ -79,29 +58,6 @@ class LowRankStack:
         """The factors in float32, twice, and one block."""
         return 8 * (self.b.numel + self.a.numel) + 8 * block
 
-    def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
-        """Rows of one expert after the other; a block may begin and end inside experts."""
-        from safemerge_recipes.weights.torch_rows import load
-
-        a = load(reader, self.a, dtype, arena.device).view(self.count, -1, self.a.shape[1]) * self.scale
-        b = load(reader, self.b, dtype, arena.device).view(self.b.shape[0], -1, self.count).permute(2, 0, 1)
-        left, right = (a.transpose(1, 2), b.transpose(1, 2)) if self.transposed else (b, a)
-        _, rows, columns = self.shape
-
-        def block(start: int, stop: int) -> torch.Tensor:
-            out = arena.take(slot, stop - start, dtype)
-            first, last = start // columns, stop // columns
-            while first < last:
-                expert, row = divmod(first, rows)
-                count = min(rows - row, last - first)
-                at = first * columns - start
-                view = out[at : at + count * columns].view(count, columns)
-                view.copy_(left[expert, row : row + count] @ right[expert])
-                first += count
-            return out
-
-        return block
-
 
 @dataclass(frozen=True, slots=True)
 class Rescaled:
@@ -132,32 +88,6 @@ class Rescaled:
         """The weight's own, and one factor a row or column."""
         return _sources(self.weight, block) + 4 * 8 * self.magnitude.numel
 
-    def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
-        """Norms first, in one pass over the weight; sums of squares in float64."""
-        import torch
-
-        from safemerge_recipes.weights.torch_rows import Evaluator, load
-
-        evaluate = Evaluator((self.weight,), reader, arena, f"{slot}:in", dtype)
-        width = self.shape[-1]
-        squares = torch.zeros(self.magnitude.numel, dtype=torch.float64, device=arena.device)
-        for start, stop in ranges(self.shape, whole_rows=True):
-            part = evaluate(start, stop)[0].view(-1, width)
-            if self.columns:
-                squares += (part * part).double().sum(dim=0)
-            else:
-                squares[start // width : stop // width] = (part * part).double().sum(dim=1)
-        magnitude = load(reader, self.magnitude, torch.float64, arena.device).flatten()
-        factor = (magnitude / squares.sqrt()).to(dtype)
-
-        def block(start: int, stop: int) -> torch.Tensor:
-            (out,) = evaluate(start, stop)
-            rows = factor if self.columns else factor[start // width : stop // width, None]
-            out.view(-1, width).mul_(rows)
-            return out
-
-        return block
-
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -184,32 +114,6 @@ class Rows:
         """One block, and the parts' own."""
         return 8 * block + sum(_sources(part, block) for part in self.parts) + 64 * len(self.runs)
 
-    def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
-        """Rows are taken from run to run."""
-        from safemerge_recipes.weights.torch_rows import Evaluator
-
-        sources = [
-            Evaluator((part,), reader, arena, f"{slot}:{number}", dtype) for number, part in enumerate(self.parts)
-        ]
-        width = math.prod(self.shape[1:])
-        starts = list(accumulate((count for _, _, count in self.runs), initial=0))
-
-        def block(start: int, stop: int) -> torch.Tensor:
-            out = arena.take(slot, stop - start, dtype)
-            row, last = start // width, stop // width
-            at = bisect_right(starts, row) - 1
-            while row < last:
-                part, first, count = self.runs[at]
-                skip = row - starts[at]
-                take = min(count - skip, last - row)
-                begin = (first + skip) * width
-                place = row * width - start
-                out[place : place + take * width] = sources[part](begin, begin + take * width)[0]
-                row, at = row + take, at + 1
-            return out
-
-        return block
-
 
 @dataclass(frozen=True, slots=True)
 class Transposed:
@@ -234,19 +138,6 @@ class Transposed:
     def memory(self, block: int) -> int:
         """The matrix and its transpose."""
         return 2 * 8 * math.prod(self.shape) + _sources(Weight.of(self.operand), block)
-
-    def open(self, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
-        """Evaluates the whole matrix at once."""
-        import torch
-
-        from safemerge_recipes.weights.torch_rows import Evaluator
-
-        evaluate = Evaluator((Weight.of(self.operand),), reader, arena, f"{slot}:in", dtype)
-        whole = torch.empty(self.operand.shape, dtype=dtype, device=arena.device)
-        for start, stop in ranges(self.operand.shape, whole_rows=True):
-            whole.view(-1)[start:stop] = evaluate(start, stop)[0]
-        flat = whole.T.contiguous().view(-1)
-        return lambda start, stop: flat[start:stop]
 
 
 def transposed(weight: Weight) -> Weight:

@@ -30,6 +30,10 @@ NEGLIGIBLE = 1e-6
 """Singular values below this part of the largest are rounding: float32 products cannot tell them from zero."""
 
 
+SMALL = 256
+"""Matrices with a side up to this are always decomposed, and their ρ₀ found, exactly: sketching would cost as much."""
+
+
 class RowBlocks(Protocol):
     """A matrix `(rows, columns)` as row blocks; every iteration is a fresh pass."""
 

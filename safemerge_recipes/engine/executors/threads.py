@@ -29,7 +29,7 @@ from safemerge_recipes.storage.arena import Arena, Reader, write_bytes
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.layout import Layout
 from safemerge_recipes.storage.read_ahead import AHEAD, ahead
-from safemerge_recipes.storage.workers import StoppedError, check, run_parallel
+from safemerge_recipes.storage.workers import Resources, StoppedError, check, run_parallel
 
 HASH_CHUNK = 1 << 21
 """Bytes hashed at once: whole elements of any dtype."""
@@ -59,20 +59,6 @@ class Sealed:
 
     files: Mapping[str, str]
     tensors: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What a run may use: worker threads, bytes of its own memory in all, and a torch device."""
-
-    workers: int
-    memory: int
-    device: str = "cpu"
-
-    @property
-    def share(self) -> int:
-        """Bytes for each worker."""
-        return self.memory // self.workers
 
 
 class Files:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import WriteError
-from safemerge_recipes.methods.mask import mask_path
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe
 from safemerge_recipes.recipe.model import SELECTORS, UNMEASURED_SELECTORS, Gate, Policy, Recipe
+from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.tensor_names import module_type
 
 

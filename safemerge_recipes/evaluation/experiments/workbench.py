@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.executors.threads import Resources
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError
 from safemerge_recipes.evaluation.harness import Scores, expand
 from safemerge_recipes.evaluation.live import LiveModel, role_graph
@@ -28,6 +27,7 @@ from safemerge_recipes.planning.graph import Graph, build_graph, check_merges
 from safemerge_recipes.planning.plan import Plan, check_gates, make_plan, survey
 from safemerge_recipes.recipe.loading import LoadedRecipe, load_recipe
 from safemerge_recipes.recipe.model import Evaluate, Role
+from safemerge_recipes.storage.workers import Resources
 
 if TYPE_CHECKING:
     from rich.console import Console

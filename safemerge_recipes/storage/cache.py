@@ -1,0 +1,52 @@
+"""What a run remembers for the next: small JSON values in the user's cache, each checked when it is recalled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """The user's cache for this program; safe to delete at any time."""
+    root = os.environ.get("SAFEMERGE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safemerge-recipes"
+
+
+def remember(kind: str, key: str, value: Any) -> None:
+    """Stores a small JSON value under a key; failing to is no error."""
+    path = _entry(kind, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            temporary.write_text(json.dumps({"key": key, "value": value, "check": _check(value)}))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError:
+        pass
+
+
+def recall(kind: str, key: str) -> Any:
+    """What was stored under the key, or None. Damaged entries count as absent."""
+    try:
+        entry = json.loads(_entry(kind, key).read_text())
+        return entry["value"] if entry["key"] == key and entry["check"] == _check(entry["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _check(value: Any) -> str:
+    """Detects a damaged entry: a flipped digit of a stored number would be JSON all the same."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _entry(kind: str, key: str) -> Path:
+    name = hashlib.sha256(key.encode()).hexdigest()
+    return cache_folder() / kind / name[:2] / f"{name[2:]}.json"
