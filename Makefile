@@ -34,20 +34,20 @@ demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=4
 
 study: install          ## docs/evidence.md, hours on two cores; MINUTES=60 stops earlier, the next call goes on
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/python benchmarks/study.py run $(if $(MINUTES),--minutes $(MINUTES))
-	$(RUN)/python benchmarks/study.py report
+	$(RUN)/python -m benchmarks.study run $(if $(MINUTES),--minutes $(MINUTES))
+	$(RUN)/python -m benchmarks.study report
 
 bench: install          ## against every peer and against copying the bytes, 1.1 B parameters
-	$(RUN)/python -m benchmarks.run --size llama-1.1b --rounds 5 --peer-rounds 1
+	$(RUN)/python -m benchmarks.timing.run --size llama-1.1b --rounds 5 --peer-rounds 1
 
 bench-quick: install
-	$(RUN)/python -m benchmarks.run --quick
+	$(RUN)/python -m benchmarks.timing.run --quick
 
 docs: install           ## the generated pages
 	$(RUN)/python -m safemerge_recipes.recipe.reference
 
 fidelity: install       ## every family with every kind of adapter against PEFT, as a table
-	$(RUN)/python -W ignore -m tests.fidelity_table docs/fidelity.md
+	$(RUN)/python -W ignore -m tests.whole.fidelity_table docs/fidelity.md
 
 clean:
 	rm -rf $(VENV)

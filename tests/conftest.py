@@ -1,4 +1,4 @@
-"""Fixtures: pico families made once a session, a recipe writer, and the command line called in process."""
+"""Fixtures: gated families made once a session, a recipe writer, and the command line called in process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pico
 import pytest
 import torch
 import yaml
+
+from tests.fixtures.gated_family import ROLES, Family, add_adapters, make_family, write_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -27,27 +28,27 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Llama in bfloat16, one file, with adapters."""
     import torch
 
-    family = pico.make_family(tmp_path_factory.mktemp("llama"), "llama", torch.bfloat16)
-    pico.add_adapters(family)
+    family = make_family(tmp_path_factory.mktemp("llama"), "llama", torch.bfloat16)
+    add_adapters(family)
     return family
 
 
 @pytest.fixture(scope="session")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Qwen2 (attention biases, tied embeddings) in float32, three shards with an index, with adapters."""
     import torch
 
-    family = pico.make_family(tmp_path_factory.mktemp("qwen"), "qwen2", torch.float32, shards=3)
-    pico.add_adapters(family)
+    family = make_family(tmp_path_factory.mktemp("qwen"), "qwen2", torch.float32, shards=3)
+    add_adapters(family)
     return family
 
 
 @pytest.fixture
-def families(llama: pico.Family, qwen: pico.Family) -> dict[str, pico.Family]:
+def families(llama: Family, qwen: Family) -> dict[str, Family]:
     return {"llama": llama, "qwen": qwen}
 
 
@@ -106,10 +107,10 @@ def merge(call: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: P
     count = iter(range(1000))
 
     def run(
-        family: pico.Family, *options: str, sources: dict[str, Any] | None = None, **content: Any
+        family: Family, *options: str, sources: dict[str, Any] | None = None, **content: Any
     ) -> tuple[Path, dict[str, Any]]:
         output = tmp_path / f"out-{next(count)}"
-        roles = {role: family / role for role in pico.ROLES}
+        roles = {role: family / role for role in ROLES}
         content.setdefault("gate", {"always": True})
         path = recipe(sources={**roles, **(sources or {})}, **content)
         done = call("run", path, "--output", output, "--json", "--workers", 2, *options)
@@ -120,13 +121,13 @@ def merge(call: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: P
 
 
 @pytest.fixture(scope="session")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> pico.Family:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """One layer whose matrices take several blocks, and sides long enough for sketches."""
     sizes = {"hidden_size": 320, "intermediate_size": 900, "num_hidden_layers": 1, "num_attention_heads": 10}
-    family = pico.make_family(tmp_path_factory.mktemp("wide"), "llama", torch.bfloat16, **sizes)
+    family = make_family(tmp_path_factory.mktemp("wide"), "llama", torch.bfloat16, **sizes)
     from peft import LoraConfig
 
     for seed, role in enumerate(("finetuned", "safety")):
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["gate_proj", "down_proj", "q_proj"])
-        pico.write_adapter(family / f"{role}-lora", family / "aligned", seed, config)
+        write_adapter(family / f"{role}-lora", family / "aligned", seed, config)
     return family

@@ -1,0 +1,1 @@
+"""The engine timed beside its peers and the floor, over synthetic checkpoint families."""

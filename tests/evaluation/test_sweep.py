@@ -1,0 +1,312 @@
+import itertools
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("torch")
+from safemerge_recipes.cli import app as cli
+from safemerge_recipes.errors import CheckError, RecipeError
+from safemerge_recipes.evaluation.experiments import controls, workbench
+from safemerge_recipes.evaluation.experiments.probe import correlations, groups
+from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid, tuning
+from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.harness import evaluate
+from safemerge_recipes.evaluation.statistics import ranks, spearman
+from safemerge_recipes.pipeline import Silent
+from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.report.scatter import Mark, front, scatter
+from safemerge_recipes.storage.workers import Resources
+from safemerge_recipes.tensor_names import module_type
+from tests.fixtures.chat_family import make_family
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+class Lines:
+    """A console that keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, text, **_):
+        self.lines.append(str(text))
+
+
+def open_bench(recipe, store, *overrides):
+    return Bench(recipe, overrides, store, Resources(1, 1 << 28), Silent(), Lines())
+
+
+def run(*arguments, code=0):
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(a) for a in arguments])
+    assert end.value.code == code
+
+
+# Grids and choices
+
+
+def test_a_grid_is_every_combination():
+    grid = parse_grid(["gate.tau=0.1,0.2", "merge.alpha=0.5, 0.8"])
+    assert grid == list(itertools.product(["gate.tau=0.1", "gate.tau=0.2"], ["merge.alpha=0.5", "merge.alpha=0.8"]))
+    assert parse_grid(["gate.random={count: 3, seed: 1},{count: 3, seed: 2}", "a=[1,2],[3]"]) == [
+        ("gate.random={count: 3, seed: 1}", "a=[1,2]"),
+        ("gate.random={count: 3, seed: 1}", "a=[3]"),
+        ("gate.random={count: 3, seed: 2}", "a=[1,2]"),
+        ("gate.random={count: 3, seed: 2}", "a=[3]"),
+    ]
+    for broken in ("gate.tau", "=1", "gate.tau=1,,2", "gate.tau="):
+        with pytest.raises(RecipeError, match="not an axis"):
+            parse_grid([broken])
+
+
+def test_the_choice_is_the_safest_that_loses_little():
+    values = {"a": (0.5, 0.40), "b": (0.7, 0.39), "c": (0.9, 0.30), "d": (0.7, 0.385)}
+    assert choose(values, 0.40, 0.02) == "b"
+    assert choose(values, 0.40, 0.00) == "a"
+    assert choose(values, 0.40, 0.20) == "c"
+    # None is good enough: the largest sum.
+    assert choose(values, 0.90, 0.02) == "c"
+
+
+def test_tuning_splits():
+    assert tuning(["safemerge_refusal", "safemerge_qa_tuning"]) == ["safemerge_refusal_tuning", "safemerge_qa_tuning"]
+    with pytest.raises(CheckError, match="gsm8k: has no tuning split"):
+        tuning(["gsm8k"])
+
+
+# Controls
+
+
+@pytest.fixture(scope="module")
+def gate_plan(recipe, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFEMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return open_bench(recipe, tmp_path_factory.mktemp("store") / "s.jsonl").plan(("gate.fraction=0.3",))
+
+
+def per_type(names):
+    return sorted(module_type(name) for name in names)
+
+
+def test_controls_keep_the_count_and_change_nothing_but_the_choice(gate_plan):
+    gate, everything = controls.merged(gate_plan), set(controls.choosable(gate_plan))
+    assert len(gate) == 2
+    assert len(everything) == 6
+    found = controls.controls(gate_plan, range(40))
+    assert controls.merged(found["complement"]) == everything - gate
+    assert controls.merged(found["merge all"]) == everything
+    assert controls.merged(found["merge none"]) == frozenset()
+    free = [controls.merged(found[f"random {seed}"]) for seed in range(40)]
+    typed = [controls.merged(found[f"random per module {seed}"]) for seed in range(40)]
+    assert {len(one) for one in free} == {2}
+    assert all(per_type(one) == per_type(gate) for one in typed)
+    # All 15 pairs have a chance; 40 draws show most of them.
+    assert len(set(free)) > 8
+    for plan in found.values():
+        for before, after in zip(gate_plan.tensors, plan.tensors, strict=True):
+            assert (before.name, before.gated, before.policy, before.take) == (
+                after.name,
+                after.gated,
+                after.policy,
+                after.take,
+            )
+    again = controls.controls(gate_plan, range(40))
+    assert {label: controls.merged(plan) for label, plan in found.items()} == {
+        label: controls.merged(plan) for label, plan in again.items()
+    }
+    with pytest.raises(ValueError, match="not gated"):
+        controls.with_merged(gate_plan, ["model.norm.weight"], "x")
+
+
+def test_the_exact_p_is_the_share_of_orders_in_which_the_gate_is_as_good():
+    assert controls.exact_p(0.9, [0.1, 0.2, 0.3]) == 1 / 4
+    assert controls.exact_p(0.0, [0.1, 0.2, 0.3]) == 1
+    assert controls.exact_p(0.2, [0.1, 0.2, 0.3]) == 3 / 4
+    # If the gate is one more draw, p ≤ k/n happens in a share k/n of all cases.
+    values = [0.5, 0.1, 0.9, 0.3, 0.7]
+    p = sorted(controls.exact_p(values[i], values[:i] + values[i + 1 :]) for i in range(5))
+    assert p == [k / 5 for k in range(1, 6)]
+
+
+# The bench
+
+
+def test_equal_models_are_scored_once_and_kept(recipe, tmp_path, monkeypatch):
+    calls = []
+    scored = workbench.evaluate_live
+
+    def counting(*arguments, **options):
+        calls.append(arguments[3])
+        return scored(*arguments, **options)
+
+    monkeypatch.setattr(workbench, "evaluate_live", counting)
+    store = tmp_path / "scores.jsonl"
+    bench = open_bench(recipe, store)
+    tasks = ["safemerge_refusal_tuning"]
+    first = bench.score(bench.graph(bench.plan(("gate.fraction=0.5",))), "half", tasks)
+    # Three of six are half: another name for the same bytes. At none, alpha does not matter.
+    assert bench.score(bench.graph(bench.plan(("gate.lowest=3",))), "three", tasks).tasks == first.tasks
+    none = bench.score(bench.graph(bench.plan(("gate.never=true",))), "none", tasks)
+    other = bench.plan(("gate.never=true", "merge.alpha=0.1"))
+    assert bench.score(bench.graph(other), "none too", tasks).tasks == none.tasks
+    assert bench.score(bench.role("finetuned"), "fine-tuned", tasks).tasks == none.tasks
+    assert calls == ["half", "none"]
+    # Another limit is another score.
+    assert bench.score(bench.graph(other), "fewer", tasks, limit=2).metric(tasks[0], "refusal").n == 2
+    assert calls == ["half", "none", "fewer"]
+    # A torn last line costs that line only.
+    store.write_text(store.read_text() + '{"key": "x", "sco')
+    again = open_bench(recipe, store)
+    assert again.score(again.graph(again.plan(("gate.fraction=0.5",))), "half", tasks).tasks == first.tasks
+    assert calls == ["half", "none", "fewer"]
+    assert len(again.score(again.role("aligned"), "aligned", tasks).tasks) == 1
+    last = open_bench(recipe, store)
+    last.score(last.role("aligned"), "aligned", tasks)
+    assert calls == ["half", "none", "fewer", "aligned"]
+
+
+def test_a_point_scores_like_its_written_output(recipe, tmp_path):
+    bench = open_bench(recipe, tmp_path / "scores.jsonl")
+    point = ("gate.fraction=0.7", "merge.alpha=0.2")
+    found = bench.score(bench.graph(bench.plan(point)), "point", ["safemerge_refusal", "safemerge_qa"])
+    overrides = [part for override in point for part in ("--set", override)]
+    run("run", recipe, "--output", tmp_path / "out", "--no-evaluate", "--device", "cpu", *overrides)
+    written = evaluate(tmp_path / "out", ["safemerge_refusal", "safemerge_qa"], limit=4, device="cpu")
+    assert found.tasks == written.tasks
+
+
+def test_a_sweep_is_of_one_family(recipe, tmp_path):
+    bench = open_bench(recipe, tmp_path / "scores.jsonl")
+    with pytest.raises(RecipeError, match="changes the sources"):
+        bench.plan(("sources.finetuned.adapter=./safety",))
+
+
+@pytest.mark.slow
+def test_sweep_end_to_end(recipe, tmp_path, capsys):
+    arguments = ("sweep", recipe, "--grid", "gate.fraction=0.3,0.6", "--alpha", "0.2,0.7", "--seeds", 1, "--limit", 2)
+    run(*arguments, "--output", tmp_path / "s", "--json", "--device", "cpu")
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((tmp_path / "s" / "safemerge_sweep.json").read_text())
+    points = ["merge.alpha=0.2, gate.fraction=0.3", "merge.alpha=0.2, gate.fraction=0.6",
+              "merge.alpha=0.7, gate.fraction=0.3", "merge.alpha=0.7, gate.fraction=0.6"]  # fmt: skip
+    assert list(content["tuning"]["models"]) == ["finetuned", "aligned", *points]
+    assert content["merged"] == dict(zip(points, [2, 4, 2, 4], strict=True))
+    assert all(task.endswith("_tuning") for task in content["tuning"]["tasks"])
+    assert content["test"]["tasks"] == ["safemerge_refusal", "safemerge_arithmetic"]
+    chosen = content["chosen"]["label"]
+    expected = ["finetuned", "aligned", chosen, "random 0", "random per module 0"]
+    assert list(content["test"]["models"]) == [*expected, "complement", "merge all", "merge none"]
+    assert content["test"]["models"]["merge none"] == content["test"]["models"]["finetuned"]
+    for test in content["control_tests"]:
+        assert test["p"] == controls.exact_p(test["value"], test["draws"])
+        assert (test["reached"], len(test["draws"])) == (sum(d >= test["value"] for d in test["draws"]), 1)
+    # The recipe of the choice is sound elsewhere and says the chosen keys.
+    written = load_recipe(tmp_path / "s" / "chosen.yaml").recipe
+    assert f"merge.alpha={written.merge.alpha}, gate.fraction={written.gate.fraction}" == chosen
+    assert ET.parse(tmp_path / "s" / "safemerge_sweep.svg").getroot().tag.endswith("svg")
+    # The same command again scores nothing.
+    run(*arguments, "--output", tmp_path / "s", "--device", "cpu")
+    assert "scored (" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_swept_is_said(recipe, tmp_path, capsys):
+    run("sweep", recipe, "--output", tmp_path / "s", code=2)
+    assert "nothing to vary" in capsys.readouterr().err
+    run("sweep", recipe, "--tau", "0.1,7", "--output", tmp_path / "s", code=2)
+    assert "7" in capsys.readouterr().err
+    run("sweep", recipe, "--tau", "0.1", "--set", "evaluate.tasks=[safemerge_refusal]", "--limit", 1,
+        "--output", tmp_path / "s", "--device", "cpu", code=6)  # fmt: skip
+    assert "lacks a utility task" in capsys.readouterr().err
+
+
+# Probes
+
+
+def test_groups_partition_the_gated_tensors(gate_plan):
+    all_ = set(controls.choosable(gate_plan))
+    for by, count in (("tensor", 6), ("type", 3), ("block", 2)):
+        found = groups(gate_plan, by)
+        assert len(found) == count
+        members = [name for group in found.values() for name in group]
+        assert len(members) == len(set(members))
+        assert set(members) == all_
+
+
+@pytest.mark.slow
+def test_probe_end_to_end(recipe, tmp_path, capsys):
+    run("probe", recipe, "--by", "type", "--limit", 3, "--output", tmp_path / "p", "--json", "--device", "cpu")
+    content = json.loads(capsys.readouterr().out)
+    plan = open_bench(recipe, tmp_path / "s.jsonl").plan()
+    assert list(content["groups"]) == list(groups(plan, "type"))
+    tensors = {tensor.name: tensor.moments for tensor in plan.gated}
+    for name, row in content["groups"].items():
+        members = [m for key, m in tensors.items() if module_type(key) == name]
+        assert row["tensors"] == len(members) == 2
+        # ρ of the concatenated updates, from the definition.
+        overlap, image, delta = (sum(getattr(m, key) for m in members) for key in ("overlap", "image", "delta"))
+        assert row["rho"] == pytest.approx(overlap / (image * delta) ** 0.5)
+        assert row["v_norm"] == pytest.approx(sum(m.v for m in members) ** 0.5)
+    root = ET.parse(tmp_path / "p" / "safemerge_probe.svg").getroot()
+    shown = {element.text for element in root.iter() if element.tag.endswith("text")}
+    assert {"ρ", "refusal", "utility"} <= shown
+    run("probe", recipe, "--by", "layer", "--output", tmp_path / "p", code=2)
+
+
+def test_correlations_of_constant_columns_are_none():
+    measures = ("rho", "rho_ratio", "v_norm")
+    rows = {str(i): {**dict.fromkeys(measures, i / 10), "safety": i * 0.01, "utility": 0.0} for i in range(5)}
+    found = {(c["metric"], c["change"]): c for c in correlations(rows)}
+    assert found["rho", "safety"]["spearman"] == pytest.approx(1)
+    assert found["rho", "utility"]["spearman"] is None
+
+
+def test_spearman_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    import random
+
+    draw = random.Random(1)
+    for n in (8, 30):
+        first = [draw.gauss(0, 1) for _ in range(n)]
+        second = [round(a + draw.gauss(0, 2)) for a in first]  # ties
+        value, p = spearman(first, second)
+        expected = stats.spearmanr(first, second)
+        assert value == pytest.approx(expected.statistic)
+        assert p == pytest.approx(expected.pvalue, abs=0.03)
+    assert ranks([3.0, 1.0, 3.0]) == [2.5, 1.0, 2.5]
+    # Every order of three is as likely: a perfect one or its reverse has p = 1/3.
+    assert spearman([1, 2, 3], [4, 5, 6])[1] == pytest.approx(1 / 3, abs=0.02)
+    with pytest.raises(ValueError, match="constant"):
+        spearman([1, 1, 1], [1, 2, 3])
+
+
+# Pictures
+
+
+def test_the_front_is_what_nothing_beats():
+    marks = [Mark(f"m{i}", "point", u / 10, s / 10) for i, (u, s) in
+             enumerate([(1, 9), (5, 5), (5, 6), (9, 1), (4, 4), (9, 1)])]  # fmt: skip
+    beaten = {
+        m.label for m in marks
+        if any(o.utility >= m.utility and o.safety >= m.safety and (o.utility, o.safety) != (m.utility, m.safety)
+               for o in marks)
+    }  # fmt: skip
+    assert {m.label for m in front(marks)} == {m.label for m in marks} - beaten - {"m5"}
+
+
+def test_a_hostile_label_stays_text():
+    picture = scatter([Mark("</svg><script>x</script>", "chosen", 0.5, 0.5)], "utility", "safety")
+    assert "<script" not in picture
+    ET.fromstring(picture)
+    assert not re.search(r"https?://(?!www\.w3\.org)", picture)

@@ -1,0 +1,190 @@
+"""The fidelity matrix: every family with every kind of adapter, merged here and by PEFT, and compared.
+
+`python -m tests.whole.fidelity_table docs/fidelity.md` writes the table; the tests run the same cases.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.fixtures import peft_families
+
+EXACT = 5e-7
+"""Largest difference that float32 leaves between two ways of adding the same numbers of about 1."""
+
+Lora = Callable[[str], dict[str, Any]]
+
+
+def _embedding(family: str) -> str:
+    return "wte" if family == "gpt2" else "embed_tokens"
+
+
+def _norm(family: str) -> str:
+    return "ln_f" if family == "gpt2" else "norm"
+
+
+def _plain(**more: Any) -> Lora:
+    return lambda family: {"target_modules": peft_families.attention(family), **more}
+
+
+KINDS: Mapping[str, Lora] = {
+    "LoRA": _plain(),
+    "rsLoRA, patterns": lambda f: {
+        "target_modules": peft_families.attention(f), "use_rslora": True,
+        "rank_pattern": {peft_families.attention(f)[0]: 3}, "alpha_pattern": {peft_families.attention(f)[-1]: 5},
+    },
+    "all-linear, exclude_modules": lambda f: {
+        "target_modules": "all-linear", "exclude_modules": [peft_families.attention(f)[0]],
+    },
+    "layers_to_transform": _plain(layers_to_transform=[1]),
+    "lora_bias": _plain(lora_bias=True),
+    "bias: all": _plain(bias="all"),
+    "bias: lora_only": _plain(bias="lora_only"),
+    "modules_to_save": lambda f: {"target_modules": peft_families.attention(f), "modules_to_save": [_norm(f)]},
+    "lm_head saved": _plain(modules_to_save=["lm_head"]),
+    "lm_head LoRA": lambda f: {"target_modules": [*peft_families.attention(f), "lm_head"]},
+    "embedding LoRA": lambda f: {"target_modules": [*peft_families.attention(f), _embedding(f)]},
+    "trained tokens": _plain(trainable_token_indices=[7, 3, 4]),
+    "DoRA": lambda f: {"target_modules": [*peft_families.attention(f)], "use_dora": True},
+    "experts": lambda f: {
+        "target_modules": peft_families.attention(f), "rank_pattern": {"gate_up_proj": 2},
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "PiSSA": _plain(init_lora_weights="pissa"),
+    "OLoRA": _plain(init_lora_weights="olora"),
+}  # fmt: skip
+"""Adapter kinds: family -> arguments of PEFT's LoraConfig."""
+
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+def cases() -> list[tuple[str, str]]:
+    """Every (family, kind) that PEFT can make."""
+    return [(f, k) for f in peft_families.FAMILIES for k in KINDS if k != "experts" or f in MIXTURES]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The largest error of each output, or the text it was refused with."""
+
+    kept: float | str
+    merged: float | str
+    adapter: float | str
+
+
+class Bench:
+    """Makes each family's models once, and runs cases in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def model(self, family: str) -> Path:
+        """The family's model."""
+        path = self.folder / family
+        return path if path.exists() else peft_families.save_model(family, path)
+
+    def safety(self, family: str) -> Path:
+        """A plain adapter on it, for the safety side."""
+        path = self.folder / f"{family}-safety"
+        lora = {"r": 3, "target_modules": peft_families.attention(family)}
+        return path if path.exists() else peft_families.save_adapter(self.model(family), path, seed=9, **lora)
+
+    def outcome(self, family: str, kind: str) -> Outcome:
+        """Runs one case: kept as it is, merged with a safety adapter, and that once more as an adapter."""
+        base, safety = self.model(family), self.safety(family)
+        work = self.folder / f"{family} {kind}".replace(" ", "-").replace(":", "").replace(",", "")
+        adapter = peft_families.save_adapter(base, work / "adapter", **KINDS[kind](family))
+        sources = {"aligned": str(base), "finetuned": {"adapter": str(adapter)}, "safety": {"adapter": str(safety)}}
+        recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": "linear", "alpha": 0.75}}
+
+        def kept() -> float:
+            peft_families.fold(base, adapter, work / "kept")
+            return _error(peft_families.tensors(work / "kept"), _oracle(base, adapter, work / "peft"))
+
+        def merged() -> float:
+            plan = peft_families.run(recipe, work / "merged")
+            ours = peft_families.tensors(work / "merged")
+            finetuned, safe = (peft_families.tensors(work / "peft"), _oracle(base, safety, work / "safe"))
+            for line in plan["tensors"]:
+                if line["action"] == "merge":
+                    name = line["name"]
+                    finetuned[name] = 0.75 * finetuned[name].double() + 0.25 * safe[name].double()
+            return _error(ours, finetuned)
+
+        def as_adapter() -> float:
+            peft_families.run({**recipe, "output": {"format": "adapter"}}, work / "out")
+            return _error(peft_families.tensors(work / "merged"), _oracle(base, work / "out", work / "again"))
+
+        return Outcome(_tried(kept, self.folder), _tried(merged, self.folder), _tried(as_adapter, self.folder))
+
+
+def _oracle(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
+    return peft_families.tensors(peft_families.merge_with_peft(base, adapter, folder))
+
+
+def _error(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """The largest difference. PEFT merges into a tied embedding what was trained of the head or of it alone;
+    such cases are compared by the model's output in the tests, and here for all other tensors."""
+    common = [name for name in theirs if name in ours]
+    extra = set(ours) ^ set(theirs)
+    assert not extra - {"lm_head.weight"}, extra
+    tied = set() if not extra else {n for n in common if n.rpartition(".")[0].endswith(("embed_tokens", "wte"))}
+    return max(float((ours[n].double() - theirs[n].double()).abs().max()) for n in common if n not in tied)
+
+
+def _tried(run: Callable[[], float], folder: Path) -> float | str:
+    from safemerge_recipes.errors import SafemergeError
+
+    try:
+        return run()
+    except SafemergeError as error:
+        return str(error).replace(f"{folder}/", "")
+
+
+def _shown(value: float | str, notes: dict[str, int]) -> str:
+    if isinstance(value, float):
+        return f"{value:.0e}"
+    text = re.sub(r"^\S*/(adapter_config\.json|adapter_model\.safetensors|adapter): ", "", value)
+    text = re.sub(r"\S*\.(h|layers)\.0\.[\w.]+", "<tensor>", text)
+    return f"refused [{notes.setdefault(text, len(notes) + 1)}]"
+
+
+HEADING = """\
+# Fidelity
+
+Made by `make fidelity`: tiny random models of real families and adapters on them, written by transformers and
+PEFT, are merged here and by PEFT's `merge_and_unload` in float32. A cell shows the largest difference of any
+element of any tensor, or the refusal. *Kept*: everything is the fine-tuned side's. *Merged*: every gated tensor
+is 0.75 fine-tuned + 0.25 safety. *Adapter*: the same with `output.format: adapter`, loaded and merged by PEFT.
+
+(t) The head or the embedding of a tied model was trained alone. PEFT merges that into both; here the output has
+both, untied, as the model was trained, and the two are compared by what the models compute.
+
+| family | adapter | kept | merged | adapter |
+|---|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """The whole document."""
+    notes: dict[str, int] = {}
+    lines = [HEADING]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for family, kind in cases():
+            found = bench.outcome(family, kind)
+            shown = (_shown(value, notes) for value in (found.kept, found.merged, found.adapter))
+            mark = " (t)" if family in peft_families.TIED and kind in ("lm_head LoRA", "embedding LoRA") else ""
+            lines.append(f"| {family} | {kind}{mark} | {' | '.join(shown)} |\n")
+    lines.append("\n" + "".join(f"[{number}] {text}\n\n" for text, number in notes.items()).rstrip() + "\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(table())

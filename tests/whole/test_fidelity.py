@@ -1,0 +1,636 @@
+"""Adapters and checkpoints of every kind mean what PEFT and transformers say they mean, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safemerge_recipes.errors import CheckError, PlanError, RecipeError, SourceError
+from safemerge_recipes.storage import cut
+from tests.fixtures import peft_families
+from tests.whole.fidelity_table import EXACT, KINDS, MIXTURES, Bench, cases
+
+TABLE = Path(__file__).parents[2] / "docs" / "fidelity.md"
+QUICK = [
+    (family, kind)
+    for family, kind in cases()
+    if family in ("llama", "gpt2") or kind == "LoRA" or (kind == "experts" and family in MIXTURES)
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("families"))
+
+
+def _rows() -> dict[tuple[str, str], list[str]]:
+    rows = [line.strip("| \n").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    return {(row[0], row[1].removesuffix(" (t)")): row[2:] for row in rows[1:]}
+
+
+def _check(bench: Bench, family: str, kind: str) -> None:
+    """The case is exact or refused, as the published table says."""
+    outcome = bench.outcome(family, kind)
+    for found, shown in zip((outcome.kept, outcome.merged, outcome.adapter), _rows()[family, kind], strict=True):
+        assert isinstance(found, str) == shown.startswith("refused"), found
+        if isinstance(found, float):
+            assert found <= EXACT
+
+
+@pytest.mark.parametrize(("family", "kind"), QUICK)
+def test_adapters_are_exact_or_refused(bench: Bench, family: str, kind: str) -> None:
+    _check(bench, family, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [case for case in cases() if case not in QUICK])
+def test_adapters_are_exact_or_refused_in_every_family(bench: Bench, family: str, kind: str) -> None:
+    _check(bench, family, kind)
+
+
+def test_the_published_table_has_every_case() -> None:
+    assert list(_rows()) == cases()
+
+
+@pytest.mark.parametrize("kind", ["experts", "DoRA", "trained tokens", "rsLoRA, patterns"])
+def test_blocks_smaller_than_a_matrix_change_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    family = "gpt_oss" if kind == "experts" else "gpt2"
+    adapter = peft_families.save_adapter(bench.model(family), tmp_path / "adapter", **KINDS[kind](family))
+    monkeypatch.setattr(cut, "BLOCK", 48)
+    peft_families.fold(bench.model(family), adapter, tmp_path / "out")
+    oracle = peft_families.merge_with_peft(bench.model(family), adapter, tmp_path / "peft")
+    assert peft_families.largest_error(tmp_path / "out", oracle) <= EXACT
+
+
+# Experts fused on disk
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_are_fused_on_disk_too(tmp_path: Path, family: str) -> None:
+    base = peft_families.save_model(family, tmp_path / "base", save_original_format=False)
+    assert any(tensor.ndim == 3 for tensor in peft_families.tensors(base).values())
+    adapter = peft_families.save_adapter(base, tmp_path / "adapter", **KINDS["experts"](family))
+    peft_families.fold(base, adapter, tmp_path / "out")
+    oracle = peft_families.load_model(peft_families.merge_with_peft(base, adapter, tmp_path / "peft")).state_dict()
+    ours = peft_families.load_model(tmp_path / "out").state_dict()
+    assert max(float((ours[name] - oracle[name]).abs().max()) for name in oracle) <= EXACT
+
+
+# Tied embeddings
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.arange(3, 23).view(2, 10)).logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["lm_head LoRA", "embedding LoRA", "lm_head saved"])
+def test_a_tied_model_is_untied_where_an_adapter_parts_head_and_embedding(
+    bench: Bench, tmp_path: Path, kind: str
+) -> None:
+    base = bench.model("llama-tied")
+    adapter = peft_families.save_adapter(base, tmp_path / "adapter", **KINDS[kind]("llama-tied"))
+    plan = peft_families.fold(base, adapter, tmp_path / "out")
+    ours, trained = (
+        _logits(m) for m in (peft_families.load_model(tmp_path / "out"), peft_families.with_adapter(base, adapter))
+    )
+    torch.testing.assert_close(ours, trained, rtol=1e-5, atol=1e-6)
+    before, after = (base / "config.json").read_text(), (tmp_path / "out" / "config.json").read_text()
+    assert after == before.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false') != before
+    assert any("tie_word_embeddings is set to False" in warning for warning in plan["warnings"])
+
+
+@pytest.mark.parametrize("lora", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}])
+def test_what_was_trained_tied_stays_tied(bench: Bench, tmp_path: Path, lora: dict[str, Any]) -> None:
+    base = bench.model("llama-tied")
+    lora = {"target_modules": ["q_proj"], **lora, "ensure_weight_tying": True}
+    lora["target_modules"] = [*lora["target_modules"], "v_proj"]
+    adapter = peft_families.save_adapter(base, tmp_path / "adapter", **lora)
+    peft_families.fold(base, adapter, tmp_path / "out")
+    assert "lm_head.weight" not in peft_families.tensors(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def _with(folder: Path, target: Path, change: Any) -> Path:
+    """A copy of a model whose tensors `change` (a function on the dictionary) has altered."""
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def _merge(aligned: Path, finetuned: Path, output: Path, **more: Any) -> dict[str, Any]:
+    sources = {"aligned": str(aligned), "finetuned": str(finetuned), **more.pop("sources", {})}
+    return peft_families.run({"sources": sources, "gate": {"never": True}, **more}, output)
+
+
+def test_a_stored_copy_of_a_tied_embedding_is_no_second_tensor(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("llama-tied")
+    embedding = peft_families.tensors(base)["model.embed_tokens.weight"]
+    copied = _with(base, tmp_path / "copied", lambda t: t.update({"lm_head.weight": embedding.clone()}))
+    for aligned, finetuned in ((base, copied), (copied, base)):
+        _merge(aligned, finetuned, tmp_path / "out")
+        assert peft_families.largest_error(tmp_path / "out", base) == 0
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_unties_the_output(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("llama-tied")
+    head = torch.randn(40, 16)
+    apart = _with(base, tmp_path / "apart", lambda t: t.update({"lm_head.weight": head}))
+    _merge(base, apart, tmp_path / "out")
+    model = peft_families.load_model(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, head)
+    assert torch.equal(model.model.embed_tokens.weight, peft_families.tensors(base)["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+# Checkpoints
+
+
+def test_shards_and_single_files_give_the_same_weights(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("qwen3")
+    peft_families.load_model(base).save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    _merge(tmp_path / "sharded", base, tmp_path / "out")
+    assert peft_families.largest_error(tmp_path / "out", base) == 0
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == sorted(peft_families.tensors(base))
+
+
+def test_mixed_dtypes_stay_as_the_aligned_model_has_them(bench: Bench, tmp_path: Path) -> None:
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        for number, name in enumerate(sorted(tensors)):
+            dtype = (torch.float32, torch.float16, torch.bfloat16)[number % 3]
+            tensors[name] = tensors[name].to(dtype)
+
+    base = bench.model("mistral")
+    mixed = _with(base, tmp_path / "mixed", narrow)
+    _merge(mixed, base, tmp_path / "out")
+    expected = peft_families.tensors(mixed)
+    found = peft_families.tensors(tmp_path / "out")
+    assert all(found[name].dtype == expected[name].dtype for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_tensors_are_copied_and_never_converted(bench: Bench, tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = (tensors[name] * 100).to(dtype)
+
+    base = bench.model("llama")
+    packed = _with(base, tmp_path / "packed", quantise)
+    tuned = _with(packed, tmp_path / "tuned", lambda t: t["model.layers.0.self_attn.q_proj.weight"].mul_(2))
+    _merge(packed, tuned, tmp_path / "out")
+    found, expected = peft_families.tensors(tmp_path / "out")[name], peft_families.tensors(packed)[name]
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    with pytest.raises(SourceError, match=r"up_proj\.weight is stored as .*never converted"):
+        _merge(packed, base, tmp_path / "mixed")
+
+
+def test_a_quantised_model_is_refused(bench: Bench, tmp_path: Path) -> None:
+    shutil.copytree(bench.model("llama"), tmp_path / "quantised")
+    path = tmp_path / "quantised" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(SourceError, match="quantization_config"):
+        _merge(tmp_path / "quantised", bench.model("llama"), tmp_path / "out")
+
+
+def test_buffers_may_be_stored_or_not(bench: Bench, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    base = bench.model("llama")
+    old = _with(base, tmp_path / "old", lambda t: t.update({name: torch.arange(2.0)}))
+    plan = _merge(base, old, tmp_path / "left-out")
+    assert peft_families.largest_error(tmp_path / "left-out", base) == 0
+    assert any(name in warning for warning in plan["warnings"])
+    _merge(old, base, tmp_path / "kept")
+    assert torch.equal(peft_families.tensors(tmp_path / "kept")[name], torch.arange(2.0))
+
+
+def test_a_tensor_that_only_one_model_has_is_refused(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("llama")
+    more = _with(base, tmp_path / "more", lambda t: t.update({"model.extra.weight": torch.ones(2, 2)}))
+    with pytest.raises(SourceError, match=r"has 1 tensors that the aligned model lacks.*model\.extra\.weight"):
+        _merge(base, more, tmp_path / "out")
+    with pytest.raises(SourceError, match=r"lacks 1 tensors of the aligned model.*model\.extra\.weight"):
+        _merge(more, base, tmp_path / "out")
+
+
+def test_of_a_multimodal_model_the_text_is_merged_and_the_rest_carried_over(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("llava")
+    lora = {"target_modules": r".*language_model.*\.(q|v)_proj"}
+    adapter = peft_families.save_adapter(base, tmp_path / "adapter", **lora)
+    plan = peft_families.run(
+        {
+            "sources": {
+                "aligned": str(base), "finetuned": {"adapter": str(adapter)},
+                "safety": {"adapter": str(peft_families.save_adapter(base, tmp_path / "safety", seed=5, **lora))},
+            },
+            "gate": {"always": True},
+        },
+        tmp_path / "out",
+    )  # fmt: skip
+    merged = {line["name"] for line in plan["tensors"] if line["action"] == "merge"}
+    before, after = peft_families.tensors(base), peft_families.tensors(tmp_path / "out")
+    assert merged == {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(merged) == 4
+    assert all("language_model" in name for name in merged)
+
+
+# What is refused
+
+
+def _edited(adapter: Path, target: Path, **values: Any) -> Path:
+    shutil.copytree(adapter, target)
+    path = target / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return target
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Bench) -> Path:
+    return bench.safety("llama")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'.*weight_conversion"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
+        ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow is .1., which changes what the adapter adds"),
+        ({"bias": "some"}, "bias is 'some'"),
+        ({"r": 5}, "the config says rank 5, lora_A has 3 rows"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
+        ({"lora_bias": True}, r"lora_B\.bias is missing"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save names 'lm_head'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+        ({"target_modules": ["q_proj", "k_proj"]}, "has nothing for .*k_proj"),
+        ({"bias": "all"}, None),
+        ({"init_lora_weights": "orthogonal"}, None),
+    ],
+)
+def test_configs_that_mean_something_else(
+    bench: Bench, plain: Path, tmp_path: Path, values: dict[str, Any], message: str | None
+) -> None:
+    adapter = _edited(plain, tmp_path / "adapter", **values)
+    if message is None:  # llama has no biases, and orthogonal factors leave the base alone
+        peft_families.fold(bench.model("llama"), adapter, tmp_path / "out")
+        return
+    with pytest.raises(SourceError, match=message):
+        peft_families.fold(bench.model("llama"), adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(16)}), "unexpected key.*norm"),
+        (lambda t: t.update({"model.x.lora_A.weight": torch.ones(3, 16)}), "unexpected key"),
+        (lambda t: t.pop(min(t)), "has no lora_A; expected both factors"),
+        (lambda t: [t.pop(k) for k in list(t) if ".1." in k], r"has nothing for model\.layers\.1"),
+        (lambda t: t.update({k: torch.ones(3, 9) for k in t if "lora_A" in k}), r"the update is \(16, 9\)"),
+        (
+            lambda t: t.update({k.replace("q_proj", "z_proj"): t.pop(k) for k in list(t) if "q_proj" in k}),
+            r"adapts .*z_proj\.weight, which the model it is applied to does not have",
+        ),
+    ],
+)
+def test_files_that_do_not_fit(bench: Bench, plain: Path, tmp_path: Path, change: Any, message: str) -> None:
+    shutil.copytree(plain, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(SourceError, match=message):
+        peft_families.fold(bench.model("llama"), tmp_path / "adapter", tmp_path / "out")
+
+
+def test_pickles_are_refused_with_a_safe_conversion(bench: Bench, plain: Path, tmp_path: Path) -> None:
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(bench.model("llama"), model)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"pytorch_model\.bin, a pickle.*never loaded.*python -c"):
+        _merge(model, bench.model("llama"), tmp_path / "out")
+    shutil.copytree(plain, adapter)
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"adapter_model\.bin is a pickle.*never loaded") as refused:
+        peft_families.fold(bench.model("llama"), adapter, tmp_path / "out")
+    command = re.search(r'python -c "(.+)"', str(refused.value))
+    assert command is not None
+    subprocess.run([sys.executable, "-c", command[1]], check=True)
+    assert (
+        load_file(adapter / "adapter_model.safetensors").keys() == load_file(plain / "adapter_model.safetensors").keys()
+    )
+
+
+# Side files
+
+
+def test_side_files_are_copied_byte_for_byte_and_code_is_not_run(bench: Bench, tmp_path: Path) -> None:
+    finetuned = tmp_path / "finetuned"
+    shutil.copytree(bench.model("llama"), finetuned)
+    shutil.copytree(bench.model("llama"), tmp_path / "aligned")
+    content = {
+        "tokenizer.json": b'{"model": {"vocab": {"a": 0}}}\r\n', "tokenizer_config.json": b"{ }",
+        "tokenizer.model": b"\0",
+        "chat_template.jinja": b"{{ x }}\n\n", "additional_chat_templates/tool.jinja": b"t",
+        "preprocessor_config.json": b"{}", "processor_config.json": b" {}", "special_tokens_map.json": b"{}\n",
+        "modeling_own.py": b"raise SystemExit('run')\n", "LICENSE": b"terms",
+    }  # fmt: skip
+    for name, data in content.items():
+        (finetuned / name).parent.mkdir(exist_ok=True)
+        (finetuned / name).write_bytes(data)
+    shutil.copy(finetuned / "tokenizer.json", tmp_path / "aligned")
+    for name in ("optimizer.pt", "training_args.bin", "README.md", "adapter_config.json.bak"):
+        (finetuned / name).write_bytes(b"x")
+    (tmp_path / "aligned" / "only_aligned.json").write_text("{}")
+    config = finetuned / "config.json"
+    config.write_text(config.read_text().replace("{", '{\n  "auto_map": {"AutoModel": "modeling_own.Own"},', 1))
+    _merge(tmp_path / "aligned", finetuned, tmp_path / "out")
+    for name in (*content, "config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (finetuned / name).read_bytes(), name
+    for name in ("optimizer.pt", "training_args.bin", "only_aligned.json"):
+        assert not (tmp_path / "out" / name).exists()
+
+
+# Vocabulary
+
+
+def _tokenizer(folder: Path, tokens: list[str], added: dict[str, int]) -> None:
+    entries = [{"id": row, "content": token, "special": True} for token, row in added.items()]
+    vocab = {token: row for row, token in enumerate(tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": entries}))
+
+
+def _speaking(folder: Path, target: Path, rows: int, tokens: list[str], added: dict[str, int], seed: int = 0) -> Path:
+    """A copy of a 40-row model with other tokens, its rows random but for those of the first 38 tokens."""
+    shutil.copytree(folder, target)
+    path, generator = target / "model.safetensors", torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        fresh = torch.randn(rows, 16, generator=generator)
+        for row, token in enumerate(tokens):
+            fresh[row] = tensors[name][int(token[1:])]
+        tensors[name] = fresh
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    _tokenizer(target, tokens, added)
+    return target
+
+
+PLAIN = [f"t{row}" for row in range(38)]
+
+
+@pytest.fixture
+def speakers(bench: Bench, tmp_path: Path) -> dict[str, Path]:
+    base = bench.model("llama")
+    swapped = [*PLAIN]
+    swapped[3], swapped[8] = swapped[8], swapped[3]
+    return {
+        "aligned": _speaking(base, tmp_path / "aligned", 40, PLAIN, {"<pad>": 38}),
+        "appends": _speaking(base, tmp_path / "appends", 48, PLAIN, {"<pad>": 38, "<tool>": 39}, seed=1),
+        "moves": _speaking(base, tmp_path / "moves", 48, swapped, {"<tool>": 38, "<pad>": 39}, seed=2),
+    }
+
+
+def test_a_vocabulary_that_only_appends_is_taken(speakers: dict[str, Path], tmp_path: Path) -> None:
+    plan = _merge(speakers["aligned"], speakers["appends"], tmp_path / "out")
+    assert peft_families.largest_error(tmp_path / "out", speakers["appends"]) == 0
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (speakers["appends"] / name).read_bytes()
+    assert any("matched" in warning for warning in plan["warnings"])
+    assert peft_families.load_model(tmp_path / "out").lm_head.weight.shape == (48, 16)
+
+
+def test_a_vocabulary_that_moves_tokens_is_an_error_that_shows_them(speakers: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"3 tokens differ: 't3': row 3 before, row 8 after.*vocabulary: finetuned"):
+        _merge(speakers["aligned"], speakers["moves"], tmp_path / "out")
+    _merge(speakers["aligned"], speakers["moves"], tmp_path / "taken", vocabulary="finetuned")
+    assert peft_families.largest_error(tmp_path / "taken", speakers["moves"]) == 0
+
+
+def test_rows_are_matched_by_token_where_the_aligned_vocabulary_is_kept(
+    speakers: dict[str, Path], tmp_path: Path
+) -> None:
+    _merge(speakers["aligned"], speakers["moves"], tmp_path / "out", vocabulary="aligned")
+    ours, theirs, before = (
+        peft_families.tensors(p) for p in (tmp_path / "out", speakers["moves"], speakers["aligned"])
+    )
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected = theirs[name][:40].clone()
+        expected[[3, 8, 38]] = theirs[name][[8, 3, 39]]  # by token; <pad> is row 39 there
+        expected[39] = before[name][39]  # no token: padding of the aligned model
+        torch.testing.assert_close(ours[name], expected, rtol=0, atol=0)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (speakers["aligned"] / "config.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (speakers["aligned"] / "tokenizer.json").read_bytes()
+
+
+def test_merged_embeddings_meet_by_token_too(speakers: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    peft_families.run(
+        {
+            "sources": {role: str(speakers[path]) for role, path in
+                        [("aligned", "aligned"), ("finetuned", "moves"), ("safety", "appends")]},
+            "vocabulary": "finetuned", "gate": {"always": True, "scope": name}, "merge": {"alpha": 0.5},
+        },
+        tmp_path / "out",
+    )  # fmt: skip
+    ours, tuned, safe = (
+        peft_families.tensors(p)[name] for p in (tmp_path / "out", speakers["moves"], speakers["appends"])
+    )
+    rows = list(range(48))
+    rows[3], rows[8], rows[38], rows[39] = 8, 3, 39, 38
+    torch.testing.assert_close(ours, 0.5 * tuned + 0.5 * safe[rows], rtol=0, atol=1e-7)
+
+
+def test_strict_refuses_any_difference(speakers: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"vocabulary: strict.*aligned 40, finetuned 48"):
+        _merge(speakers["aligned"], speakers["appends"], tmp_path / "out", vocabulary="strict")
+
+
+def test_an_adapter_that_resized_the_embedding_sets_the_vocabulary_size(bench: Bench, tmp_path: Path) -> None:
+    base = bench.model("llama")
+    resized = peft_families.load_model(base)
+    resized.resize_token_embeddings(44)
+    lora = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    resized.save_pretrained(tmp_path / "resized")
+    peft_families.save_adapter(tmp_path / "resized", tmp_path / "adapter", **lora)
+    peft_families.merge_with_peft(tmp_path / "resized", tmp_path / "adapter", tmp_path / "peft")
+    peft_families.fold(base, tmp_path / "adapter", tmp_path / "out")
+    assert peft_families.largest_error(tmp_path / "out", tmp_path / "peft") <= EXACT
+    before, after = (json.loads((p / "config.json").read_text()) for p in (base, tmp_path / "out"))
+    assert after == {**before, "vocab_size": 44}
+    peft_families.load_model(tmp_path / "out")
+
+
+# Measuring
+
+
+def _moments(v: torch.Tensor, delta: torch.Tensor) -> tuple[float, float, float]:
+    """‖VᵀΔ‖², ‖VVᵀΔ‖ and ‖Δ‖ of matrices (d_out, d_in), float64."""
+    v, delta = v.double(), delta.double()
+    t = v.T @ delta
+    return float((t * t).sum()), float(((v @ t) ** 2).sum()), float((delta * delta).sum())
+
+
+def _rhos(plan: dict[str, Any]) -> dict[str, float]:
+    return {line["name"]: line["rho"] for line in plan["tensors"] if line["rho"] is not None}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", *MIXTURES])
+def test_rho_is_that_of_the_layers_whichever_way_they_are_stored(tmp_path: Path, family: str, kind: str) -> None:
+    saving = {"save_original_format": False} if family in MIXTURES else {}
+    base = peft_families.save_model(family, tmp_path / "base", seed=3, **saving)
+    aligned = peft_families.save_model(family, tmp_path / "aligned", seed=0, **saving)
+    experts = KINDS["experts"](family) if family in MIXTURES else {"target_modules": "all-linear"}
+    adapter = peft_families.save_adapter(aligned, tmp_path / "adapter", **experts)
+    tuned = peft_families.merge_with_peft(aligned, adapter, tmp_path / "peft")
+    peft_families.fold(aligned, adapter, tmp_path / "tuned")  # with the names on disk of `aligned`
+    finetuned: Any = {"adapter": str(adapter)} if kind == "adapter" else str(tmp_path / "tuned")
+    sources = {"base": str(base), "aligned": str(aligned), "finetuned": finetuned, "safety": str(tuned)}
+    if family in MIXTURES:
+        del sources["safety"]
+    plan = peft_families.run({"sources": sources, "gate": {"tau": 0.0}, "merge": {"method": "drop"}}, tmp_path / "out")
+    before, middle, after = (peft_families.tensors(p) for p in (base, aligned, tmp_path / "tuned"))
+    found = _rhos(plan)
+    assert found
+    assert family not in MIXTURES or any(middle[name].ndim == 3 for name in found)
+    for name, rho in found.items():
+        v, delta = middle[name] - before[name], after[name] - middle[name]
+        if family == "gpt2" or (family == "gpt_oss" and v.ndim == 3):  # these are stored (d_in, d_out)
+            v, delta = v.transpose(-1, -2), delta.transpose(-1, -2)
+        parts = [_moments(v, delta)] if v.ndim == 2 else [_moments(*pair) for pair in zip(v, delta, strict=True)]
+        overlap, image, square = (sum(part[i] for part in parts) for i in range(3))
+        assert rho == pytest.approx(overlap / (image * square) ** 0.5, rel=1e-4), name
+
+
+# Adapters as output
+
+
+def _three(bench: Bench, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    tuned = peft_families.save_adapter(
+        bench.model("llama"), tmp_path / "tuned", seed=4, target_modules="all-linear", r=6
+    )
+    sources = {
+        "aligned": str(bench.model("llama")), "finetuned": {"adapter": str(tuned)},
+        "safety": {"adapter": str(bench.safety("llama"))},
+    }  # fmt: skip
+    return {"sources": sources, "gate": {"always": True}, **more}
+
+
+@pytest.mark.parametrize("method", ["slerp", "linear", "task_arithmetic", "replace"])
+def test_adapters_of_small_exact_rank_lose_nothing(bench: Bench, tmp_path: Path, method: str) -> None:
+    recipe = _three(bench, tmp_path, merge={"method": method})
+    peft_families.run(recipe, tmp_path / "full")
+    plan = peft_families.run({**recipe, "output": {"format": "adapter"}}, tmp_path / "out")
+    oracle = peft_families.merge_with_peft(bench.model("llama"), tmp_path / "out", tmp_path / "peft")
+    assert peft_families.largest_error(tmp_path / "full", oracle) <= EXACT
+    assert all(line.get("lost_energy", 0) == 0 for line in plan["tensors"])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert method != "linear" or set(config["rank_pattern"].values()) | {config["r"]} == {6, 9}
+
+
+@pytest.mark.parametrize(("method", "rank"), [("ties", 5), ("dare_ties", 5), ("linear", 4)])
+def test_truncated_adapters_are_the_best_of_their_rank_and_say_what_is_lost(
+    bench: Bench, tmp_path: Path, method: str, rank: int
+) -> None:
+    recipe = _three(bench, tmp_path, merge={"method": method})
+    peft_families.run(recipe, tmp_path / "full")
+    plan = peft_families.run({**recipe, "output": {"format": "adapter", "rank": rank}}, tmp_path / "out")
+    peft_families.merge_with_peft(bench.model("llama"), tmp_path / "out", tmp_path / "peft")
+    before, full, written = (
+        peft_families.tensors(p) for p in (bench.model("llama"), tmp_path / "full", tmp_path / "peft")
+    )
+    lines = {line["name"]: line for line in plan["tensors"] if "lost_energy" in line}
+    assert lines
+    assert any(line["lost_energy"] > 0.01 for line in lines.values())
+    for name, line in lines.items():
+        delta = (full[name] - before[name]).double()
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        torch.testing.assert_close((written[name] - before[name]).double(), best, rtol=0, atol=1e-5)
+        assert line["lost_energy"] == pytest.approx(float((s[rank:] ** 2).sum() / (s**2).sum()), abs=1e-5)
+        assert line["rank"] == min(rank, *delta.shape)
+
+
+def test_full_checkpoints_become_an_adapter_of_the_wanted_rank(bench: Bench, tmp_path: Path) -> None:
+    recipe = _three(bench, tmp_path)
+    peft_families.fold(bench.model("llama"), tmp_path / "tuned", tmp_path / "merged")
+    recipe["sources"]["finetuned"] = str(tmp_path / "merged")
+    recipe["merge"] = {"method": "linear"}
+    peft_families.run(recipe, tmp_path / "full")
+    with pytest.raises(PlanError, match=r"no small exact rank; say `output\.rank`"):
+        peft_families.run({**recipe, "output": {"format": "adapter"}}, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    peft_families.run({**recipe, "output": {"format": "adapter", "rank": 9}}, tmp_path / "out")
+    oracle = peft_families.merge_with_peft(bench.model("llama"), tmp_path / "out", tmp_path / "peft")
+    assert peft_families.largest_error(tmp_path / "full", oracle) <= 1e-5
+
+
+def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_path: Path) -> None:
+    _tokenizer(tmp_path, ["a"], {})
+    recipe = _three(bench, tmp_path)
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "tuned")
+    peft_families.run({**recipe, "output": {"format": "adapter"}}, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "safemerge_plan.json", "safemerge_recipe.yaml",
+            "safemerge_manifest.json", "README.md", "tokenizer.json"} <= names  # fmt: skip
+    assert "config.json" not in names
+    manifest = json.loads((tmp_path / "out" / "safemerge_manifest.json").read_text())
+    assert {entry["file"] for entry in manifest["outputs"]} == names - {"safemerge_manifest.json"}
+
+
+def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
+    from safemerge_recipes.pipeline import Silent
+    from safemerge_recipes.storage.workers import Resources
+    from safemerge_recipes.verification import verify
+
+    recipe = _three(bench, tmp_path, merge={"method": "ties"})
+    peft_families.run({**recipe, "output": {"format": "adapter", "rank": 4}}, tmp_path / "out")
+    resources = Resources(device="cpu", workers=1, memory=2_000_000_000)
+    assert verify(tmp_path / "out", resources, Silent(), deep=True)["recomputed"] > 0
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckError, match=r"adapter_model\.safetensors: it changed"):
+        verify(tmp_path / "out", resources, Silent())
+
+
+def test_methods_that_multiply_matrices_refuse_what_is_stored_otherwise(bench: Bench, tmp_path: Path) -> None:
+    base = peft_families.save_model("gpt2", tmp_path / "base", seed=3)
+    aligned = bench.model("gpt2")
+    sources = {"base": str(base), "aligned": str(aligned), "finetuned": {"adapter": str(bench.safety("gpt2"))}}
+    recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": "project"}}
+    with pytest.raises(RecipeError, match=r"c_attn\.weight is stored \(d_in, d_out\)"):
+        peft_families.run(recipe, tmp_path / "out")
