@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safemerge_recipes.engine.executors.threads import execute
 from safemerge_recipes.engine.folder import (
@@ -35,10 +35,10 @@ from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.planning.memory import projected_peak
-from safemerge_recipes.planning.plan import Outlook, Plan, check_gates, make_plan, survey
+from safemerge_recipes.planning.plan import Measure, Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.planning.plugins import Registry, read_registry
-from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, read_names
-from safemerge_recipes.recipe.model import Recipe
+from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, load_recipe
+from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.masks import mask_path
@@ -47,6 +47,9 @@ from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 from safemerge_recipes.storage.layout import INDEX_FILE
 from safemerge_recipes.storage.workers import Resources, fit_workers
+
+if TYPE_CHECKING:
+    from safemerge_recipes.gate.measurer import Measurer
 
 
 class Progress(Protocol):
@@ -86,17 +89,27 @@ class Resolved:
 class Prepared:
     """Everything that is decided before the first byte is written."""
 
-    recipe: Recipe
-    directory: Path
-    family: Family
-    identities: tuple[FileIdentity, ...]
+    resolved: Resolved
     plan: Plan
     graph: Graph
     resources: Resources
     peak_memory: int
     timings: Mapping[str, float]
-    side_files: Mapping[str, Path]
-    registry: Registry
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was planned."""
+        return self.plan.recipe
+
+    @property
+    def family(self) -> Family:
+        """Its sources."""
+        return self.resolved.family
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Those of every file of the sources."""
+        return self.resolved.identities
 
     def plan_json(self) -> dict[str, Any]:
         """The content of safemerge_plan.json."""
@@ -118,24 +131,6 @@ def _recipe_json(recipe: Recipe) -> str:
     return recipe.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True)
 
 
-def settled(loaded: LoadedRecipe) -> Recipe:
-    """The recipe with every file of names read in, so that it says everything itself."""
-
-    def settle(gate: Any) -> Any:
-        if gate is None:
-            return None
-        if gate.names_file is not None:
-            names = read_names(loaded.resolve(gate.names_file))
-            gate = gate.model_copy(update={"names_file": None, "names": names})
-        if getattr(gate, "complement", None) is not None:
-            gate = gate.model_copy(update={"complement": settle(gate.complement)})
-        return gate
-
-    recipe = loaded.recipe
-    rules = tuple(rule.model_copy(update={"gate": settle(rule.gate)}) for rule in recipe.rules)
-    return recipe.model_copy(update={"gate": settle(recipe.gate), "rules": rules})
-
-
 def choose_device(device: str) -> str:
     """`auto` becomes cuda where there is one. Raises PlanError for a device that is not there."""
     if device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists()):
@@ -153,19 +148,65 @@ def choose_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def resolve(loaded: LoadedRecipe) -> Resolved:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """The checked recipe of a file, whose metrics and methods are built in or an installed plugin's.
+
+    Raises:
+        RecipeError: with every problem in it, a line each.
+    """
+    registry = read_registry()
+    return load_recipe(path, overrides, metrics=registry.names("metrics"), methods=registry.names("methods"))
+
+
+def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     """Finds, fetches and opens the sources. Reads headers only.
+
+    Args:
+        loaded: the recipe.
+        family: its sources, where another recipe with the same ones has opened them.
 
     Raises:
         SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
     """
-    recipe = settled(loaded)
-    family = open_family(recipe, loaded.directory)
+    recipe = loaded.recipe
+    family = family or open_family(recipe, loaded.directory)
     registry = read_registry()
     outlooks = survey(recipe, family, registry.metrics)
     check_gates(outlooks, registry.selectors)
     check_merges(outlooks, family, registry.methods)
     return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family), outlooks, registry)
+
+
+def decide(resolved: Resolved, measure: Measure | None) -> Plan:
+    """The plan: every tensor decided, measured as far as its gate needs.
+
+    Raises:
+        SafemergeError: the plan cannot be made.
+    """
+    known = resolved.registry
+    return make_plan(resolved.recipe, resolved.family, resolved.outlooks, measure, known.metrics, known.selectors)
+
+
+def build(plan: Plan, resolved: Resolved, device: str) -> Graph:
+    """The work of a plan of a family, for a device. Reads nothing.
+
+    Raises:
+        SafemergeError: a tensor cannot be computed from what is stored.
+    """
+    known = resolved.registry
+    return build_graph(plan, resolved.family, resolved.identities, known.methods, known.brings, device)
+
+
+def as_source(prepared: Prepared, role: Role) -> Graph:
+    """The work that writes a source's own model, in the output's dtypes. Reads nothing.
+
+    Raises:
+        PlanError: the recipe does not have it.
+    """
+    if role not in prepared.family.models:
+        raise PlanError(f"sources.{role}: missing; expected it in the recipe")
+    tensors = (replace(t, action="keep", gated=False, take=role, policy=None) for t in prepared.plan.tensors)
+    return build(Plan(prepared.recipe, tuple(tensors), ()), prepared.resolved, prepared.resources.device)
 
 
 def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
@@ -174,33 +215,36 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
     Raises:
         SafemergeError: the plan cannot be made or carried out; nothing has been written.
     """
-    recipe, family, outlooks, registry = resolved.recipe, resolved.family, resolved.outlooks, resolved.registry
-    opened = time.perf_counter()
-    measurer = None
-    if "base" in family.models and any(outlook.policy for outlook in outlooks):
-        from safemerge_recipes.gate.measurer import Measurer
-
-        gated = [outlook.name for outlook in outlooks if outlook.policy]
-        nbytes = sum(
-            ref.nbytes
-            for name in gated
-            for ref in dict.fromkeys(
-                (*(family.v(name) or family.delta("base", name)).refs, *family.delta("finetuned", name).refs)
-            )
-        )
-        progress.phase("measure", nbytes)
-        measurer = Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
-    plan = make_plan(recipe, family, outlooks, measurer, registry.metrics, registry.selectors)
+    begun = time.perf_counter()
+    measurer = measurer_of(resolved, resources, progress, use_cache=use_cache)
+    plan = decide(resolved, measurer)
     measured = time.perf_counter()
-    graph = build_graph(plan, family, resolved.identities, registry.methods, registry.brings, resources.device)
+    graph = build(plan, resolved, resources.device)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
     workers = fit_workers(needs, resources.workers, resources.memory)
     peak = projected_peak(graph, workers, measurer.peak if measurer else 0)
-    timings = {"measure": measured - opened, "plan": time.perf_counter() - measured}
-    return Prepared(
-        recipe, resolved.directory, family, resolved.identities, plan, graph,
-        replace(resources, workers=workers), peak, timings, resolved.side_files, registry,
-    )  # fmt: skip
+    timings = {"measure": measured - begun, "plan": time.perf_counter() - measured}
+    return Prepared(resolved, plan, graph, replace(resources, workers=workers), peak, timings)
+
+
+def measurer_of(
+    resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True
+) -> Measurer | None:
+    """What measures the family's tensors; None where nothing is gated or there is no base and so no V."""
+    family, gated = resolved.family, [outlook.name for outlook in resolved.outlooks if outlook.policy]
+    if "base" not in family.models or not gated:
+        return None
+    from safemerge_recipes.gate.measurer import Measurer
+
+    refs = (
+        ref
+        for name in gated
+        for ref in dict.fromkeys(
+            (*(family.v(name) or family.delta("base", name)).refs, *family.delta("finetuned", name).refs)
+        )
+    )
+    progress.phase("measure", sum(ref.nbytes for ref in refs))
+    return Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
 
 
 def _stored_recipe(prepared: Prepared, output: Path) -> str:
@@ -223,7 +267,7 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
     for part in (values, *values.get("rules", ())):
         mask = (part.get("merge") or {}).get("mask")
         if mask:
-            mask["path"] = os.path.relpath(mask_path(prepared.directory, mask["path"]), output)
+            mask["path"] = os.path.relpath(mask_path(prepared.resolved.directory, mask["path"]), output)
     values.get("output", {}).pop("path", None)
     return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
 
@@ -308,7 +352,7 @@ def _write(
         journal.close()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
     tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
-    plan, beside = prepared.plan_json(), prepared.side_files
+    plan, beside = prepared.plan_json(), prepared.resolved.side_files
     result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
     return {**result, "resumed": len(done)}
 

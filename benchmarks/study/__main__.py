@@ -163,6 +163,9 @@ def points() -> Iterator[Point]:
         yield Point("Safe LoRA", f"Safe LoRA, ρ ≤ {tau}", (f"gate.at_most={tau}", "merge.method=project"))
 
 
+RANDOM: tuple[controls.Kind, ...] = ("random", "random per module")
+
+
 def models(bench: Bench, seeds: int) -> dict[str, tuple[str, Graph, int]]:
     """label -> (approach, graph, merged tensors) of everything that is scored, controls last."""
     found: dict[str, tuple[str, Graph, int]] = {
@@ -179,8 +182,8 @@ def models(bench: Bench, seeds: int) -> dict[str, tuple[str, Graph, int]]:
     gated = bench.plan(next(point.overrides for point in points() if point.label == GATED))
     for picked, kinds in ((half, HALVES), (gated, AS_MANY)):
         for seed in range(seeds):
-            for per_module, label in zip((False, True), kinds, strict=True):
-                plan = controls.drawn(picked, seed, per_module)
+            for kind, label in zip(RANDOM, kinds, strict=True):
+                plan = bench.control(picked, controls.Control(kind, seed))
                 found[f"{label}, seed {seed}"] = (label, bench.graph(plan), len(controls.merged(plan)))
     return found
 

@@ -27,9 +27,8 @@ from benchmarks.timing.run import RESULTS, machine
 from safemerge_recipes.gate import measure as measuring
 from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve, settled
-from safemerge_recipes.planning.plan import Plan, make_plan, survey
-from safemerge_recipes.planning.plugins import read_registry
+from safemerge_recipes.pipeline import Silent, carry_out, decide, prepare, resolve
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.family import open_family
 from safemerge_recipes.storage.arena import Arena, Reader
@@ -134,17 +133,14 @@ def shuffled(root: Mapping[str, Path], where: Path) -> dict[str, Path]:
 def compare(sources: Mapping[str, Path], where: Path) -> dict[str, Any]:
     """Decide every question both ways over one family."""
     loaded = load_recipe(recipe({**sources, "safety": sources["aligned"]}, where))
-    base_recipe, registry = settled(loaded), read_registry()
-    family = open_family(base_recipe, loaded.directory)
+    family = open_family(loaded.recipe, loaded.directory)
     measure = Counted(Measurer(family, WORKER, use_cache=False))
 
-    def decide(gate: Mapping[str, Any], precision: str) -> Plan:
+    def plan(gate: Mapping[str, Any], precision: str) -> Plan:
         path = recipe({**sources, "safety": sources["aligned"]}, where, {**gate, "precision": precision})
-        one = settled(load_recipe(path))
-        outlooks = survey(one, family, registry.metrics)
-        return make_plan(one, family, outlooks, measure, registry.metrics, registry.selectors)
+        return decide(resolve(load_recipe(path), family), measure)
 
-    exact = [tensor for tensor in decide({"tau": 0.5}, "exact").gated if tensor.value is not None]
+    exact = [tensor for tensor in plan({"tau": 0.5}, "exact").gated if tensor.value is not None]
     values = sorted(tensor.value for tensor in exact if tensor.value is not None)
     at = {q: values[min(int(q * len(values)), len(values) - 1)] for q in QUANTILES}
     questions: dict[str, dict[str, Any]] = {
@@ -156,10 +152,10 @@ def compare(sources: Mapping[str, Path], where: Path) -> dict[str, Any]:
     rows = {}
     for question, gate in questions.items():
         measure.asked.clear()
-        first = decide(gate, "exact")
+        first = plan(gate, "exact")
         whole = sum(measure.seconds[one] for one in measure.asked)
         measure.asked.clear()
-        second = decide(gate, "adaptive")
+        second = plan(gate, "adaptive")
         fallbacks = sum(effort == "exact" for effort, _, _ in measure.asked)
         spent = sum(measure.seconds[one] for one in dict.fromkeys(measure.asked))
         agree = sum(a.action == b.action for a, b in zip(first.gated, second.gated, strict=True))

@@ -187,14 +187,14 @@ def controls(
     max_memory: MemoryOption = "2GB",
 ) -> None:
     """Write a recipe's controls: as many tensors at random (also by module type), the others, all, none."""
-    from safemerge_recipes.evaluation.experiments.control_recipes import control_recipes, write_recipes
+    from safemerge_recipes.evaluation.experiments.controls import write_controls
     from safemerge_recipes.pipeline import resolve
 
     memory = _bytes(max_memory)
     loaded = _load(recipe, set_)
     prepared, _ = _prepare(resolve(loaded), device, workers, memory)
     folder = Path.cwd() / output if output else loaded.directory / f"{loaded.path.stem}-controls"
-    for path in write_recipes(control_recipes(loaded, prepared.plan, folder, seeds), folder):
+    for path in write_controls(loaded, prepared.plan, folder, seeds):
         print(path)
 
 

@@ -79,9 +79,9 @@ def _scored(
 def _recipe_models(
     path: Path, tasks: Sequence[str], console: Console, limit: int | None, device: str
 ) -> dict[str, Scores]:
-    from safemerge_recipes.evaluation.live import LiveModel, role_graph
+    from safemerge_recipes.evaluation.live import LiveModel
     from safemerge_recipes.evaluation.scoring import evaluate_live
-    from safemerge_recipes.pipeline import Silent, choose_device, prepare, resolve
+    from safemerge_recipes.pipeline import Silent, as_source, choose_device, prepare, resolve
     from safemerge_recipes.recipe.model import Evaluate
 
     from safemerge_recipes.storage.workers import Resources  # isort: skip
@@ -93,7 +93,7 @@ def _recipe_models(
     found: dict[str, Scores] = {}
     options: dict[str, Any] = ({"tasks": tasks} if tasks else {}) | ({"limit": limit} if limit else {})
     for name in (*prepared.family.models, MERGED):
-        live.become(prepared.graph if name == MERGED else role_graph(prepared, name))  # type: ignore[arg-type]
+        live.become(prepared.graph if name == MERGED else as_source(prepared, name))  # type: ignore[arg-type]
         found[name] = evaluate_live(live, settings, loaded, name, **options)
         console.print(f"Scored {name} in {found[name].seconds:.0f} s", markup=False)
     return found

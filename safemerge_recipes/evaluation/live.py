@@ -20,10 +20,8 @@ from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import choose, quiet
 from safemerge_recipes.methods.base import Tools
-from safemerge_recipes.pipeline import Prepared
-from safemerge_recipes.planning.graph import Graph, Task, build_graph
-from safemerge_recipes.planning.plan import Plan
-from safemerge_recipes.recipe.model import Role
+from safemerge_recipes.pipeline import Prepared, as_source
+from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.sources.family import ROLES
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.files import write_file
@@ -47,16 +45,6 @@ _DTYPES = {
 }
 
 
-def role_graph(prepared: Prepared, role: Role) -> Graph:
-    """The graph that writes a role's own model, in the output's dtypes. Writes and reads nothing."""
-    tensors = tuple(
-        replace(tensor, action="keep", gated=False, take=role, policy=None) for tensor in prepared.plan.tensors
-    )
-    return build_graph(
-        Plan(prepared.recipe, tensors, ()), prepared.family, prepared.identities, device=prepared.resources.device
-    )
-
-
 class LiveModel:
     """A transformers model in memory, and the graph whose model it is.
 
@@ -72,7 +60,7 @@ class LiveModel:
         """Load the merged model from its finished `output`; without one, a full model among the sources.
 
         Args:
-            prepared: What `run.prepare` made.
+            prepared: What `pipeline.prepare` made.
             output: The folder the merge was written to.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: The dtype it computes in, or `auto`; see `evaluate.evaluate`.
@@ -103,7 +91,7 @@ class LiveModel:
         index = checkpoint.directory / INDEX_FILE
         if index.exists():
             (folder / INDEX_FILE).symlink_to(index.resolve())
-        return role_graph(self.prepared, role)
+        return as_source(self.prepared, role)
 
     def _load(self, folder: Path, graph: Graph) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

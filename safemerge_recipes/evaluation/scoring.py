@@ -17,7 +17,7 @@ from safemerge_recipes.engine.manifest import read_manifest, restamp
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import Metric, Scores, evaluate, expand
 from safemerge_recipes.evaluation.statistics import Difference, compare, holm, wilson
-from safemerge_recipes.pipeline import Prepared, provenance_of, render_documents
+from safemerge_recipes.pipeline import Prepared, as_source, provenance_of, render_documents
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.report.scores import read_verdicts
@@ -190,7 +190,7 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
         CheckError: The `eval` extra is missing, a task is unknown, or a model cannot be loaded or scored. The
             merge itself stays as it is.
     """
-    from safemerge_recipes.evaluation.live import LiveModel, role_graph
+    from safemerge_recipes.evaluation.live import LiveModel
 
     settings = loaded.recipe.evaluate
     assert settings is not None  # the caller asks for scores only where the recipe does
@@ -200,7 +200,7 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
     scores: dict[str, Scores] = {}
     for name in (MERGED, *settings.compare):
         if name != MERGED:
-            live.become(role_graph(prepared, name))  # type: ignore[arg-type]  # the recipe's own roles
+            live.become(as_source(prepared, name))  # type: ignore[arg-type]  # the recipe's own roles
         scores[name] = evaluate_live(live, settings, loaded, name)
         console.print(f"Scored {name} in {scores[name].seconds:.0f} s", markup=False)
     content = document(scores, REFERENCES, MERGED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os.path
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,7 +31,10 @@ from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Document, Keys, YamlEr
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe with the place it came from. Relative paths in it are relative to `directory`."""
+    """A recipe with the place it came from. Relative paths in it are relative to `directory`.
+
+    What files of names hold is read in: the recipe says everything itself, as `names`.
+    """
 
     recipe: Recipe
     path: Path
@@ -48,15 +51,30 @@ class LoadedRecipe:
 
     def anchored(self) -> Recipe:
         """The same recipe with absolute paths, so that it can be stored elsewhere."""
+        return self._with_paths(lambda written, absolute: str(absolute))
+
+    def seen_from(self, folder: Path) -> Recipe:
+        """The same recipe with relative paths that start at `folder`; absolute ones and those from `~` stay."""
+
+        def moved(written: str, absolute: Path) -> str:
+            if written.startswith("~") or os.path.isabs(written):
+                return written
+            path = os.path.relpath(absolute, folder)
+            return path if path.startswith(".") else f"./{path}"
+
+        return self._with_paths(moved)
+
+    def _with_paths(self, rewritten: Callable[[str, Path], str]) -> Recipe:
+        """The recipe with every local path replaced, given as it is written and in full."""
         values = _plain(self.recipe)
         for role, source in self.recipe.sources.roles().items():
             folder = self.local(source)
             if folder is not None:
                 key = next(key for key in ("model", "adapter", "location") if getattr(source, key) is not None)
-                given = values["sources"][role]
-                values["sources"][role] = {**given, key: str(folder)} if isinstance(given, dict) else str(folder)
+                given, path = values["sources"][role], rewritten(getattr(source, key), folder)
+                values["sources"][role] = {**given, key: path} if isinstance(given, dict) else path
         for owner, key in _path_keys(values):
-            owner[key] = str(self.resolve(owner[key]))
+            owner[key] = rewritten(owner[key], self.resolve(owner[key]))
         return Recipe.model_validate(values)
 
 
@@ -82,10 +100,9 @@ def _path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Every place in a plain recipe, other than its sources, that holds a path."""
     parts = [values, *values.get("rules", ())]
     for part in parts:
-        gate = part.get("gate") or {}
-        owners = [(gate, "names_file"), (gate.get("complement") or {}, "names_file")]
-        owners.append(((part.get("merge") or {}).get("mask") or {}, "path"))
-        yield from ((owner, key) for owner, key in owners if owner.get(key) is not None)
+        mask = (part.get("merge") or {}).get("mask") or {}
+        if mask.get("path") is not None:
+            yield mask, "path"
     for owner, key in ((values.get("output") or {}, "path"), (values.get("evaluate") or {}, "task_path")):
         if owner.get(key) is not None:
             yield owner, key
@@ -138,6 +155,7 @@ def parse_recipe(
     if not isinstance(document.value, dict):
         found = describe(document.value)
         raise RecipeError(f"{path}:{document.lines[()]}: found {found}; expected a mapping with sources and gate")
+    _refuse_mergekit(path, document.value)
 
     reader = _Reader(path, document, {}, [])
     reader.problems += [(line, reader.place(keys, line), message) for line, keys, message in document.problems]
@@ -146,6 +164,7 @@ def parse_recipe(
     context = {"directory": directory, "metrics": metrics, "methods": methods}
     try:
         recipe = Recipe.model_validate(document.value, context=context)
+        recipe = _with_names(recipe, reader, directory)
     except ValidationError as errors:
         reader.explain(errors)
     if reader.problems:
@@ -154,23 +173,45 @@ def parse_recipe(
     return LoadedRecipe(recipe, path, directory, text)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, what: str = "a recipe file", kin: str = "*.y*ml") -> str:
     try:
         size = path.stat().st_size
         if path.is_dir():
-            raise RecipeError(f"{path}: found a folder; expected a recipe file")
+            raise RecipeError(f"{path}: found a folder{_folder_hint(path)}; expected {what}")
         if size > MAX_BYTES:
             raise RecipeError(f"{path}: found {size} bytes; expected a recipe of at most {MAX_BYTES}")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob(kin)) if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, near, n=1)
-        hint = f'; did you mean "{path.parent / close[0]}"?' if close else "; expected a recipe file"
+        hint = f'; did you mean "{path.parent / close[0]}"?' if close else f"; expected {what}"
         raise RecipeError(f"{path}: there is no such file{hint}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; expected a YAML text file") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
+
+
+def _folder_hint(folder: Path) -> str:
+    """What a folder is that was given as a recipe, and what to do with it."""
+    stored = folder / "safemerge_recipe.yaml"
+    if stored.is_file():
+        return f", an output of this program, whose recipe is {stored}"
+    if (folder / "adapter_config.json").is_file():
+        return " with a PEFT adapter, which a recipe names as in `sources: {finetuned: {adapter: FOLDER}}`"
+    if (folder / "config.json").is_file():
+        return " with a model, which a recipe names as in `sources: {finetuned: FOLDER}`"
+    return ""
+
+
+def _refuse_mergekit(path: Path, value: dict[str, Any]) -> None:
+    """Says what a mergekit configuration is, instead of refusing its keys one by one."""
+    if "merge_method" in value and "sources" not in value:
+        raise RecipeError(
+            f"{path}: a configuration of mergekit; expected a recipe, which names its models under `sources` "
+            "(base, aligned, finetuned, safety), says under `gate` which tensors are merged, and under `merge` how: "
+            "`method: mergekit:NAME` is a method of mergekit"
+        )
 
 
 def read_names(path: Path) -> tuple[str, ...]:
@@ -179,11 +220,36 @@ def read_names(path: Path) -> tuple[str, ...]:
     Raises:
         RecipeError: the file cannot be read or holds none.
     """
-    lines = (line.split("#", 1)[0].strip() for line in _read(path).splitlines())
+    lines = (line.split("#", 1)[0].strip() for line in _read(path, "a file of names", "*").splitlines())
     names = tuple(line for line in lines if line)
     if not names:
         raise RecipeError(f"{path}: found no names; expected one a line")
     return names
+
+
+def _with_names(recipe: Recipe, reader: _Reader, directory: Path) -> Recipe:
+    """The recipe with the names of every `names_file` in its place; a file that cannot be read is a problem."""
+
+    def read(gate: Any, keys: Keys) -> Any:
+        if gate is None:
+            return None
+        if gate.names_file is not None:
+            try:
+                names = read_names(_absolute(gate.names_file, directory))
+            except RecipeError as error:
+                reader.fail((*keys, "names_file"), str(error))
+                return gate
+            gate = gate.model_copy(update={"names_file": None, "names": names})
+            gate.model_fields_set.remove("names_file")
+        if getattr(gate, "complement", None) is not None:
+            gate = gate.model_copy(update={"complement": read(gate.complement, (*keys, "complement"))})
+        return gate
+
+    rules = tuple(
+        rule.model_copy(update={"gate": read(rule.gate, ("rules", place, "gate"))})
+        for place, rule in enumerate(recipe.rules)
+    )
+    return recipe.model_copy(update={"gate": read(recipe.gate, ("gate",)), "rules": rules})
 
 
 @dataclass(slots=True)

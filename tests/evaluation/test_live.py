@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from safemerge_recipes.errors import CheckError  # noqa: E402
-from safemerge_recipes.evaluation.live import LiveModel, role_graph  # noqa: E402
-from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve  # noqa: E402
+from safemerge_recipes.evaluation.live import LiveModel  # noqa: E402
+from safemerge_recipes.pipeline import Silent, as_source, carry_out, prepare, resolve  # noqa: E402
 from safemerge_recipes.recipe.loading import load_recipe  # noqa: E402
 from safemerge_recipes.storage.digests import Digests  # noqa: E402
 from safemerge_recipes.storage.workers import Resources  # noqa: E402
@@ -94,11 +94,11 @@ def test_roles_that_exist_only_as_adapters_are_those_of_peft(recipe, tmp_path):
     prepared = prepared_for(recipe)
     live = LiveModel(prepared, device="cpu", dtype="bfloat16")
     model = AutoModelForCausalLM.from_pretrained(recipe.parent / "base", dtype=torch.float32)
-    live.become(role_graph(prepared, "base"))
+    live.become(as_source(prepared, "base"))
     assert_is(live, load_file(recipe.parent / "base" / "model.safetensors"))
     for role, adapter in (("aligned", "alignment"), ("finetuned", "task")):
         model = PeftModel.from_pretrained(model, recipe.parent / adapter).merge_and_unload()
-        live.become(role_graph(prepared, role))
+        live.become(as_source(prepared, role))
         for name, value in model.state_dict().items():
             torch.testing.assert_close(live.model.state_dict()[name], value.bfloat16(), rtol=1e-2, atol=1e-4)
     assert live.patched == 6

@@ -100,11 +100,13 @@ def per_type(names):
     return sorted(module_type(name) for name in names)
 
 
-def test_controls_keep_the_count_and_change_nothing_but_the_choice(gate_plan):
+def test_controls_keep_the_count_and_change_nothing_but_the_choice(recipe, gate_plan, tmp_path):
     gate, everything = controls.merged(gate_plan), set(controls.choosable(gate_plan))
     assert len(gate) == 2
     assert len(everything) == 6
-    found = controls.controls(gate_plan, range(40))
+    bench = open_bench(recipe, tmp_path / "s.jsonl")
+    known = controls.controls(40)
+    found = {one.label: bench.control(gate_plan, one) for one in known}
     assert controls.merged(found["complement"]) == everything - gate
     assert controls.merged(found["merge all"]) == everything
     assert controls.merged(found["merge none"]) == frozenset()
@@ -116,18 +118,27 @@ def test_controls_keep_the_count_and_change_nothing_but_the_choice(gate_plan):
     assert len(set(free)) > 8
     for plan in found.values():
         for before, after in zip(gate_plan.tensors, plan.tensors, strict=True):
-            assert (before.name, before.gated, before.policy, before.take) == (
-                after.name,
-                after.gated,
-                after.policy,
-                after.take,
-            )
-    again = controls.controls(gate_plan, range(40))
+            assert (before.name, before.gated, before.take) == (after.name, after.gated, after.take)
+            assert (before.policy and before.policy.merge) == (after.policy and after.policy.merge)
+    again = {one.label: bench.control(gate_plan, one) for one in controls.controls(40)}
     assert {label: controls.merged(plan) for label, plan in found.items()} == {
         label: controls.merged(plan) for label, plan in again.items()
     }
     with pytest.raises(ValueError, match="not gated"):
         controls.with_merged(gate_plan, ["model.norm.weight"], "x")
+
+
+def test_the_drawn_controls_are_those_of_earlier_versions(recipe, gate_plan, tmp_path):
+    import random
+
+    bench, gate, all_ = (
+        open_bench(recipe, tmp_path / "s.jsonl"),
+        controls.merged(gate_plan),
+        controls.choosable(gate_plan),
+    )
+    for seed in range(5):
+        names = random.Random(seed).sample(all_, len(gate))
+        assert controls.merged(bench.control(gate_plan, controls.Control("random", seed))) == set(names)
 
 
 def test_the_exact_p_is_the_share_of_orders_in_which_the_gate_is_as_good():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from safemerge_recipes.evaluation.harness import Scores
 from safemerge_recipes.evaluation.scoring import compared, interval, table
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
-from safemerge_recipes.recipe.loading import dump_recipe, load_recipe
+from safemerge_recipes.recipe.loading import dump_recipe
 from safemerge_recipes.report.scatter import Mark, scatter
 from safemerge_recipes.storage.files import write_file, write_json
 
@@ -166,7 +166,8 @@ def sweep(
     overrides, plan = plans[best]
     console.print(f"Chosen: {best}", markup=False, soft_wrap=True)
     reported = {**sources, best: tried[best]}
-    drawn = {label: bench.graph(one) for label, one in controls.controls(plan, range(seeds)).items()} if seeds else {}
+    kinds = {one.label: one for one in (controls.controls(seeds) if seeds else ())}
+    drawn = {label: bench.graph(bench.control(plan, one)) for label, one in kinds.items()}
     console.print(f"{len(drawn)} controls on the test split: {', '.join(second)}", markup=False, soft_wrap=True)
     on_test = _scored(bench, {**reported, **drawn}, second)
     content = {
@@ -177,7 +178,7 @@ def sweep(
         "gated": len(plan.gated),
         "chosen": {"label": best, "overrides": list(overrides), "allowed_loss": allowed_loss},
         "test": {"tasks": second, "models": table(on_test)},
-        "control_tests": control_tests(on_test, best, measures(on_test["finetuned"], second)),
+        "control_tests": control_tests(on_test, best, kinds.values(), measures(on_test["finetuned"], second)),
         "verdicts": [
             {"model": d.model, "reference": d.reference, "task": d.task, "metric": d.metric, "verdict": d.verdict}
             for d in compared({label: on_test[label] for label in reported}, SOURCES, best)
@@ -185,8 +186,7 @@ def sweep(
     }
     write_json(folder / SWEEP_FILE, content)
     write_file(folder / PICTURE_FILE, picture(on_tuning, by, {best}))
-    chosen = load_recipe(bench.path, (*bench.overrides, *overrides))
-    write_file(folder / CHOSEN_FILE, dump_recipe(chosen.anchored()))
+    write_file(folder / CHOSEN_FILE, dump_recipe(bench.load(overrides).anchored()))
     return content
 
 
@@ -197,14 +197,17 @@ def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> 
     return found
 
 
-def control_tests(scores: Mapping[str, Scores], label: str, by: Measures) -> list[dict[str, Any]]:
+def control_tests(
+    scores: Mapping[str, Scores], label: str, kinds: Iterable[controls.Control], by: Measures
+) -> list[dict[str, Any]]:
     """How many random controls of each kind do as well as the point or better, with exact one-sided p.
 
     Each control keeps the count, so that only the choice of tensors differs.
     """
     found: list[dict[str, Any]] = []
+    drawn = [one for one in kinds if one.seed is not None]
     for kind in ("random per module", "random"):
-        own = [one for one in scores if re.fullmatch(rf"{kind} \d+", one)]
+        own = [one.label for one in drawn if one.kind == kind]
         for place, quantity in enumerate(("safety", "utility", "sum")):
             if not own:
                 continue
@@ -233,8 +236,6 @@ def picture(scores: Mapping[str, Scores], by: Measures, chosen: set[str]) -> str
     for label, one in scores.items():
         safety, utility = by.of(one)
         kind = "chosen" if label in chosen else "reference" if label in SOURCES else "point"
-        if re.match(r"random|complement|merge (all|none)", label):
-            kind = "control"
         low, high = interval(one.metric(*by.safety))
         pair = interval(one.metric(*by.utility[0])) if len(by.utility) == 1 else (None, None)
         marks.append(

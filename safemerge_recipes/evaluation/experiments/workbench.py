@@ -17,15 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError
+from safemerge_recipes.evaluation.experiments.controls import Control
 from safemerge_recipes.evaluation.harness import Scores, expand
-from safemerge_recipes.evaluation.live import LiveModel, role_graph
+from safemerge_recipes.evaluation.live import LiveModel
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scoring import evaluate_live
-from safemerge_recipes.gate.measurer import Measurer
-from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve, settled
-from safemerge_recipes.planning.graph import Graph, build_graph, check_merges
-from safemerge_recipes.planning.plan import Plan, check_gates, make_plan, survey
-from safemerge_recipes.recipe.loading import LoadedRecipe, load_recipe
+from safemerge_recipes.pipeline import (
+    Prepared,
+    Progress,
+    Silent,
+    as_source,
+    build,
+    decide,
+    load,
+    measurer_of,
+    prepare,
+    resolve,
+)
+from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.plan import Plan
+from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.storage.workers import Resources
 
@@ -46,7 +57,7 @@ class Bench:
         tasks: What is scored unless said otherwise; the recipe's `evaluate.tasks` by default.
 
     Raises:
-        SafemergeError: As `run.prepare`; CheckError when there are no tasks.
+        SafemergeError: As `pipeline.prepare`; CheckError when there are no tasks.
     """
 
     def __init__(
@@ -60,20 +71,23 @@ class Bench:
         tasks: Sequence[str] = (),
     ) -> None:
         self.path, self.overrides, self.store, self.console = recipe, tuple(overrides), store, console
-        self.loaded: LoadedRecipe = load_recipe(recipe, overrides)
+        self.loaded: LoadedRecipe = load(recipe, overrides)
         given = self.loaded.recipe.evaluate
         if given is None and not tasks:
             raise RecipeError(f"{recipe}: evaluate: missing; expected it there with tasks, or --tasks")
         self.settings: Evaluate = given or Evaluate(tasks=tuple(tasks))
         self.tasks = expand(tuple(tasks) or self.settings.tasks)
         self.prepared: Prepared = prepare(resolve(self.loaded), resources, progress)
-        family = self.prepared.family
-        self.measurer = Measurer(family, resources) if "base" in family.models else None
+        self.measurer = measurer_of(self.prepared.resolved, resources, Silent())
         self._live: LiveModel | None = None
         self._known = self._read()
         self._begun, self._spent, self._scored = time.monotonic(), 0.0, 0
 
     # Plans
+
+    def load(self, overrides: Sequence[str] = ()) -> LoadedRecipe:
+        """The recipe with further overrides. Raises RecipeError when one is wrong."""
+        return load(self.path, (*self.overrides, *overrides))
 
     def plan(self, overrides: Sequence[str] = ()) -> Plan:
         """The plan of the recipe with further overrides; measures nothing twice.
@@ -82,36 +96,24 @@ class Bench:
             RecipeError: an override is wrong, or changes the sources.
             PlanError: the selector cannot be satisfied.
         """
-        recipe = settled(load_recipe(self.path, (*self.overrides, *overrides)))
-        if recipe.sources != self.prepared.recipe.sources:
-            raise RecipeError(f"{', '.join(overrides)}: changes the sources; expected one family in one sweep")
-        family, registry = self.prepared.family, self.prepared.registry
-        outlooks = survey(recipe, family, registry.metrics)
-        check_gates(outlooks, registry.selectors)
-        check_merges(outlooks, family, registry.methods)
-        return make_plan(recipe, family, outlooks, self.measurer, registry.metrics, registry.selectors)
+        return self._decided(self.load(overrides), ", ".join(overrides))
+
+    def control(self, plan: Plan, control: Control) -> Plan:
+        """The plan of a plan's control."""
+        return self._decided(replace(self.loaded, recipe=control.recipe(plan)), control.label)
+
+    def _decided(self, loaded: LoadedRecipe, label: str) -> Plan:
+        if loaded.recipe.sources != self.prepared.recipe.sources:
+            raise RecipeError(f"{label}: changes the sources; expected one family in one sweep")
+        return decide(resolve(loaded, self.prepared.family), self.measurer)
 
     def graph(self, plan: Plan) -> Graph:
         """The work of a plan."""
-        registry = self.prepared.registry
-        return build_graph(
-            plan, self.prepared.family, self.prepared.identities, registry.methods, registry.brings,
-            self.prepared.resources.device,
-        )  # fmt: skip
+        return build(plan, self.prepared.resolved, self.prepared.resources.device)
 
     def role(self, role: Role) -> Graph:
-        """The work of writing a source itself.
-
-        Raises:
-            PlanError: the recipe does not have it.
-        """
-        if role not in self.prepared.family.models:
-            raise PlanError(f"sources.{role}: missing; expected it in the recipe")
-        return role_graph(self.prepared, role)
-
-    def prepared_for(self, plan: Plan) -> Prepared:
-        """Plan and graph as `run.carry_out` takes them."""
-        return replace(self.prepared, recipe=plan.recipe, plan=plan, graph=self.graph(plan))
+        """The work of writing a source itself. Raises PlanError when the recipe does not have it."""
+        return as_source(self.prepared, role)
 
     # Scores
 
