@@ -10,7 +10,7 @@ LIMIT ?=
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py native/merge.c
+$(VENV)/.installed: pyproject.toml native/merge.c native/CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"

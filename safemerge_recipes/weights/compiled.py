@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,14 +114,12 @@ def tiled(right: np.ndarray) -> np.ndarray:
 
 def load(name: str) -> ctypes.CDLL | None:
     """A library of this package by name, or None where it was not built or belongs to another version."""
-    found = (Path(__file__).with_name(name + suffix) for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in found if path.exists()), None)
     try:
-        library = ctypes.CDLL(str(path)) if path else None
-        fits = library is not None and (library.sm_version(), library.sm_size()) == (VERSION, ctypes.sizeof(Merge))
-        return _declared(library) if library is not None and fits else None
+        library = ctypes.CDLL(str(Path(__file__).with_name(f"{name}.so")))
+        fits = (library.sm_version(), library.sm_size()) == (VERSION, ctypes.sizeof(Merge))
     except (OSError, AttributeError):
         return None
+    return _declared(library) if fits else None
 
 
 def _best() -> ctypes.CDLL | None:
