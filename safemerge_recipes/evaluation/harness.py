@@ -1,112 +1,53 @@
 """Scores a model on lm-eval tasks: the shipped ones, or any that lm-eval knows.
 
-A model is a folder on disk or an already loaded transformers model. The result is a plain, frozen value
-with the outcome of every prompt, so that two models can be compared on the same prompts (`statistics`).
-Needs the `eval` extra, which is imported only when a function here is called. Knows nothing of merging.
+A model is a folder on disk or an already loaded transformers model. Tasks are scored one after the other: each result
+is kept as soon as it is there, each answer of the one in work, too. Needs the `eval` extra, which is imported only
+when a function here is called. Knows nothing of merging.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import io
+import hashlib
 import json
-import logging
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation import benchmarks
+from safemerge_recipes.errors import CheckError, WriteError
+from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, quiet, torch_threads
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
-from safemerge_recipes.evaluation.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS
+from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
+from safemerge_recipes.evaluation.store import Store, key_of
+from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, PACKAGES, Suite, expand, load_suite
 
-FORMAT = 1
+__all__ = ["Metric", "Scores", "Subject", "TaskScores", "choose", "evaluate", "expand", "score"]
+
+
+Tell = Callable[[str, int, int], None]
+"""Is told a task, how many of its prompts are done, and of how many."""
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """One metric of one task.
+class Subject:
+    """What is scored.
 
-    `value` is lm-eval's aggregate, `stderr` its standard error (None where it has none). `outcomes` holds
-    the score of every prompt by prompt id, in task order; empty for metrics that are not a mean over prompts.
+    Attributes:
+        name: What it is called in the scores.
+        key: Names its bytes, so that its scores are found again; None: nothing is kept.
+        open: Returns the model, loaded or its folder, and its tokenizer (None: the folder's).
+        peft: An adapter folder to apply to the model folder.
     """
 
-    value: float | None
-    stderr: float | None
-    n: int
-    higher_is_better: bool | None = None
-    outcomes: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskScores:
-    """The metrics of one task by name; lm-eval's filter follows after a comma where the task has several.
-
-    `answers` holds what the model wrote, by prompt id, when it was asked to be kept; `source` says title, licence,
-    origin and number of rows of a published benchmark.
-    """
-
-    version: str
-    metrics: dict[str, Metric]
-    answers: dict[str, str] = field(default_factory=dict)
-    source: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What one model scored. `settings` says under which conditions; `seconds` is wall time with loading."""
-
-    model: str
-    tasks: dict[str, TaskScores]
-    settings: dict[str, Any]
-    seconds: float
-
-    def metric(self, task: str, metric: str) -> Metric:
-        """Return one metric.
-
-        Raises:
-            CheckError: The task was not run, or has no such metric.
-        """
-        if task not in self.tasks:
-            raise CheckError(f"scores of {self.model}: no task {task!r}; there are {', '.join(self.tasks)}")
-        if metric not in self.tasks[task].metrics:
-            known = ", ".join(self.tasks[task].metrics)
-            raise CheckError(f"scores of {self.model}, task {task}: no metric {metric!r}; there are {known}")
-        return self.tasks[task].metrics[metric]
-
-    def to_json(self) -> str:
-        """Return strict JSON: no NaN, no infinities."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Scores:
-        """Return the scores that `to_json` wrote.
-
-        Raises:
-            CheckError: The text is not such a file.
-        """
-        try:
-            data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise ValueError(f"this version reads format {FORMAT}")
-            tasks = {
-                name: TaskScores(
-                    version=task["version"],
-                    metrics={key: Metric(**metric) for key, metric in task["metrics"].items()},
-                    answers=task["answers"],
-                    source=task.get("source"),
-                )
-                for name, task in data.pop("tasks").items()
-            }
-            return cls(tasks=tasks, **data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckError(f"scores: not a safemerge scores file ({type(error).__name__}: {error})") from error
+    name: str
+    key: str | None
+    open: Callable[[], tuple[Any, Any]]
+    peft: Path | str | None = None
 
 
 def evaluate(
@@ -121,12 +62,12 @@ def evaluate(
     tokenizer: Any = None,
     seed: int = 0,
     keep_answers: bool = False,
-    progress: bool = False,
     threads: int | None = None,
     name: str | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = True,
     task_path: Path | str | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> Scores:
     """Return the scores of a model.
 
@@ -147,87 +88,150 @@ def evaluate(
         tokenizer: Of a loaded model.
         seed: Of everything that is random; the shipped tasks decode greedily.
         keep_answers: Keep what the model wrote.
-        progress: Let lm-eval print its progress.
         threads: On a CPU; torch's own choice unless said. Where other work shares the cores, 1 is fastest:
             threads that wait for each other cost more than they bring.
         name: What to call the model in the scores; its folder's name unless said.
         num_fewshot: Examples in the prompt; the task's own number unless said.
         chat_template: Apply the tokenizer's chat template when it has one.
         task_path: A folder with further lm-eval tasks.
+        answer_tokens: Tokens that an answer to a harmful or harmless request may have.
 
     Raises:
         CheckError: The extra is missing, a task is unknown, or the model cannot be loaded or scored. Unknown
             tasks are found before the model is loaded.
     """
-    start = time.perf_counter()
-    names = expand(tasks)
     if limit is not None and limit < 1:
         raise CheckError(f"limit: found {limit}; expected at least 1 prompt")
-    sources = _published(names)
-    with quiet(progress), _kept_mode(model):
-        manager = _task_manager(names, task_path)
-        with _torch_threads(threads):
-            loaded, settings = _load(model, tokenizer, peft, device, dtype, batch_size)
+    suite = load_suite(tasks, task_path=task_path, answer_tokens=answer_tokens)
+    label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
+    subject = Subject(label, None, lambda: (model, tokenizer), peft)
+    return score(
+        subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
+        keep_answers=keep_answers, threads=threads, num_fewshot=num_fewshot, chat_template=chat_template,
+    )  # fmt: skip
+
+
+def score(
+    subject: Subject,
+    suite: Suite,
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    keep_answers: bool = False,
+    threads: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = True,
+    store: Store | None = None,
+    tell: Tell | None = None,
+) -> Scores:
+    """Return the scores of a model on loaded tasks; what the store has is not scored again.
+
+    Args:
+        subject: The model; opened only when something is missing.
+        suite: The tasks.
+        limit, batch_size, device, dtype, seed, keep_answers, threads, num_fewshot, chat_template: See `evaluate`.
+        store: Where results are kept.
+        tell: Told how far it is.
+
+    Raises:
+        CheckError: The model cannot be loaded or scored. What was scored is kept.
+    """
+    start = time.perf_counter()
+    told: Tell = tell or (lambda task, done, total: None)
+    sizes = {task: suite.size(task, limit) for task in suite.tasks}
+    given = {
+        "limit": limit, "batch_size": batch_size, "seed": seed, "num_fewshot": num_fewshot,
+        "chat_template": chat_template, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    conditions = [given, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
+    keys = {task: key_of(subject.key, task, conditions) for task in suite.tasks}
+    kept = store if store is not None and subject.key is not None else None
+    found = {task: one for task in suite.tasks if kept is not None and (one := kept.get(keys[task])) is not None}
+    missing = [task for task in suite.tasks if task not in found]
+    for task in found:
+        told(task, sizes[task], sizes[task])
+    if missing:
+        model, tokenizer = subject.open()
+        with _told_when_stopped(subject.name, kept), quiet(False), kept_mode(model), torch_threads(threads):
+            loaded, settings = _load(model, tokenizer, subject.peft, device, dtype, batch_size)
             if not chat_template:
                 settings["chat_template_sha256"] = None
             settings |= {"limit": limit, "seed": seed, "num_fewshot": num_fewshot}
-            chat = settings["chat_template_sha256"] is not None
-            raw = _run(loaded, names, manager, limit, seed, num_fewshot, chat)
-    scores = {task: replace(_task_scores(task, raw, keep_answers), source=sources.get(task)) for task in raw["samples"]}
-    label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
-    return Scores(label, scores, settings, round(time.perf_counter() - start, 3))
+            settings |= {"answer_tokens": suite.answer_tokens}
+            for task in missing:
+                began = time.perf_counter()
+                listening = _Listening(loaded, kept, keys[task], partial(_share, told, task, sizes[task]))
+                raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
+                scores = replace(_task_scores(task, raw), source=dict(suite.sources[task]) if task in suite.sources else None)
+                found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
+                if kept is not None:
+                    kept.keep(keys[task], subject.name, found[task])
+    tasks = {task: found[task].tasks[task] for task in suite.tasks}
+    if not keep_answers:
+        tasks = {task: replace(one, answers={}) for task, one in tasks.items()}
+    seconds = time.perf_counter() - start if missing else sum(one.seconds for one in found.values())
+    return Scores(subject.name, tasks, next(iter(found.values())).settings, round(seconds, 3))
 
 
-def expand(tasks: Sequence[str]) -> list[str]:
-    """Replace tags by their tasks; drop repeats; keep the order."""
-    if isinstance(tasks, str):
-        tasks = [tasks]
-    names = [name for task in tasks for name in TAGS.get(task, (task,))]
-    if not names:
-        raise CheckError(f"tasks: found none; expected at least one, such as {TASKS[0]}")
-    return list(dict.fromkeys(names))
-
-
-def _published(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What published benchmarks are, by task; says where to get their prompts before a model is loaded for nothing."""
-    found = {name: benchmarks.load(name.removeprefix("safemerge_")) for name in names if name in PUBLISHED_TASKS}
-    return {
-        task: {"title": one.title, "licence": one.licence, "origin": one.origin, "rows": len(one)}
-        for task, one in found.items()
-    }
-
-
-def _task_manager(names: Sequence[str], task_path: Path | str | None) -> Any:
-    shipped = {*TASKS, *TUNING_TASKS, *PUBLISHED_TASKS}
-    others = [name for name in names if name not in shipped]
-    if others:
-        # A misspelt shipped name is worth a quick answer: lm-eval's own index takes seconds to read.
-        for name in others:
-            if name.startswith("safemerge") and task_path is None:
-                raise _unknown(name, sorted({*shipped, *TAGS}))
-    # Read when lm-eval is imported; its pool of bootstrap workers outlasts the work it is given.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+@contextlib.contextmanager
+def _told_when_stopped(name: str, store: Store | None) -> Iterator[None]:
     try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise CheckError(
-            f"evaluation: {error.name or 'lm_eval'} cannot be imported; needed are lm-eval, transformers "
-            "and peft. Try `pip install 'safemerge-recipes[eval]'`."
-        ) from error
-    if task_path is not None and not Path(task_path).is_dir():
-        raise CheckError(f"evaluate.task_path: {task_path}: found no folder; expected one with lm-eval tasks")
-    folders: list[str | Path] = [str(FOLDER), *([] if task_path is None else [str(task_path)])]
-    manager = TaskManager(include_path=folders, include_defaults=bool(others))
-    for name in others:
-        if name not in manager.all_tasks:
-            raise _unknown(name, manager.all_tasks)
-    return manager
+        yield
+    except KeyboardInterrupt:
+        kept = "" if store is None else "; what is scored is kept, the same command goes on from there"
+        raise WriteError(f"stopped while scoring {name}{kept}") from None
 
 
-def _unknown(name: str, known: Sequence[str]) -> CheckError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"shipped tasks are {', '.join(TASKS)}"
-    return CheckError(f"task {name!r}: unknown here and to lm-eval; {hint}")
+def _share(told: Tell, task: str, size: int, done: int, total: int) -> None:
+    """Tells in prompts how far a task is in requests: a choice of three asks for three likelihoods."""
+    told(task, size * done // total if total else size, size)
+
+
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in PACKAGES}
+
+
+class _Listening:
+    """Stands before lm-eval's model: says how far it is, and answers what is kept without asking it again."""
+
+    def __init__(self, loaded: Any, store: Store | None, key: str, tell: Callable[[int, int], None]) -> None:
+        self._known: dict[str, Any] = {} if store is None else store.answers(key)
+        self._store, self._key, self._tell = store, key, tell
+        kinds = ("generate_until", "loglikelihood")
+        self._asked = {kind: getattr(type(loaded), kind).__get__(loaded) for kind in kinds}
+        self._done = self._total = 0
+        self.model = loaded
+        loaded.generate_until = lambda requests, **o: self._answer("generate_until", requests, o)
+        loaded.loglikelihood = lambda requests, **o: self._answer("loglikelihood", requests, o)
+        loaded.set_cache_hook(self)
+
+    def _answer(self, kind: str, requests: list[Any], options: dict[str, Any]) -> list[Any]:
+        sampled = kind == "generate_until" and any(one.args[1].get("do_sample") for one in requests)
+        names = [key_of(kind, one.args[0], one.args[1] if kind == "loglikelihood" else None) for one in requests]
+        left = [one for one, name in zip(requests, names, strict=True) if sampled or name not in self._known]
+        self._done, self._total = len(requests) - len(left), len(requests)
+        self._tell(self._done, self._total)
+        self._keeping = self._store is not None and not sampled
+        fresh = iter(self._asked[kind](left, **options) if left else ())
+        return [
+            next(fresh) if sampled or name not in self._known else _as_given(self._known[name])
+            for name in names
+        ]  # fmt: skip
+
+    def add_partial(self, kind: str, request: tuple[Any, Any], answer: Any) -> None:
+        """Is lm-eval's cache hook: called with every answer as soon as it is there."""
+        self._done = min(self._done + 1, self._total)
+        self._tell(self._done, self._total)
+        if self._keeping and self._store is not None:
+            name = key_of(kind, request[0], request[1] if kind == "loglikelihood" else None)
+            self._store.keep_answer(self._key, name, answer)
+
+
+def _as_given(answer: Any) -> Any:
+    return tuple(answer) if isinstance(answer, list) else answer
 
 
 def _load(
@@ -258,7 +262,7 @@ def _load(
                 peft=adapter,
             )
         except Exception as error:
-            what = f"{type(error).__name__}: {_first_line(error)}"
+            what = f"{type(error).__name__}: {first_line(error)}"
             raise CheckError(
                 f"model {model}: transformers could not load it ({what}). "
                 "`safemerge verify` checks a merged folder tensor by tensor."
@@ -279,28 +283,28 @@ def _load(
         "threads": torch.get_num_threads() if parameter.device.type == "cpu" else None,
         "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
         "refusal_matcher": MATCHER_VERSION,
-        "versions": {
-            package: metadata.version(package) for package in ("lm_eval", "transformers", "tokenizers", "torch", "peft")
-        },
+        "versions": _versions(),
     }
     return wrapped, settings
 
 
 def _run(
-    wrapped: Any, names: Sequence[str], manager: Any, limit: int | None, seed: int, shots: int | None, chat: bool
-) -> Any:
+    listening: _Listening, task: Any, name: str, settings: Mapping[str, Any], limit: int | None, seed: int,
+    shots: int | None,
+) -> Any:  # fmt: skip
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     try:
-        with _without_inventory():
+        with alone():
             return lm_eval.simple_evaluate(
-                model=wrapped,
-                tasks=list(names),
-                task_manager=manager,
+                model=listening.model,
+                tasks=[task],
+                task_manager=TaskManager(include_defaults=False),  # without one lm-eval reads its whole index
                 limit=limit,
                 num_fewshot=shots,
                 log_samples=True,
-                apply_chat_template=chat,
+                apply_chat_template=settings["chat_template_sha256"] is not None,
                 bootstrap_iters=1000,
                 random_seed=seed,
                 numpy_random_seed=seed,
@@ -308,13 +312,10 @@ def _run(
                 fewshot_random_seed=seed,
             )
     except Exception as error:
-        hint = " Tasks that are not shipped load their data from the hub." if set(names) - {*TASKS} else ""
-        raise CheckError(
-            f"evaluation of {', '.join(names)} failed: {type(error).__name__}: {_first_line(error)}.{hint}"
-        ) from error
+        raise CheckError(f"evaluation of {name} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _task_scores(task: str, raw: Mapping[str, Any], keep_answers: bool) -> TaskScores:
+def _task_scores(task: str, raw: Mapping[str, Any]) -> TaskScores:
     """Turn lm-eval's results of one task into ours."""
     samples = raw["samples"][task]
     better = raw.get("higher_is_better", {}).get(task, {})
@@ -333,12 +334,11 @@ def _task_scores(task: str, raw: Mapping[str, Any], keep_answers: bool) -> TaskS
             outcomes=outcomes if len(outcomes) == len(rows) else {},
         )
     answers = {}
-    if keep_answers:
-        for row in samples:
-            text = row["resps"][0][0]
-            # Multiple choice has likelihoods instead of an answer.
-            if isinstance(text, str):
-                answers[_prompt_id(row)] = text
+    for row in samples:
+        text = row["resps"][0][0]
+        # Multiple choice has likelihoods instead of an answer.
+        if isinstance(text, str):
+            answers[_prompt_id(row)] = text
     return TaskScores(str(raw["versions"].get(task)), metrics, answers)
 
 
@@ -385,73 +385,4 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _sha256(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def _kept_mode(model: Any) -> Iterator[None]:
-    """Put a loaded model back into training mode if it was in it; lm-eval switches it off."""
-    was_training = getattr(model, "training", False)
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
-@contextlib.contextmanager
-def _without_inventory() -> Iterator[None]:
-    """Keep lm-eval from listing every package and device of the machine, which takes it seconds a call.
-
-    What matters of them is in the settings.
-    """
-    from lm_eval import evaluator
-
-    inventory = getattr(evaluator, "add_env_info", None)
-    if inventory is None:  # a release that does not
-        yield
-        return
-    evaluator.add_env_info = lambda results: None
-    try:
-        yield
-    finally:
-        evaluator.add_env_info = inventory
-
-
-@contextlib.contextmanager
-def _torch_threads(threads: int | None) -> Iterator[None]:
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def quiet(progress: bool) -> Iterator[None]:
-    """Keep lm-eval's log, bars and printed remarks off the terminal; failures come as exceptions."""
-    if progress:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

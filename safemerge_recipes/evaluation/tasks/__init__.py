@@ -31,3 +31,8 @@ PUBLISHED_TASKS = tuple(
 
 # Tags name several tasks at once, here and on lm-eval's own command line.
 TAGS = {"safemerge": TASKS, "safemerge_tuning": TUNING_TASKS}
+
+
+def benchmark_of(task: str) -> str:
+    """The benchmark that a published task reads; see `safemerge_recipes.evaluation.benchmarks`."""
+    return task.removeprefix("safemerge_")

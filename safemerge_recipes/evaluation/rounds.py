@@ -1,0 +1,55 @@
+"""How far the scoring of several models is, for whoever shows it. Knows no models and no screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from safemerge_recipes.evaluation.harness import Tell
+from safemerge_recipes.evaluation.suite import Suite
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where scoring is: the `place`-th of `models` models, and prompts done of all, over all models and tasks."""
+
+    model: str
+    place: int
+    models: int
+    task: str
+    done: int
+    total: int
+
+
+Listener = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """So many models that answer the same tasks.
+
+    Attributes:
+        listen: Told every step; None: nobody is.
+        models: How many there are.
+        suite: The tasks.
+        limit: Prompts of each task.
+    """
+
+    listen: Listener | None
+    models: int
+    suite: Suite
+    limit: int | None
+
+    def of(self, place: int, model: str) -> Tell:
+        """What `harness.score` is given for one model; places count from 1."""
+        sizes = {task: self.suite.size(task, self.limit) for task in self.suite.tasks}
+        each = sum(sizes.values())
+        finished: dict[str, int] = {}
+
+        def tell(task: str, done: int, total: int) -> None:
+            finished[task] = done
+            if self.listen is not None:
+                so_far = (place - 1) * each + sum(finished.values())
+                self.listen(Step(model, place, self.models, task, so_far, self.models * each))
+
+        return tell

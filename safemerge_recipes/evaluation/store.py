@@ -1,0 +1,90 @@
+"""What was ever scored, in a JSONL file: results of whole tasks, and single answers of a task that was cut short.
+
+Entries are found again by the bytes of the model and the settings, so equal models are scored once whatever they are
+called, and the same command goes on where it stopped. A line is written whole or not at all; a torn one is ignored.
+Knows nothing of how scores are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import CheckError, PlanError
+from safemerge_recipes.evaluation.scores import Scores
+
+
+def scores_folder() -> Path:
+    """Where results are kept that belong to no sweep: `scores` in $SAFEMERGE_CACHE, else ~/.cache/safemerge-recipes."""
+    cache = os.environ.get("SAFEMERGE_CACHE") or Path.home() / ".cache" / "safemerge-recipes"
+    return Path(cache) / "scores"
+
+
+def key_of(*parts: Any) -> str:
+    """A name for what a result depends on; equal parts give equal names."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+class Store:
+    """Kept results of one file.
+
+    Args:
+        path: The file; made when something is kept.
+
+    Raises:
+        PlanError: it is there and cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._scores: dict[str, Scores] = {}
+        self._answers: dict[str, dict[str, Any]] = {}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise PlanError(f"{path}: {error.strerror}; expected a file of scores or none") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                if "answer" in entry:
+                    self._answers.setdefault(entry["key"], {})[entry["request"]] = entry["answer"]
+                else:
+                    self._scores[entry["key"]] = Scores.from_json(json.dumps(entry["scores"]))
+            except (ValueError, KeyError, TypeError, CheckError):
+                continue  # a torn last line, or a format of another version: scored again
+
+    def get(self, key: str) -> Scores | None:
+        """The scores of one model on one task, if they are there."""
+        return self._scores.get(key)
+
+    def keep(self, key: str, label: str, scores: Scores) -> None:
+        """Keeps the scores of one model on one task."""
+        self._scores[key] = scores
+        self._append({"key": key, "label": label, "scores": json.loads(scores.to_json())}, sync=True)
+
+    def answers(self, key: str) -> dict[str, Any]:
+        """What was answered of a task that was not finished, by request."""
+        return dict(self._answers.get(key, {}))
+
+    def keep_answer(self, key: str, request: str, answer: Any) -> None:
+        """Keeps one answer of a task that is not finished yet."""
+        self._answers.setdefault(key, {})[request] = answer
+        self._append({"key": key, "request": request, "answer": answer})
+
+    def _append(self, entry: dict[str, Any], sync: bool = False) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+        with open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # torn by an interruption
+                    line = "\n" + line
+            file.write(line.encode())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
