@@ -399,7 +399,8 @@ def _document(
     check_unchanged(prepared.identities)
     copy_side_files(beside, part, prepared.family.config_edits)
     timings = {**prepared.timings, **timings}
-    render_documents(part, plan, None, provenance_of(prepared))
+    for name, text in documents(plan, None, provenance_of(prepared), part).items():
+        write_file(part / name, text)
     labels: dict[str, tuple[list[str], str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
@@ -432,15 +433,16 @@ def provenance_of(prepared: Prepared) -> dict[str, Any]:
     return {"sources": sources, "versions": versions(), "recipe": dump_recipe(prepared.recipe)}
 
 
-def render_documents(
-    folder: Path, plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any]
-) -> None:
-    """Writes report and model card, with the pictures of a sweep or a probe that lie in the folder."""
+def documents(
+    plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any], folder: Path
+) -> dict[str, str]:
+    """Report and model card by file name, with the pictures of a sweep or a probe that lie in the folder."""
     from safemerge_recipes.report.card import render_card
     from safemerge_recipes.report.page import render_report
 
     drawn = ((title, folder / name) for title, name in PICTURES.items())
     pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
-    page = render_report(plan, scores=scores, provenance=provenance, pictures=pictures)
-    write_file(folder / REPORT_FILE, page)
-    write_file(folder / "README.md", render_card(plan, scores=scores, provenance=provenance))
+    return {
+        REPORT_FILE: render_report(plan, scores=scores, provenance=provenance, pictures=pictures),
+        "README.md": render_card(plan, scores=scores, provenance=provenance),
+    }

@@ -105,9 +105,10 @@ def _files(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str
         try:
             path = _file(folder, name)
             if not path.is_file():
-                yield f"{name}: is missing"
+                if not stamp.new:
+                    yield f"{name}: is missing"
                 continue
-            if path.stat().st_size != stamp.size:
+            if path.stat().st_size not in (stamp.size, stamp.next and stamp.next.size):
                 yield f"{name}: has {path.stat().st_size} bytes; expected {stamp.size}"
                 continue
             refs = read_header(path) if name.endswith(".safetensors") else {}
@@ -127,7 +128,7 @@ def _bytes(
     import xxhash
 
     whole = hashlib.sha256()
-    regions: list[tuple[str | None, int]] = [(None, manifest.outputs[name].size)]
+    regions: list[tuple[str | None, int]] = [(None, path.stat().st_size)]  # which was seen to be right
     if refs:
         start = min(ref.offset for ref in refs.values())
         regions = [(None, start), *((tensor, ref.nbytes) for tensor, ref in refs.items())]
@@ -147,7 +148,8 @@ def _bytes(
             if tensor in manifest.tensors and own.hexdigest() != manifest.tensors[tensor][1]:
                 damaged.append(tensor)
     yield from (f"{name}: {tensor}: its bytes changed" for tensor in damaged)
-    if whole.hexdigest() != manifest.outputs[name].sha256 and not damaged:
+    stamp = manifest.outputs[name]
+    if whole.hexdigest() not in (stamp.sha256, stamp.next and stamp.next.sha256) and not damaged:
         known = any(tensor in manifest.tensors for tensor in refs)
         yield f"{name}: {'its header' if known else 'it'} changed (sha256 {whole.hexdigest()})"
 

@@ -11,7 +11,7 @@ import typer
 
 from safemerge_recipes._version import __version__
 from safemerge_recipes.cli.program import run_program
-from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
 from safemerge_recipes.weights import compiled as native
 
 if TYPE_CHECKING:
@@ -128,11 +128,22 @@ def run(
             report.print_plan(prepared.plan_json(), console)
         return
     target = _target(loaded, output)
+    suite = None
+    if loaded.recipe.evaluate is not None and not no_evaluate:  # what can be wrong with it is known before it costs
+        from safemerge_recipes.evaluation.scoring import suite_of
+
+        suite = suite_of(loaded)
     from safemerge_recipes.engine.folder import check_output
     from safemerge_recipes.storage.digests import Digests
 
     check_output(target, force)
     resolved = resolve(loaded)
+    if suite is not None:
+        from safemerge_recipes.evaluation.chat import check_template
+
+        assert loaded.recipe.evaluate is not None  # it asks for the suite
+        if warning := check_template(resolved.side_files, loaded.recipe.evaluate.chat_template):
+            console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     digests = Digests(resolved.identities)
     try:
         prepared, progress = _prepare(resolved, device, workers, memory)
@@ -143,10 +154,16 @@ def run(
     finally:
         digests.cancelled.set()
     plan = prepared.plan_json()
-    if loaded.recipe.evaluate is not None and not no_evaluate:
+    if suite is not None:
+        from safemerge_recipes.cli.progress import scoring_bar
         from safemerge_recipes.evaluation.scoring import score_output
 
-        result["scores"] = score_output(prepared, target, loaded, console)
+        try:
+            with scoring_bar() as bar:
+                result["scores"] = score_output(prepared, target, loaded, console, suite=suite, listen=bar)
+        except SafemergeError as error:
+            again = f"safemerge evaluate {recipe}" + (f" --output {target}" if output else "")
+            raise type(error)(f"{error}\n{target} is merged and sound; `{again}` goes on from there") from None
     if json_:
         sys.stdout.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     report.print_result(plan, result, console)
@@ -260,13 +277,16 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Score a model folder, or a recipe's finished output beside its sources; put the scores into its report."""
+    from safemerge_recipes.cli.progress import scoring_bar
     from safemerge_recipes.evaluation.compare import evaluate_folder, is_recipe
 
     console = _console(json_)
     if not is_recipe(target):
-        _print_scores(evaluate_folder(target, _tasks(tasks), console, limit=limit, device=device), json_)
+        with scoring_bar() as bar:
+            content = evaluate_folder(target, _tasks(tasks), console, limit=limit, device=device, listen=bar)
+        _print_scores(content, json_)
         return
-    from safemerge_recipes.evaluation.scoring import print_table, score_output
+    from safemerge_recipes.evaluation.scoring import print_table, score_output, suite_of
     from safemerge_recipes.pipeline import resolve
 
     overrides = [*(set_ or ()), *([f"evaluate.limit={limit}"] if limit else [])]
@@ -274,9 +294,10 @@ def evaluate(
     loaded = _load(target, overrides)
     if loaded.recipe.evaluate is None:
         raise RecipeError(f"{target}: evaluate: missing; expected it there with tasks, or --tasks")
-    folder = _target(loaded, output)
+    folder, suite = _target(loaded, output), suite_of(loaded)
     prepared, _ = _prepare(resolve(loaded), device, None, _bytes("2GB"))
-    content = score_output(prepared, folder, loaded, console)
+    with scoring_bar() as bar:
+        content = score_output(prepared, folder, loaded, console, suite=suite, listen=bar)
     if json_:
         sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     print_table(content, console)
@@ -301,10 +322,12 @@ def compare(
     device: DeviceOption = "auto",
 ) -> None:
     """Score models on the same prompts and say, with paired tests, where they differ."""
+    from safemerge_recipes.cli.progress import scoring_bar
     from safemerge_recipes.evaluation.compare import score_models
     from safemerge_recipes.evaluation.scoring import document
 
-    scores = score_models(models, _tasks(tasks), _console(json_), limit=limit, device=device)
+    with scoring_bar() as bar:
+        scores = score_models(models, _tasks(tasks), _console(json_), limit=limit, device=device, listen=bar)
     references = reference or [next(iter(scores))]
     for name in references:
         if name not in scores:
@@ -313,7 +336,13 @@ def compare(
 
 
 def _bench(
-    recipe: Path, set_: list[str] | None, tasks: list[str] | None, limit: int | None, folder: Path, device: str
+    recipe: Path,
+    set_: list[str] | None,
+    tasks: list[str] | None,
+    limit: int | None,
+    folder: Path,
+    device: str,
+    tuning_tasks: list[str] | None = None,
 ) -> Any:
     from safemerge_recipes.cli.progress import progress_bar
     from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
@@ -330,7 +359,7 @@ def _bench(
     progress = progress_bar()
     try:
         store = folder / STORE_FILE
-        return Bench(recipe, overrides, store, resources, progress, _console(True), _tasks(tasks))
+        return Bench(recipe, overrides, store, resources, progress, _console(True), _tasks(tasks), _tasks(tuning_tasks))
     finally:
         progress.pause()
 
@@ -356,6 +385,7 @@ def sweep(
     device: DeviceOption = "auto",
 ) -> None:
     """Try keys of a recipe without writing models; choose on the tuning split, report on the test split."""
+    from safemerge_recipes.cli.progress import scoring_bar
     from safemerge_recipes.evaluation.experiments.sweep import CHOSEN_FILE, PICTURE_FILE, print_sweep
     from safemerge_recipes.evaluation.experiments.sweep import sweep as run_sweep
 
@@ -363,11 +393,9 @@ def sweep(
     axes += grid or []
     if not axes:
         raise RecipeError("sweep: found nothing to vary; expected --tau, --alpha or --grid KEY=V1,V2")
-    bench = _bench(recipe, set_, tasks, limit, output, device)
-    content = run_sweep(
-        bench, axes, output, _console(True),
-        tuning_tasks=_tasks(tuning_tasks), seeds=seeds, allowed_loss=allowed_loss,
-    )  # fmt: skip
+    bench = _bench(recipe, set_, tasks, limit, output, device, tuning_tasks)
+    with scoring_bar() as bar:
+        content = run_sweep(bench, axes, output, _console(True), seeds=seeds, allowed_loss=allowed_loss, listen=bar)
     if json_:
         sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     console = _console(json_)
@@ -388,13 +416,15 @@ def probe(
     device: DeviceOption = "auto",
 ) -> None:
     """Merge one tensor, module type or block at a time; does safety change where ρ says it should?"""
+    from safemerge_recipes.cli.progress import scoring_bar
     from safemerge_recipes.evaluation.experiments.probe import PICTURE_FILE, print_probe
     from safemerge_recipes.evaluation.experiments.probe import probe as run_probe
 
     if by not in ("tensor", "type", "block"):
         raise RecipeError(f"--by {by}: expected tensor, type or block")
     bench = _bench(recipe, set_, tasks, limit, output, device)
-    content = run_probe(bench, by, output, only=only)  # type: ignore[arg-type]  # checked above
+    with scoring_bar() as bar:
+        content = run_probe(bench, by, output, only=only, listen=bar)  # type: ignore[arg-type]  # checked above
     if json_:
         sys.stdout.write(json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     console = _console(json_)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safemerge_recipes.evaluation.rounds import Step
 
 
 class Bar:
@@ -66,6 +71,46 @@ class Quiet:
 
     def pause(self) -> None:
         """Does nothing."""
+
+
+class ScoringBar:
+    """Draws on standard error which model answers which task, and the time left for all of them."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr  # not what others put in its place while they are kept quiet
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __call__(self, step: Step) -> None:
+        """Shows how far scoring is."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._progress is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            console = Console(file=self._stream)
+            self._progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
+            self._progress.start()
+            self._task = self._progress.add_task("", total=step.total)
+        words = f"model {step.place} of {step.models}, {step.model}: {step.task}"
+        self._progress.update(self._task, description=words, completed=step.done, total=step.total)
+
+    def pause(self) -> None:
+        """Takes the bar off the screen until the next step."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+@contextlib.contextmanager
+def scoring_bar() -> Iterator[ScoringBar | None]:
+    """A bar for scoring if standard error is a terminal."""
+    bar = ScoringBar() if sys.stderr.isatty() else None
+    try:
+        yield bar
+    finally:
+        if bar is not None:
+            bar.pause()
 
 
 def progress_bar() -> Bar | Quiet:

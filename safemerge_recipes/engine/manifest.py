@@ -20,7 +20,7 @@ from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.sources.checkpoint import inside
-from safemerge_recipes.storage.files import write_json
+from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.weights import compiled
 
@@ -32,10 +32,17 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """A file's size in bytes and its sha256."""
+    """A file's size in bytes and its sha256.
+
+    Attributes:
+        next: What it may be as well, while it is being replaced; see `replace_files`.
+        new: It may be missing, while it is being added.
+    """
 
     size: int
     sha256: str
+    next: Stamp | None = None
+    new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +146,28 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(engine, inputs, outputs, tensors)
 
 
-def restamp(folder: Path, names: Iterable[str]) -> None:
-    """Brings the manifest up to date after these files of a finished output were written anew, or added."""
+def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
+    """Replaces or adds small files of a finished output, so that its manifest is right at every moment.
+
+    The manifest first allows old and new, then the files are replaced one by one, then it allows the new alone. A
+    run that is cut short in between leaves a sound output; the next one finishes it.
+    """
     value = read_record(folder / MANIFEST_FILE)
-    changed = dict.fromkeys(names)
-    kept = [entry for entry in value["outputs"] if entry["file"] not in changed]
-    stamps = [
-        {"file": n, "size": (folder / n).stat().st_size, "sha256": sha256_of(folder / n)}
-        for n in changed
-        if (folder / n).exists()
-    ]
-    write_json(folder / MANIFEST_FILE, value | {"outputs": sorted(kept + stamps, key=lambda entry: entry["file"])})
+    data = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
+    fresh = {name: {"size": len(one), "sha256": hashlib.sha256(one).hexdigest()} for name, one in data.items()}
+    found = {entry["file"]: entry for entry in value["outputs"]}
+    between, final = dict(found), dict(found)
+    for name, stamp in fresh.items():
+        there = folder / name
+        old = {"size": there.stat().st_size, "sha256": sha256_of(there)} if there.is_file() else None
+        final[name] = {"file": name, **stamp}
+        between[name] = {"file": name, **stamp, "new": True} if old is None else {"file": name, **old, "next": stamp}
+    for outputs in (between, final):
+        entries = [outputs[name] for name in sorted(outputs)]
+        write_json(folder / MANIFEST_FILE, value | {"outputs": entries})
+        if outputs is between:
+            for name, one in data.items():
+                write_file(folder / name, one)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -192,7 +210,8 @@ def _stamp(entry: Any) -> Stamp:
     size, digest = entry["size"], entry["sha256"]
     if type(size) is not int or size < 0 or not re.fullmatch(r"[0-9a-f]{64}", _text(digest)):
         raise ValueError("a size or sha256 is impossible")
-    return Stamp(size, digest)
+    following = entry.get("next")
+    return Stamp(size, digest, None if following is None else _stamp(following), bool(entry.get("new", False)))
 
 
 def versions() -> dict[str, str]:

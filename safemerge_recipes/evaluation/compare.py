@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE
-from safemerge_recipes.engine.manifest import read_record, restamp
+from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, SCORES_FILE
+from safemerge_recipes.engine.manifest import read_record, replace_files
 from safemerge_recipes.errors import CheckError, RecipeError
-from safemerge_recipes.evaluation.harness import Scores, evaluate, expand
-from safemerge_recipes.evaluation.scoring import MERGED, attach, document, threads
+from safemerge_recipes.evaluation import answers
+from safemerge_recipes.evaluation.harness import Subject, Tell, score
+from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.scores import Scores
+from safemerge_recipes.evaluation.scoring import (
+    MERGED,
+    attach,
+    document,
+    model_key,
+    score_graph,
+    side_key,
+    suite_of,
+    threads,
+)
+from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
+from safemerge_recipes.evaluation.suite import Suite, load_suite
 from safemerge_recipes.recipe.loading import load_recipe
-from safemerge_recipes.storage.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,73 +43,146 @@ def is_recipe(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml") and not path.is_dir()
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What holds for every model of a comparison."""
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    device: str
+    console: Console
+    listen: Listener | None
+
+
 def score_models(
-    given: Sequence[str], tasks: Sequence[str], console: Console, *, limit: int | None = None, device: str = "auto"
+    given: Sequence[str],
+    tasks: Sequence[str],
+    console: Console,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    listen: Listener | None = None,
 ) -> dict[str, Scores]:
-    """Scores every model named, by the name it goes by.
+    """Scores every model named, by the name it goes by. Tasks, folders and names are checked before any is loaded.
 
     Args:
         given: Each a model folder, `MODEL+ADAPTER`, a recipe (its sources and its merge, patched in memory),
             or a scores file; `NAME=` before it names it.
         tasks: What is scored; empty: a recipe's own tasks, else all shipped ones.
-        console: Told what goes on.
+        console: Told of every model.
         limit: Prompts of each task.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        listen: Told how far it is.
 
     Raises:
         CheckError: A model cannot be scored.
         RecipeError: Two go by one name.
     """
+    asked = _Asked(tuple(tasks), limit, device, console, listen)
+    named = [_named(text) for text in given]
+    folders = [(label, path) for label, path in named if path.suffix != ".json" and not is_recipe(path)]
+    suite = load_suite(asked.tasks or ("safemerge",)) if folders else None
+    for _, path in folders:
+        _check_folder(path)
+    taken = [label or _own_name(path) for label, path in folders]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"a second model named {twice!r}; name it, as in NAME={folders[-1][1]}")
     found: dict[str, Scores] = {}
-    for text in given:
-        name, equals, rest = text.partition("=")
-        path = Path(rest if equals else text)
-        label = name if equals else None
-        scored = _scored(path, label, tasks, console, limit, device)
+    for label, path in named:
+        if path.suffix == ".json":
+            scored = read_scores(path)
+        elif is_recipe(path):
+            scored = _recipe_models(path, asked)
+        else:
+            assert suite is not None  # there is a folder
+            name, place = label or _own_name(path), folders.index((label, path)) + 1
+            tell = Rounds(listen, len(folders), suite, limit).of(place, name)
+            scored = {name: _folder_scores(path, name, suite, asked, tell)}
+        if label and (path.suffix == ".json" or is_recipe(path)):
+            scored = {f"{label} {name}": one for name, one in scored.items()}
         for key in scored:
             if key in found:
-                raise RecipeError(f"{text}: a second model named {key!r}; name it, as in NAME={path}")
+                raise RecipeError(f"{path}: a second model named {key!r}; name it, as in NAME={path}")
         found |= scored
     return found
 
 
-def _scored(
-    path: Path, label: str | None, tasks: Sequence[str], console: Console, limit: int | None, device: str
-) -> dict[str, Scores]:
-    if path.suffix == ".json":
-        return {f"{label} {name}" if label else name: one for name, one in read_scores(path).items()}
-    if is_recipe(path):
-        found = _recipe_models(path, tasks, console, limit, device)
-        return {f"{label} {name}" if label else name: one for name, one in found.items()}
+def _named(text: str) -> tuple[str | None, Path]:
+    name, equals, rest = text.partition("=")
+    return (name, Path(rest)) if equals else (None, Path(text))
+
+
+def _parts(path: Path) -> tuple[Path, Path | None]:
     folder, plus, adapter = str(path).partition("+")
-    name = label or Path(adapter if plus else folder).name
-    scores = evaluate(
-        folder, tasks or ["safemerge"], limit=limit, device=device, peft=adapter or None, name=name, threads=threads()
-    )
-    console.print(f"Scored {name} in {scores.seconds:.0f} s", markup=False)
-    return {name: scores}
+    return Path(folder), Path(adapter) if plus else None
 
 
-def _recipe_models(
-    path: Path, tasks: Sequence[str], console: Console, limit: int | None, device: str
-) -> dict[str, Scores]:
+def _own_name(path: Path) -> str:
+    folder, adapter = _parts(path)
+    return (adapter or folder).resolve().name
+
+
+def _check_folder(path: Path) -> None:
+    folder, adapter = _parts(path)
+    if not (folder / "config.json").is_file():
+        raise CheckError(f"model {folder}: found no config.json; expected a model folder")
+    if adapter and not (adapter / "adapter_config.json").is_file():
+        raise CheckError(f"adapter {adapter}: found no adapter_config.json; expected a PEFT adapter folder")
+
+
+def _folder_scores(path: Path, name: str, suite: Suite, asked: _Asked, tell: Tell, **options: Any) -> Scores:
+    folder, adapter = _parts(path)
+    key = folder_key(folder, adapter)
+    scores = score(
+        Subject(name, key, lambda: (folder, None), adapter), suite, device=asked.device, threads=threads(),
+        keep_answers=True, store=Store(scores_folder() / f"{key}.jsonl"), tell=tell,
+        **({"limit": asked.limit} | options),
+    )  # fmt: skip
+    asked.console.print(f"Scored {name} in {scores.seconds:.0f} s", markup=False)
+    return scores
+
+
+def folder_key(folder: Path, adapter: Path | None = None) -> str:
+    """Names a model folder, with an adapter on it, by its files: places, sizes and times of change."""
+    files = [path for place in (folder, adapter) if place for path in sorted(place.glob("*")) if path.is_file()]
+    ignored = {REPORT_FILE, SCORES_FILE, MANIFEST_FILE, "README.md"}
+    stats = [
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+        if path.name not in ignored
+    ]
+    return key_of(*stats)
+
+
+def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     from safemerge_recipes.evaluation.live import LiveModel
-    from safemerge_recipes.evaluation.scoring import evaluate_live
     from safemerge_recipes.pipeline import Silent, as_source, choose_device, prepare, resolve
     from safemerge_recipes.recipe.model import Evaluate
-
-    from safemerge_recipes.storage.workers import Resources  # isort: skip
+    from safemerge_recipes.storage.workers import Resources
 
     loaded = load_recipe(path)
-    settings = loaded.recipe.evaluate or Evaluate(tasks=tuple(tasks or ["safemerge"]))
-    prepared = prepare(resolve(loaded), Resources(1, 1 << 30, choose_device(device)), Silent())
-    live = LiveModel(prepared, device=device)
+    settings = loaded.recipe.evaluate or Evaluate(tasks=asked.tasks or ("safemerge",))
+    suite = suite_of(loaded, asked.tasks, settings)
+    prepared = prepare(resolve(loaded), Resources(1, 1 << 30, choose_device(asked.device)), Silent())
+    names = (*prepared.family.models, MERGED)
+    rounds = Rounds(asked.listen, len(names), suite, asked.limit or settings.limit)
+    beside = side_key(prepared.resolved.side_files)
+    held: list[LiveModel] = []
+
+    def live() -> LiveModel:
+        if not held:
+            held.append(LiveModel(prepared, device=asked.device))
+        return held[0]
+
     found: dict[str, Scores] = {}
-    options: dict[str, Any] = ({"tasks": tasks} if tasks else {}) | ({"limit": limit} if limit else {})
-    for name in (*prepared.family.models, MERGED):
-        live.become(prepared.graph if name == MERGED else as_source(prepared, name))  # type: ignore[arg-type]
-        found[name] = evaluate_live(live, settings, loaded, name, **options)
-        console.print(f"Scored {name} in {found[name].seconds:.0f} s", markup=False)
+    for place, name in enumerate(names, 1):
+        graph = prepared.graph if name == MERGED else as_source(prepared, name)  # type: ignore[arg-type]  # a role
+        store = Store(scores_folder() / f"{key_of(model_key(graph), beside)}.jsonl")
+        found[name] = score_graph(
+            live, graph, beside, name, suite, settings, store, rounds.of(place, name), asked.limit, asked.device
+        )
+        asked.console.print(f"Scored {name} in {found[name].seconds:.0f} s", markup=False)
     return found
 
 
@@ -113,7 +200,13 @@ def read_scores(path: Path) -> dict[str, Scores]:
 
 
 def evaluate_folder(
-    folder: Path, tasks: Sequence[str], console: Console, *, limit: int | None = None, device: str = "auto"
+    folder: Path,
+    tasks: Sequence[str],
+    console: Console,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores one model folder; an output of this program gets the scores into its report and card.
 
@@ -123,17 +216,19 @@ def evaluate_folder(
     Raises:
         CheckError: It cannot be scored.
     """
+    _check_folder(folder)
     ours = (folder / MANIFEST_FILE).exists() and (folder / RECIPE_FILE).exists()
     own = load_recipe(folder / RECIPE_FILE).recipe.evaluate if ours else None
     options = {} if own is None else _options(own)
-    names = expand(tuple(tasks) or (own.tasks if own else ("safemerge",)))
-    if limit is not None:
-        options["limit"] = limit
+    suite = load_suite(tuple(tasks) or (own.tasks if own else ("safemerge",)))
+    limit = limit or options.get("limit")
     name = MERGED if ours else folder.resolve().name
-    scores = evaluate(folder, names, device=device, name=name, threads=threads(), **options)
-    content = document({name: scores}, ())
+    tell = Rounds(listen, 1, suite, limit).of(1, name)
+    asked = _Asked(tuple(tasks), limit, device, console, listen)
+    scores = {name: _folder_scores(folder, name, suite, asked, tell, **(options | {"limit": limit}))}
+    content = document(scores, ())
     if ours:
-        attach(folder, content, read_record(folder / PLAN_FILE), provenance_in(folder))
+        attach(folder, content, answers.lines(scores), read_record(folder / PLAN_FILE), provenance_in(folder))
         console.print(f"Put the scores into {folder}", markup=False)
     return content
 
@@ -185,22 +280,20 @@ def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
     Raises:
         CheckError: The folder is no finished output, or a result folder holds no result.
     """
-    from safemerge_recipes.engine.folder import REPORT_FILE, SCORES_FILE
-    from safemerge_recipes.pipeline import render_documents
+    from safemerge_recipes.pipeline import documents
 
     provenance = provenance_in(folder)
     plan = read_record(folder / PLAN_FILE)
     scores = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
-    copied = [name for place in results for name in _copy_results(place, folder)]
-    render_documents(folder, plan, scores, provenance)
-    restamp(folder, (*copied, REPORT_FILE, "README.md"))
+    copied = {name: data for place in results for name, data in _results(place).items()}
+    if copied:
+        replace_files(folder, copied)
+    replace_files(folder, documents(plan, scores, provenance, folder))
 
 
-def _copy_results(place: Path, folder: Path) -> list[str]:
+def _results(place: Path) -> dict[str, bytes]:
     names = [Path(picture).with_suffix(end).name for picture in PICTURES.values() for end in (".svg", ".json")]
-    found = [name for name in names if (place / name).is_file()]
+    found = {name: (place / name).read_bytes() for name in names if (place / name).is_file()}
     if not found:
         raise CheckError(f"{place}: holds no result of a sweep or probe; expected {' or '.join(names[1::2])} there")
-    for name in found:
-        write_file(folder / name, (place / name).read_bytes())
     return found

@@ -26,7 +26,7 @@ from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.evaluation.store import Store, key_of
 from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, PACKAGES, Suite, expand, load_suite
 
-__all__ = ["Metric", "Scores", "Subject", "TaskScores", "choose", "evaluate", "expand", "score"]
+__all__ = ["Metric", "Scores", "Subject", "TaskScores", "choose", "evaluate", "expand", "result_keys", "score"]
 
 
 Tell = Callable[[str, int, int], None]
@@ -142,12 +142,10 @@ def score(
     start = time.perf_counter()
     told: Tell = tell or (lambda task, done, total: None)
     sizes = {task: suite.size(task, limit) for task in suite.tasks}
-    given = {
-        "limit": limit, "batch_size": batch_size, "seed": seed, "num_fewshot": num_fewshot,
-        "chat_template": chat_template, "device": device, "dtype": dtype,
-    }  # fmt: skip
-    conditions = [given, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
-    keys = {task: key_of(subject.key, task, conditions) for task in suite.tasks}
+    keys = result_keys(
+        subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
+        num_fewshot=num_fewshot, chat_template=chat_template,
+    )  # fmt: skip
     kept = store if store is not None and subject.key is not None else None
     found = {task: one for task in suite.tasks if kept is not None and (one := kept.get(keys[task])) is not None}
     missing = [task for task in suite.tasks if task not in found]
@@ -165,15 +163,24 @@ def score(
                 began = time.perf_counter()
                 listening = _Listening(loaded, kept, keys[task], partial(_share, told, task, sizes[task]))
                 raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
-                scores = replace(_task_scores(task, raw), source=dict(suite.sources[task]) if task in suite.sources else None)
+                scores = replace(
+                    _task_scores(task, raw), source=dict(suite.sources[task]) if task in suite.sources else None
+                )
                 found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
                 if kept is not None:
                     kept.keep(keys[task], subject.name, found[task])
     tasks = {task: found[task].tasks[task] for task in suite.tasks}
-    if not keep_answers:
-        tasks = {task: replace(one, answers={}) for task, one in tasks.items()}
     seconds = time.perf_counter() - start if missing else sum(one.seconds for one in found.values())
-    return Scores(subject.name, tasks, next(iter(found.values())).settings, round(seconds, 3))
+    whole = Scores(subject.name, tasks, next(iter(found.values())).settings, round(seconds, 3))
+    return whole if keep_answers else whole.without_answers()
+
+
+def result_keys(subject: Subject, suite: Suite, **given: Any) -> dict[str, str]:
+    """Under which key a store has the scores of a model, by task; `given` are arguments of `score`."""
+    defaults = {"dtype": "auto", "batch_size": None, "num_fewshot": None, "chat_template": True, "seed": 0}
+    machine = Path("/dev/nvidiactl").exists()  # what `auto` stands for
+    known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
+    return {task: key_of(subject.key, task, known) for task in suite.tasks}
 
 
 @contextlib.contextmanager

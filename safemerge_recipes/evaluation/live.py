@@ -18,7 +18,8 @@ from safemerge_recipes.engine.executors.threads import execute, produce
 from safemerge_recipes.engine.folder import copy_side_files, side_files
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation.harness import choose, quiet
+from safemerge_recipes.evaluation.harness import choose
+from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, as_source
 from safemerge_recipes.planning.graph import Graph, Task

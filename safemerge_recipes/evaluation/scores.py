@@ -6,7 +6,7 @@ What `harness` finds and what `statistics`, reports and experiments read. Knows 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from safemerge_recipes.errors import CheckError
@@ -64,6 +64,10 @@ class Scores:
             known = ", ".join(self.tasks[task].metrics)
             raise CheckError(f"scores of {self.model}, task {task}: no metric {metric!r}; there are {known}")
         return self.tasks[task].metrics[metric]
+
+    def without_answers(self) -> Scores:
+        """The same scores without what the model wrote."""
+        return replace(self, tasks={name: replace(one, answers={}) for name, one in self.tasks.items()})
 
     def to_json(self) -> str:
         """Return strict JSON: no NaN, no infinities."""

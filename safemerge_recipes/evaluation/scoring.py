@@ -6,22 +6,28 @@ is printed goes to the console given; files of the output folder are replaced wh
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.folder import REPORT_FILE, SCORES_FILE
-from safemerge_recipes.engine.manifest import read_manifest, restamp
+from safemerge_recipes.engine.folder import SCORES_FILE
+from safemerge_recipes.engine.manifest import read_manifest, replace_files, sha256_of
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation.harness import Metric, Scores, evaluate, expand
+from safemerge_recipes.evaluation import answers
+from safemerge_recipes.evaluation.harness import Subject, Tell, score
+from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.scores import Metric, Scores
 from safemerge_recipes.evaluation.statistics import Difference, compare, holm, wilson
-from safemerge_recipes.pipeline import Prepared, as_source, provenance_of, render_documents
+from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
+from safemerge_recipes.evaluation.suite import Suite, load_suite
+from safemerge_recipes.pipeline import Prepared, as_source, documents, provenance_of
+from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.report.scores import read_verdicts
-from safemerge_recipes.storage.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,30 +39,83 @@ MERGED = "merged"
 REFERENCES: tuple[Role, ...] = ("finetuned", "aligned")
 
 
-def evaluate_live(live: LiveModel, settings: Evaluate, loaded: LoadedRecipe, name: str, **options: Any) -> Scores:
-    """Scores the model that `live` is now, under the recipe's settings.
+def suite_of(loaded: LoadedRecipe, tasks: Sequence[str] = (), settings: Evaluate | None = None) -> Suite:
+    """Finds and loads what a recipe's `evaluate` asks for; needs no model, so that it is known before a merge.
 
     Args:
-        live: The loaded model.
-        settings: The recipe's `evaluate`.
         loaded: The recipe, for its folder.
-        name: What to call the model.
-        options: Further arguments of `evaluate.evaluate`; they win.
+        tasks: Instead of the recipe's.
+        settings: Instead of the recipe's `evaluate`.
 
     Raises:
-        CheckError: A task is unknown or fails.
+        CheckError: The extra is missing, a task is unknown, or its data is not here and cannot be fetched.
     """
-    given: dict[str, Any] = {
-        "limit": settings.limit,
-        "batch_size": settings.batch_size,
-        "num_fewshot": settings.num_fewshot,
-        "chat_template": settings.chat_template,
-        "task_path": loaded.resolve(settings.task_path) if settings.task_path else None,
-        "seed": settings.seed,
-        "threads": threads(),
-    }
-    tasks = options.pop("tasks", settings.tasks)
-    return evaluate(live.model, tasks, tokenizer=live.tokenizer, name=name, **(given | options))
+    asked = settings or loaded.recipe.evaluate
+    assert asked is not None  # the caller asks for scores only where the recipe does
+    path = loaded.resolve(asked.task_path) if asked.task_path else None
+    return load_suite(tuple(tasks) or asked.tasks, task_path=path)
+
+
+def score_graph(
+    live: Callable[[], LiveModel],
+    graph: Graph,
+    beside: str,
+    name: str,
+    suite: Suite,
+    settings: Evaluate,
+    store: Store,
+    tell: Tell | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+) -> Scores:
+    """Scores the model that a graph describes, under the recipe's settings; what is kept is not scored again.
+
+    Args:
+        live: Returns a loaded model of the family; called only when something is to be scored.
+        graph: The model.
+        beside: Names the files that lie beside its weights, from `side_key`.
+        name: What to call it.
+        suite: The tasks.
+        settings: The recipe's `evaluate`.
+        store: Where results are kept.
+        tell: Told how far it is.
+        limit: Prompts of each task; the recipe's by default.
+        device: Where it is scored.
+
+    Raises:
+        CheckError: A task fails.
+    """
+    subject = graph_subject(live, graph, beside, name)
+    given = conditions(settings, limit, device)
+    return score(subject, suite, threads=threads(), keep_answers=True, store=store, tell=tell, **given)
+
+
+def graph_subject(live: Callable[[], LiveModel], graph: Graph, beside: str, name: str) -> Subject:
+    """The model that a graph describes; see `score_graph`."""
+
+    def opened() -> tuple[Any, Any]:
+        model = live()
+        model.become(graph)
+        return model.model, model.tokenizer
+
+    return Subject(name, key_of(model_key(graph), beside), opened)
+
+
+def conditions(settings: Evaluate, limit: int | None, device: str) -> dict[str, Any]:
+    """What a score depends on beside model and tasks, as arguments of `harness.score`."""
+    kept = ("batch_size", "num_fewshot", "chat_template", "seed")
+    return {"limit": limit or settings.limit, "device": device, **{key: getattr(settings, key) for key in kept}}
+
+
+def model_key(graph: Graph) -> str:
+    """Names a model by its bytes: equal keys mean equal tensors."""
+    text = "\n".join(sorted(f"{task.slot.name} {task.key}" for task in graph.tasks))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def side_key(files: Mapping[str, Path]) -> str:
+    """Names what lies beside the weights: configuration, tokenizer, chat template."""
+    return key_of(*((name, sha256_of(path)) for name, path in sorted(files.items())))
 
 
 def threads() -> int | None:
@@ -144,7 +203,7 @@ def document(scores: Mapping[str, Scores], references: Sequence[str], model: str
         "models": table(scores),
         "comparisons": [{**asdict(d), "detected": d.detected, "verdict": d.verdict} for d in comparisons],
         "cautions": list(dict.fromkeys(cautions)),
-        "details": {name: json.loads(one.to_json()) for name, one in scores.items()},
+        "details": {name: json.loads(one.without_answers().to_json()) for name, one in scores.items()},
     }
 
 
@@ -174,14 +233,24 @@ def _cell(entry: Mapping[str, Any]) -> str:
     return f"{entry['value']:>6.1%}  {100 * entry['low']:.1f} to {100 * entry['high']:.1f}  n = {entry['n']}"
 
 
-def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console: Console) -> dict[str, Any]:
+def score_output(
+    prepared: Prepared,
+    output: Path,
+    loaded: LoadedRecipe,
+    console: Console,
+    *,
+    suite: Suite | None = None,
+    listen: Listener | None = None,
+) -> dict[str, Any]:
     """Scores a finished output and the roles its recipe compares; puts scores into report, card and manifest.
 
     Args:
         prepared: What the output was made from.
         output: The finished folder.
         loaded: The recipe, with `evaluate`.
-        console: Told what goes on.
+        console: Told of every model.
+        suite: The recipe's tasks, if they are loaded already.
+        listen: Told how far it is.
 
     Returns:
         The content of `safemerge_scores.json`.
@@ -189,23 +258,34 @@ def score_output(prepared: Prepared, output: Path, loaded: LoadedRecipe, console
     Raises:
         CheckError: The `eval` extra is missing, a task is unknown, or a model cannot be loaded or scored. The
             merge itself stays as it is.
+        WriteError: Stopped. What was scored is kept.
     """
     from safemerge_recipes.evaluation.live import LiveModel
 
     settings = loaded.recipe.evaluate
     assert settings is not None  # the caller asks for scores only where the recipe does
-    expand(settings.tasks)
+    suite = suite or suite_of(loaded)
     _check_output_is(prepared, output)
-    live = LiveModel(prepared, output, device=_device(prepared))
+    names = (MERGED, *settings.compare)
+    rounds = Rounds(listen, len(names), suite, settings.limit)
+    beside, device = side_key(prepared.resolved.side_files), _device(prepared)
+    held: list[LiveModel] = []
+
+    def live() -> LiveModel:
+        if not held:
+            held.append(LiveModel(prepared, output, device=device))
+        return held[0]
+
     scores: dict[str, Scores] = {}
-    for name in (MERGED, *settings.compare):
-        if name != MERGED:
-            live.become(as_source(prepared, name))  # type: ignore[arg-type]  # the recipe's own roles
-        scores[name] = evaluate_live(live, settings, loaded, name)
+    for place, name in enumerate(names, 1):
+        graph = prepared.graph if name == MERGED else as_source(prepared, name)  # type: ignore[arg-type]  # a role
+        store = Store(scores_folder() / f"{key_of(model_key(graph), beside)}.jsonl")
+        tell = rounds.of(place, name)
+        scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)
         console.print(f"Scored {name} in {scores[name].seconds:.0f} s", markup=False)
     content = document(scores, REFERENCES, MERGED)
     print_verdicts(content, console)
-    attach(output, content, prepared.plan_json(), provenance_of(prepared))
+    attach(output, content, answers.lines(scores), prepared.plan_json(), provenance_of(prepared))
     return content
 
 
@@ -225,8 +305,10 @@ def _device(prepared: Prepared) -> str:
     return device if device.startswith("cuda") else "auto"
 
 
-def attach(output: Path, content: dict[str, Any], plan: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Writes the scores into a finished folder: their file, report and card anew, the manifest's entries last."""
-    write_json(output / SCORES_FILE, content)
-    render_documents(output, plan, content, provenance)
-    restamp(output, (SCORES_FILE, REPORT_FILE, "README.md"))
+def attach(
+    output: Path, content: dict[str, Any], answered: str, plan: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """Puts scores and answers into a finished folder, report and card anew. The folder is sound at every moment."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    written = {SCORES_FILE: text, answers.ANSWERS_FILE: answered}
+    replace_files(output, {**written, **documents(plan, content, provenance, output)})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation.harness import Scores
+from safemerge_recipes.evaluation.scores import Scores
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from safemerge_recipes.engine.manifest import restamp
+from safemerge_recipes.engine.manifest import replace_files
 from safemerge_recipes.storage.safetensors import read_header
 from tests.fixtures.program import run
 from tests.fixtures.sharded_family import make_family
@@ -137,7 +137,7 @@ def test_a_forged_output_with_matching_hashes_is_found_by_computing_again(copy):
 
             manifest["tensors"][name][1] = region_digest(opened.fileno(), refs[name].offset, refs[name].nbytes)
         (copy / "safemerge_manifest.json").write_text(json.dumps(manifest))
-        restamp(copy, [file.name])
+        replace_files(copy, {file.name: file.read_bytes()})
         assert run("verify", copy)[0] == 0
         code, _, err = run("verify", copy, "--deep")
         assert code == 6
@@ -150,7 +150,7 @@ def test_a_forged_decision_is_found_by_computing_again(copy):
     line = next(line for line in plan["tensors"] if line["action"] == "merge")
     line["action"], line["method"] = "keep", None
     path.write_text(json.dumps(plan))
-    restamp(copy, [path.name])
+    replace_files(copy, {path.name: path.read_bytes()})
     assert run("verify", copy)[0] == 0
     code, _, err = run("verify", copy, "--deep")
     assert code == 6
@@ -216,7 +216,7 @@ def test_an_adapter_output_is_verified_deep_and_its_damage_found(tmp_path):
     code, _, err = run("verify", tmp_path / "out")
     assert code == 6
     assert file.name in err
-    restamp(tmp_path / "out", [file.name])
+    replace_files(tmp_path / "out", {file.name: file.read_bytes()})
     assert run("verify", tmp_path / "out")[0] == 0
     code, _, err = run("verify", tmp_path / "out", "--deep")
     assert code == 6

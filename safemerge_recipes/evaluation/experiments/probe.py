@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.evaluation.experiments import controls
-from safemerge_recipes.evaluation.experiments.sweep import measures, tuning
+from safemerge_recipes.evaluation.experiments.measures import measures
 from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.rounds import Listener, Rounds
 from safemerge_recipes.evaluation.statistics import spearman
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.planning.plan import Plan
@@ -66,6 +67,7 @@ def probe(
     overrides: Sequence[str] = (),
     limit: int | None = None,
     only: int | None = None,
+    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores every group merged alone, and writes `safemerge_probe.json` and its picture.
 
@@ -77,12 +79,13 @@ def probe(
         overrides: `KEY=VALUE` texts on top of the bench's: what merging means.
         limit: Only the first so many prompts of each task; the recipe's by default.
         only: Probe only so many groups, spread evenly over the model.
+        listen: Told how far it is.
 
     Raises:
         PlanError: nothing is gated.
         CheckError: scoring failed. What was scored is kept.
     """
-    names = list(tasks) or tuning(bench.tasks)
+    names = list(tasks) or bench.tuning
     plan = bench.plan(overrides)
     found = groups(plan, by)
     if not found:
@@ -90,13 +93,17 @@ def probe(
     if only is not None and only < len(found):
         keys = list(found)
         found = {keys[i * len(keys) // only]: found[keys[i * len(keys) // only]] for i in range(only)}
-    none = bench.score(bench.graph(controls.with_merged(plan, (), "probe")), "merge none", names, len(found), limit)
-    weigh = measures(none, names)
+    suite = bench.suite(names)
+    weigh = measures(suite.better, names)
+    rounds = Rounds(listen, 1 + len(found), suite, limit or bench.settings.limit)
+    graph = bench.graph(controls.with_merged(plan, (), "probe"))
+    none = bench.score(graph, "merge none", names, len(found), limit, rounds.of(1, "merge none"))
     safety, utility = weigh.of(none)
     rows: dict[str, dict[str, Any]] = {}
     for place, (name, members) in enumerate(found.items()):
         graph = bench.graph(controls.with_merged(plan, members, f"probe: {name}"))
-        one = weigh.of(bench.score(graph, name, names, len(found) - place - 1, limit))
+        scores = bench.score(graph, name, names, len(found) - place - 1, limit, rounds.of(place + 2, name))
+        one = weigh.of(scores)
         change = {"safety": one[0] - safety, "utility": one[1] - utility}
         rows[name] = {"tensors": len(members), **measured(plan, members), **change}
     content = {

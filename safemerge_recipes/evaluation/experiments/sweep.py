@@ -9,14 +9,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
+from safemerge_recipes.evaluation.experiments.measures import Measures, measures
 from safemerge_recipes.evaluation.experiments.workbench import Bench
-from safemerge_recipes.evaluation.harness import Scores
+from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import compared, interval, table
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
@@ -35,46 +36,6 @@ CHOSEN_FILE = "chosen.yaml"
 SOURCES = ("finetuned", "aligned")
 
 
-@dataclass(frozen=True, slots=True)
-class Measures:
-    """What counts as safety and what as utility: (task, metric) pairs; utility is the mean of its pairs."""
-
-    safety: tuple[str, str]
-    utility: tuple[tuple[str, str], ...]
-
-    def of(self, scores: Scores) -> tuple[float, float]:
-        """(safety, utility) of a model. Raises CheckError when a score has no value."""
-        values = [scores.metric(*pair).value for pair in (self.safety, *self.utility)]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            raise CheckError(f"scores of {scores.model}: a metric has no value; expected a number for every prompt")
-        return known[0], sum(known[1:]) / len(known[1:])
-
-
-def measures(scores: Scores, tasks: Sequence[str]) -> Measures:
-    """Safety and utility among the tasks: the refusal that should be high, and every accuracy beside it.
-
-    Raises:
-        CheckError: there is none of either.
-    """
-    safety: tuple[str, str] | None = None
-    utility: list[tuple[str, str]] = []
-    for task in tasks:
-        found = scores.tasks[task].metrics
-        refusal = found.get("refusal")
-        if refusal is not None:
-            if refusal.higher_is_better and safety is None:
-                safety = (task, "refusal")
-            continue
-        best = next((name for name, metric in found.items() if metric.higher_is_better), None)
-        if best is not None:
-            utility.append((task, best))
-    if safety is None or not utility:
-        missing = "a refusal task such as safemerge_refusal" if safety is None else "a utility task such as gsm8k"
-        raise CheckError(f"evaluate.tasks: {', '.join(tasks)}: lacks {missing}; a sweep weighs safety against utility")
-    return Measures(safety, tuple(utility))
-
-
 def parse_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
     """Every combination of `KEY=V1,V2,…` axes, each as `KEY=VALUE` texts. Commas inside brackets do not split.
 
@@ -89,24 +50,6 @@ def parse_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
             raise RecipeError(f"{axis}: not an axis of a grid; expected KEY=V1,V2, such as gate.tau=0.1,0.2")
         lists.append([f"{key.strip()}={value}" for value in dict.fromkeys(values)])
     return list(itertools.product(*lists))
-
-
-def tuning(tasks: Sequence[str]) -> list[str]:
-    """The tuning split of each task.
-
-    Raises:
-        CheckError: a task has none, so that a choice on it could not be reported on other prompts.
-    """
-    from safemerge_recipes.evaluation.tasks import TUNING_TASKS
-
-    found = [task if task in TUNING_TASKS else f"{task}_tuning" for task in tasks]
-    for task, split in zip(tasks, found, strict=True):
-        if split not in TUNING_TASKS:
-            raise CheckError(
-                f"task {task}: has no tuning split; expected tasks among "
-                f"{', '.join(t.removesuffix('_tuning') for t in TUNING_TASKS)}, or --tuning-tasks"
-            )
-    return found
 
 
 def choose(values: Mapping[str, tuple[float, float]], finetuned_utility: float, allowed_loss: float) -> str:
@@ -129,9 +72,9 @@ def sweep(
     folder: Path,
     console: Console,
     *,
-    tuning_tasks: Sequence[str] = (),
     seeds: int = 10,
     allowed_loss: float = 0.02,
+    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores the grid and its controls and writes everything into a folder.
 
@@ -140,9 +83,9 @@ def sweep(
         axes: `KEY=V1,V2,…` texts.
         folder: Where results go; exists.
         console: Told what goes on.
-        tuning_tasks: Tasks to choose on; by default the tuning splits of the bench's tasks.
         seeds: Random controls of each of the two kinds; 0: no controls.
         allowed_loss: Utility that the chosen point may lose against the fine-tuned model, from 0 to 1.
+        listen: Told how far it is.
 
     Returns:
         The content of `safemerge_sweep.json`.
@@ -150,7 +93,7 @@ def sweep(
     Raises:
         SafemergeError: a point of the grid is no sound recipe, or scoring failed. What was scored is kept.
     """
-    first, second = list(tuning_tasks) or tuning(bench.tasks), bench.tasks
+    first, second = bench.tuning, bench.tasks
     if set(first) & set(second):
         raise CheckError(f"tasks: {', '.join(sorted(set(first) & set(second)))}: chosen and reported on the same split")
     plans: dict[str, tuple[tuple[str, ...], Plan]] = {}
@@ -159,8 +102,8 @@ def sweep(
     sources = {role: bench.role(role) for role in SOURCES}  # type: ignore[arg-type]  # roles
     tried = {**sources, **{label: bench.graph(plan) for label, (_, plan) in plans.items()}}
     console.print(f"{len(plans)} points on the tuning split: {', '.join(first)}", markup=False, soft_wrap=True)
-    on_tuning = _scored(bench, tried, first)
-    by = measures(on_tuning["finetuned"], first)
+    on_tuning = _scored(bench, tried, first, listen)
+    by = measures(bench.suite(first).better, first)
     values = {label: by.of(scores) for label, scores in on_tuning.items()}
     best = choose({label: values[label] for label in plans}, values["finetuned"][1], allowed_loss)
     overrides, plan = plans[best]
@@ -169,7 +112,7 @@ def sweep(
     kinds = {one.label: one for one in (controls.controls(seeds) if seeds else ())}
     drawn = {label: bench.graph(bench.control(plan, one)) for label, one in kinds.items()}
     console.print(f"{len(drawn)} controls on the test split: {', '.join(second)}", markup=False, soft_wrap=True)
-    on_test = _scored(bench, {**reported, **drawn}, second)
+    on_test = _scored(bench, {**reported, **drawn}, second, listen)
     content = {
         "format": FORMAT,
         "axes": list(axes),
@@ -178,7 +121,7 @@ def sweep(
         "gated": len(plan.gated),
         "chosen": {"label": best, "overrides": list(overrides), "allowed_loss": allowed_loss},
         "test": {"tasks": second, "models": table(on_test)},
-        "control_tests": control_tests(on_test, best, kinds.values(), measures(on_test["finetuned"], second)),
+        "control_tests": control_tests(on_test, best, kinds.values(), measures(bench.suite(second).better, second)),
         "verdicts": [
             {"model": d.model, "reference": d.reference, "task": d.task, "metric": d.metric, "verdict": d.verdict}
             for d in compared({label: on_test[label] for label in reported}, SOURCES, best)
@@ -190,11 +133,14 @@ def sweep(
     return content
 
 
-def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
-    found = {}
-    for place, (label, graph) in enumerate(graphs.items()):
-        found[label] = bench.score(graph, label, tasks, left=len(graphs) - place - 1)
-    return found
+def _scored(
+    bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str], listen: Listener | None
+) -> dict[str, Scores]:
+    rounds = Rounds(listen, len(graphs), bench.suite(tasks), bench.settings.limit)
+    return {
+        label: bench.score(graph, label, tasks, len(graphs) - place, tell=rounds.of(place, label))
+        for place, (label, graph) in enumerate(graphs.items(), 1)
+    }
 
 
 def control_tests(

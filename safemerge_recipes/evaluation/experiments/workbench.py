@@ -7,21 +7,21 @@ called, and a run that was cut short goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safemerge_recipes.errors import CheckError, PlanError, RecipeError
+from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.evaluation.experiments.controls import Control
-from safemerge_recipes.evaluation.harness import Scores, expand
+from safemerge_recipes.evaluation.experiments.measures import measures, tuning
+from safemerge_recipes.evaluation.harness import Tell, result_keys
 from safemerge_recipes.evaluation.live import LiveModel
-from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
-from safemerge_recipes.evaluation.scoring import evaluate_live
+from safemerge_recipes.evaluation.scores import Scores
+from safemerge_recipes.evaluation.scoring import conditions, graph_subject, score_graph, side_key, suite_of
+from safemerge_recipes.evaluation.store import Store
+from safemerge_recipes.evaluation.suite import Suite, expand
 from safemerge_recipes.pipeline import (
     Prepared,
     Progress,
@@ -55,6 +55,10 @@ class Bench:
         progress: Told of the gate pass.
         console: Told of every score.
         tasks: What is scored unless said otherwise; the recipe's `evaluate.tasks` by default.
+        tuning_tasks: Tasks to choose on; none given: the tuning splits of the others; None: nothing is chosen.
+
+    Attributes:
+        tuning: The tasks to choose on.
 
     Raises:
         SafemergeError: As `pipeline.prepare`; CheckError when there are no tasks.
@@ -69,19 +73,27 @@ class Bench:
         progress: Progress,
         console: Console,
         tasks: Sequence[str] = (),
+        tuning_tasks: Sequence[str] | None = None,
     ) -> None:
-        self.path, self.overrides, self.store, self.console = recipe, tuple(overrides), store, console
+        self.path, self.overrides, self.store, self.console = recipe, tuple(overrides), Store(store), console
         self.loaded: LoadedRecipe = load(recipe, overrides)
         given = self.loaded.recipe.evaluate
         if given is None and not tasks:
             raise RecipeError(f"{recipe}: evaluate: missing; expected it there with tasks, or --tasks")
         self.settings: Evaluate = given or Evaluate(tasks=tuple(tasks))
         self.tasks = expand(tuple(tasks) or self.settings.tasks)
+        self._suites: dict[tuple[str, ...], Suite] = {}
+        self.tuning: list[str] = [] if tuning_tasks is None else expand(tuple(tuning_tasks) or tuning(self.tasks))
+        for names in filter(None, (self.tasks, self.tuning)):  # all of this is known before anything is measured
+            suite = self.suite(names)
+            if tuning_tasks is not None:
+                measures(suite.better, tuple(suite.tasks))
         self.prepared: Prepared = prepare(resolve(self.loaded), resources, progress)
         self.measurer = measurer_of(self.prepared.resolved, resources, Silent())
+        self._device = resources.device if resources.device.startswith("cuda") else "auto"
+        self._beside = side_key(self.prepared.resolved.side_files)
         self._live: LiveModel | None = None
-        self._known = self._read()
-        self._begun, self._spent, self._scored = time.monotonic(), 0.0, 0
+        self._spent, self._scored, self._opened = 0.0, 0, 0
 
     # Plans
 
@@ -118,7 +130,13 @@ class Bench:
     # Scores
 
     def score(
-        self, graph: Graph, label: str, tasks: Sequence[str] = (), left: int | None = None, limit: int | None = None
+        self,
+        graph: Graph,
+        label: str,
+        tasks: Sequence[str] = (),
+        left: int | None = None,
+        limit: int | None = None,
+        tell: Tell | None = None,
     ) -> Scores:
         """Scores a model on tasks, each task once.
 
@@ -128,32 +146,39 @@ class Bench:
             tasks: By default the bench's own.
             left: How many scores are still to come, for the time left that is shown.
             limit: Only the first so many prompts of each task; the recipe's by default.
+            tell: Told how far it is.
 
         Raises:
             CheckError: scoring failed.
         """
-        model = model_key(graph)
-        names = expand(tuple(tasks) or self.tasks)
-        limit = limit or self.settings.limit
-        keys = {task: self._key(model, task, limit) for task in names}
-        missing = [task for task in names if keys[task] not in self._known]
-        if missing:
-            started = time.monotonic()
-            live = self._model()
-            live.become(graph)
-            for task in missing:  # one after the other: each is kept as soon as it is there
-                found = evaluate_live(live, self.settings, self.loaded, label, tasks=[task], limit=limit)
-                self._keep(keys[task], label, found)
+        suite, opened = self.suite(tasks or self.tasks), self._opened
+        started = time.monotonic()
+        found = score_graph(
+            self._model, graph, self._beside, label, suite, self.settings, self.store, tell, limit, self._device
+        )
+        if self._opened > opened:
             self._spent += time.monotonic() - started
             self._scored += 1
-            self._tell(label, live.patched, left)
-        parts = [self._known[keys[task]] for task in names]
-        merged = {task: part.tasks[task] for task, part in zip(names, parts, strict=True)}
-        return Scores(label, merged, parts[0].settings, round(sum(part.seconds for part in parts), 3))
+            assert self._live is not None  # it was opened
+            self._tell(label, self._live.patched, left)
+        return found
 
     def has(self, graph: Graph, task: str, limit: int | None = None) -> bool:
         """Whether a score is there already, so that `score` would not run the model."""
-        return self._key(model_key(graph), task, limit or self.settings.limit) in self._known
+        subject = graph_subject(self._model, graph, self._beside, "")
+        keys = result_keys(subject, self.suite([task]), **conditions(self.settings, limit, self._device))
+        return all(self.store.get(key) is not None for key in keys.values())
+
+    def suite(self, tasks: Sequence[str]) -> Suite:
+        """Loaded tasks; each is loaded once.
+
+        Raises:
+            CheckError: a task is unknown or its data is missing.
+        """
+        names = tuple(expand(tasks))
+        if names not in self._suites:
+            self._suites[names] = suite_of(self.loaded, names, self.settings)
+        return self._suites[names]
 
     def _tell(self, label: str, patched: int, left: int | None) -> None:
         text = f"{label}: scored ({patched} tensors patched; {self._spent / self._scored:.0f} s a model)"
@@ -163,50 +188,7 @@ class Bench:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def _model(self) -> LiveModel:
+        self._opened += 1
         if self._live is None:
-            device = self.prepared.resources.device
-            self._live = LiveModel(self.prepared, device=device if device.startswith("cuda") else "auto")
+            self._live = LiveModel(self.prepared, device=self._device)
         return self._live
-
-    # The store
-
-    def _key(self, model: str, task: str, limit: int | None) -> str:
-        kept = self.settings.model_dump(exclude={"tasks", "compare"}) | {"limit": limit}
-        text = json.dumps([model, task, kept, MATCHER_VERSION], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def _read(self) -> dict[str, Scores]:
-        known: dict[str, Scores] = {}
-        try:
-            lines = self.store.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return known
-        except OSError as error:
-            raise PlanError(f"{self.store}: {error.strerror}; expected a file of scores or none") from None
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                known[entry["key"]] = Scores.from_json(json.dumps(entry["scores"]))
-            except (ValueError, KeyError, TypeError, CheckError):
-                continue  # a torn last line, or a format of another version: scored again
-        return known
-
-    def _keep(self, key: str, label: str, scores: Scores) -> None:
-        self._known[key] = scores
-        entry: dict[str, Any] = {"key": key, "label": label, "scores": json.loads(scores.to_json())}
-        self.store.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-        with open(self.store, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # torn by an interruption
-                    line = "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def model_key(graph: Graph) -> str:
-    """Names a model by its bytes: equal keys mean equal tensors."""
-    text = "\n".join(sorted(f"{task.slot.name} {task.key}" for task in graph.tasks))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
