@@ -2,26 +2,21 @@
 
 A pattern is matched against the whole name. In a glob `*` is any run of characters (dots too), `?` any one
 character, `[abc]`, `[a-z]` and `[!abc]` one of a set, `{a,b}` one of the alternatives, `{0..3}` one of the
-integers, and `\\` takes the next character as it is. Between slashes stands a Python regular expression that
-must match the whole name: `/.*q_proj.*/`, not `/q_proj/`. Full matches fail closed: a pattern that is too
-narrow matches nothing, and a rule that matches nothing is an error.
+integers, and `\\` takes the next character as it is. Between slashes stands a regular expression that must match
+the whole name: `/.*q_proj.*/`, not `/q_proj/`. Full matches fail closed: a pattern that is too narrow matches
+nothing, and a rule that matches nothing is an error.
 
-A recipe may come from a stranger, so matching must not hang. Globs never backtrack over an earlier `*`. A
-regular expression is bounded in length and in its number of quantifiers, a quantified group may hold
-neither a quantifier nor an alternation, and before each name the number of ways in which it could be tried is
-bounded. This file knows nothing of recipes or checkpoints.
+A recipe may come from a stranger, so matching must not hang. Globs never backtrack over an earlier `*`. Regular
+expressions are RE2's: the time is linear in the name's length, the memory bounded; what would need backtracking
+(look-around, back-references) is not in its syntax. This file knows nothing of recipes or checkpoints.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-from safemerge_recipes.errors import RecipeError
 
 MAX_LENGTH = 1_000
 """Longest pattern, in characters."""
@@ -31,13 +26,8 @@ MAX_PIECES = 200_000
 """Most characters all alternatives of one glob may hold together."""
 MAX_WILD_PIECES = 20_000
 """The same for alternatives with wildcards, which cost far more than plain names."""
-MAX_QUANTIFIERS = 4
-"""Most quantifiers in one regular expression: each can multiply the work by the length of the name."""
-
-MAX_WAYS = 10**9
-"""Most ways in which a regular expression may be tried on one name: about three seconds."""
-MAX_SECONDS = 30.0
-"""Longest time one regular expression may spend on all names together."""
+MAX_MEMORY = 1 << 18
+"""Bytes that one compiled regular expression may take: matching a name of usual length takes a millisecond at most."""
 
 _ANY_RUN = None
 """The piece that stands for `*`; every other piece is the regular expression of one character."""
@@ -219,7 +209,9 @@ def _parse_set(pattern: str, at: int) -> tuple[str, int]:
     body = re.sub(r"([\\\]\[^&~|])", r"\\\1", pattern[inside:end])
     expression = f"[{'^' * negated}{body}]"
     try:
-        _regex(expression)
+        with warnings.catch_warnings():  # what a later Python may read otherwise, such as `[a--b]`
+            warnings.simplefilter("error", FutureWarning)
+            re.compile(expression)
     except FutureWarning:
         raise _error(pattern, at, "not a clear set of characters; write \\- for a hyphen") from None
     except re.error as error:
@@ -230,102 +222,23 @@ def _parse_set(pattern: str, at: int) -> tuple[str, int]:
 # Regular expressions
 
 
-def _regex(body: str) -> re.Pattern[str]:
-    """Compiles; raises FutureWarning for what a later Python may read otherwise, such as `[[`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        return re.compile(body)
-
-
 def _compile_regex(pattern: str) -> Callable[[str], bool]:
     if len(pattern) < 3 or not pattern.endswith("/"):
         raise _error(pattern, 0, "a regular expression is written between two slashes, like /.*q_proj.*/")
+    import re2
+
     body = pattern[1:-1]
+    if found := re.search(r"\{,[0-9]", body):  # ordinary characters to RE2, a repetition to Python
+        raise _error(pattern, 1 + found.start(), "not a clear regular expression: write {0,n} for {,n}")
+    options = re2.Options()
+    options.log_errors, options.never_capture, options.max_mem = False, True, MAX_MEMORY
     try:
-        compiled = _regex(body)
-    except FutureWarning as warning:
+        compiled = re2.compile(body, options)
+    except (re2.error, UnicodeEncodeError) as error:
+        problem = error.args[0].decode("utf-8", "replace") if isinstance(error, re2.error) else "half a character"
+        _, _, quoted = problem.partition(": ")
+        position = 1 + body.find(quoted) if quoted and quoted in body else 0
         raise _error(
-            pattern, 0, f"not a clear regular expression: {str(warning)[:60]}; write \\[ for a bracket"
+            pattern, position, f"not a regular expression: {problem} (RE2's syntax: no look-around, no back-references)"
         ) from None
-    except re.error as error:
-        raise _error(pattern, 1 + (error.pos or 0), f"not a regular expression: {error.msg}") from None
-    except (OverflowError, RecursionError):
-        raise _error(pattern, 0, "not a regular expression: a number or the nesting is too large") from None
-    quantifiers, branches = _check_quantifiers(pattern, body)
-    spent = 0.0
-
-    def test(name: str) -> bool:
-        nonlocal spent
-        if math.comb(len(name) + quantifiers, quantifiers) * branches > MAX_WAYS or spent > MAX_SECONDS:
-            raise RecipeError(
-                f'pattern "{pattern[:80]}": could take for ever to match "{name[:80]}"; '
-                "expected fewer quantifiers and alternatives, or a glob"
-            )
-        begun = time.perf_counter()
-        found = compiled.fullmatch(name) is not None
-        spent += time.perf_counter() - begun
-        return found
-
-    return test
-
-
-def _check_quantifiers(pattern: str, body: str) -> tuple[int, int]:
-    """The number of quantifiers and of steps on all ways through the alternations; refuses what could run for ever.
-
-    Raises:
-        ValueError: more than `MAX_QUANTIFIERS` quantifiers, or a quantified group that holds a quantifier or
-            an alternation, as in `(x+)+` or `(a|ab)*`, or a back-reference.
-    """
-    quantifier = re.compile(r"[*+?]|\{[0-9]*,?[0-9]*\}")
-    branching = [False]  # for each open group: does it hold a quantifier or an alternation?
-    closed: bool | None = None  # the same of the group that closed just before this place
-    count, at = 0, 0
-    options, branches, choices = [1], 1, 0  # alternatives of each open group; their product, and how many groups
-    while at < len(body):
-        position, char = at, body[at]
-        found = quantifier.match(body, at)
-        if char == "\\":
-            if body[at + 1] in "123456789":
-                raise _error(pattern, 1 + position, "back-references are not supported")
-            at += 2
-        elif char == "[":
-            at += 2 if body[at + 1] == "^" else 1
-            at += body[at] == "]"
-            while body[at] != "]":
-                at += 2 if body[at] == "\\" else 1
-            at += 1
-        elif char == "(":
-            branching.append(False)
-            options.append(1)
-            at += 1
-            if body.startswith(("?P=", "?("), at):
-                raise _error(pattern, 1 + position, "back-references are not supported")
-            if re.compile(r"\?(#|[a-zA-Z]*x)").match(body, at):
-                raise _error(pattern, 1 + position, "comments and verbose mode are not supported")
-            if body.startswith("?", at):  # (?: and its like: this "?" is no quantifier
-                at += 1
-        elif char == ")":
-            closed = branching.pop()
-            choices += options[-1] > 1
-            branches *= options.pop()
-            branching[-1] |= closed
-            at += 1
-            continue
-        elif found and found[0] not in ("{}", "{,}"):
-            at = found.end()
-            if body[at : at + 1] in ("?", "+"):  # lazy and possessive forms
-                at += 1
-            fixed_once = found[0] == "?" or found[0] in ("{0}", "{1}")
-            if closed and not fixed_once:
-                problem = "a repeated group may hold no quantifier or alternation; matching could take for ever"
-                raise _error(pattern, 1 + position, problem)
-            count += 1
-            branching[-1] = True
-            if count > MAX_QUANTIFIERS:
-                raise _error(pattern, 1 + position, f"more than {MAX_QUANTIFIERS} quantifiers (* + ? {{}})")
-        else:
-            branching[-1] |= char == "|"
-            options[-1] += char == "|"
-            at += 1
-        closed = None
-    return count, branches * options.pop() * max(1, choices)
+    return lambda name: compiled.fullmatch(name) is not None

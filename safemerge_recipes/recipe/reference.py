@@ -53,8 +53,8 @@ way takes the place of the one in the file, and another `merge.method` drops the
 not use.
 
 Patterns match whole tensor names. Globs know `*` (any run, dots too), `?`, `[abc]`, `[!abc]`, `{a,b}` and
-`{0..3}`; text between slashes is a regular expression: `/.*\\.(q|k)_proj\\.weight/`. In YAML, text that
-starts with `*` needs quotes.
+`{0..3}`; text between slashes is a regular expression in RE2's syntax, without look-around and
+back-references: `/.*\\.(q|k)_proj\\.weight/`. In YAML, text that starts with `*` needs quotes.
 """
 
 

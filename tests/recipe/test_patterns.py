@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.patterns import MAX_ALTERNATIVES, compile_patterns
 
 NAME = "model.layers.3.self_attn.q_proj.weight"
@@ -75,7 +74,12 @@ def test_braces_are_the_union_of_their_alternatives(parts, name):
         ("a\\", 'pattern "a\\", character 2: nothing follows the backslash'),
         ("{3..0}", 'pattern "{3..0}", character 1: the range runs backwards; write {0..3}'),
         ("{00..3}", 'pattern "{00..3}", character 1: a range is written without leading zeros'),
-        ("/a(/", 'pattern "/a(/", character 3: not a regular expression: missing ), unterminated subpattern'),
+        ("/b(a/", 'pattern "/b(a/", character 2: not a regular expression: missing ): b(a'),
+        (
+            "/ba{2}(?=x)/",
+            'pattern "/ba{2}(?=x)/", character 7: not a regular expression: invalid perl operator: (?=',
+        ),
+        ("/ab{,3}/", 'pattern "/ab{,3}/", character 4: not a clear regular expression: write {0,n} for {,n}'),
         (
             "/a",
             'pattern "/a", character 1: a regular expression is written between two slashes',
@@ -109,52 +113,73 @@ def test_expansion_is_bounded_and_quick(pattern):
 @pytest.mark.parametrize(
     "pattern",
     [
-        "/(x+)+y/",
-        "/(x*)*y/",
-        "/((x)+)+/",
-        "/(x+){2,}/",
-        "/(a|aa)+b/",
-        "/(?:a?)*b/",
         r"/(a)\1/",
         "/(?P<n>a)(?P=n)/",
-        "/.*.*.*.*.*x/",
+        "/(?=a)b/",
+        "/(?<!a)b/",
+        "/(?>a+)b/",
+        "/a++b/",
         "/(?x: a # ) \n)/",
         "/(?#()x+/",
-        "/([)]x+)+/",
-        "/[[a]x/",
+        "/(x{100}){100}/",
+        "/" + "(.?){900}" * 20 + "/",
+        "/\ud800/",
     ],
 )
-def test_regular_expressions_that_can_hang_are_refused(pattern):
-    with pytest.raises(ValueError, match=r"for ever|quantifiers|not supported|not a clear"):
+def test_regular_expressions_that_need_backtracking_or_much_memory_are_refused(pattern):
+    with pytest.raises(ValueError, match=r"not a regular expression: .* no look-around"):
         compile_patterns(pattern)
-
-
-@pytest.mark.parametrize("pattern", ["*a" * 200 + "b", "{*a,*b}" * 5 + "*" * 300 + "c", "/.*a.*a.*a.*b/"])
-def test_matching_never_explodes(pattern):
-    matcher = compile_patterns(pattern)
-    begun = time.perf_counter()
-    assert not matcher("a" * 300)
-    assert time.perf_counter() - begun < 2
 
 
 @pytest.mark.parametrize(
     ("pattern", "name"),
     [
+        ("*a" * 200 + "b", "a" * 300),
+        ("{*a,*b}" * 5 + "*" * 300 + "c", "a" * 300),
+        ("/(x+)+y/", "x" * 500),
+        ("/(x*)*y/", "x" * 500),
+        ("/(a|aa)+b/", "a" * 500),
+        ("/(?:a?)*b/", "a" * 500),
+        ("/([)]x+)+/", ")x" * 200 + ")"),
+        ("/" + ".*" * 400 + "x/", "a" * 500),
         ("/" + "(aa|aa|a)" * 60 + "c/", "a" * 100),
-        ("/.*.*.*.*x/", "a" * 500),
         ("/(?:a|b).*(?:ab|ba|a)(?:ab|ba|a).*(?:ab|a)(?:ab|a)(?:ab|a).*.*x/", "ab" * 100),
+        ("/(.?){1000}x/", "a" * 500),
+        (r"/(?:[a-z.]*\w?){900}-/", "a" * 500),
     ],
 )
-def test_what_could_be_tried_in_too_many_ways_is_refused_before_it_is_tried(pattern, name):
+def test_matching_never_explodes(pattern, name):
+    matcher = compile_patterns(pattern)
     begun = time.perf_counter()
-    with pytest.raises(RecipeError, match="for ever"):
-        compile_patterns(pattern)(name)
-    assert time.perf_counter() - begun < 1
+    for _ in range(20):
+        assert not matcher(name)
+    assert time.perf_counter() - begun < 2
 
 
-def test_alternatives_of_everyday_patterns_are_not_too_many():
-    pattern = r"/model\..*layers\.(\d|1\d)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight.*/"
-    assert compile_patterns(pattern)("model.language_model.layers.11.self_attn.q_proj.weight")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"/model\..*layers\.(\d|1\d)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj\.weight.*/",
+        r"/.*layers\.[0-9]+\..*(q|k)_proj.*\.weight.*/",
+        r"/(.*\.)?layers\.(1[0-9]|[0-9])\.(?P<kind>\w+)\.[kqv]_proj\.(weight|bias)?/",
+    ],
+)
+def test_everyday_regular_expressions_may_have_many_parts(pattern):
+    matcher = compile_patterns(pattern)
+    name = "model.language_model.layers.11.self_attn.q_proj.weight"
+    assert matcher(name)
+    assert re.fullmatch(pattern[1:-1], name)
+    assert not matcher(name.replace("self_attn.q_proj", "norm"))
+
+
+PARTS = st.sampled_from(["a", "b", ".", "[ab]", "a*", "(ab)?", "(a|b)+", "b{1,2}", r"\.", "(?:a.|b)"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PARTS, max_size=6), st.text("ab.", max_size=8))
+def test_regular_expressions_agree_with_pythons(parts, name):
+    body = "".join(parts) or "a"
+    assert compile_patterns(f"/{body}/")(name) == bool(re.fullmatch(body, name))
 
 
 def test_unmatched_patterns_and_selected_names_keep_their_order():
