@@ -21,14 +21,11 @@ from safemerge_recipes.engine.folder import (
     PLAN_FILE,
     RECIPE_FILE,
     REPORT_FILE,
-    copy_side_files,
     keep_only,
     part_of,
     publish,
-    side_files,
-    tokenizer_files,
     working_folder,
-)  # fmt: skip
+)
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.engine.manifest import make_manifest, versions
 from safemerge_recipes.engine.resume import finished, reusable, unseal
@@ -42,6 +39,7 @@ from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.masks import mask_path
+from safemerge_recipes.sources.side_files import copy_side_files, no_tokenizer, side_files, tokenizer_files
 from safemerge_recipes.storage.digests import Digests, remember_digest
 from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
@@ -174,7 +172,11 @@ def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     outlooks = survey(recipe, family, registry.metrics)
     check_gates(outlooks, registry.selectors)
     check_merges(outlooks, family, registry.methods)
-    return Resolved(recipe, loaded.directory, family, family.identities(), side_files(family), outlooks, registry)
+    beside = side_files(family)
+    lacking = no_tokenizer(beside)
+    if lacking:
+        family = replace(family, warnings=(*family.warnings, lacking))
+    return Resolved(recipe, loaded.directory, family, family.identities(), beside, outlooks, registry)
 
 
 def decide(resolved: Resolved, measure: Measure | None) -> Plan:

@@ -1,4 +1,4 @@
-"""The output folder around the weights: side files byte for byte, small files written atomically, states.
+"""The output folder around the weights: its working name, its lock, its states.
 
 A folder is written under the name `<output>.part`, which no reader takes for a model: it has no config until
 the weights are complete. It gets its real name in one rename, after the manifest. One process at a time works
@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
 
 from safemerge_recipes.engine.journal import JOURNAL_FILE, is_journal
 from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
-from safemerge_recipes.sources.checkpoint import inside
-from safemerge_recipes.sources.family import Family
-from safemerge_recipes.storage.files import sync_folder, written
+from safemerge_recipes.storage.files import sync_folder
 
 MANIFEST_FILE = "safemerge_manifest.json"
 PLAN_FILE = "safemerge_plan.json"
@@ -35,124 +30,10 @@ LOCK_FILE = "safemerge.lock"
 PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
 """Pictures that the report shows where an output has them, by title."""
 
-CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "spiece",
-    "sentencepiece",
-)
-_TOKENIZER_FOLDERS = ("additional_chat_templates",)
-_NEVER = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".onnx",
-    ".h5",
-    ".msgpack",
-    ".part",
-    ".index.json",
-)
-_NEVER_NAMES = ("README.md", ".gitattributes", ".gitignore", "training_args.bin", "trainer_state.json")
-
 
 def part_of(output: Path) -> Path:
     """The working folder of an output."""
     return output.with_name(output.name + ".part")
-
-
-def _plain_files(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        name = path.name
-        ours = name.startswith(("safemerge_", "safemerge.", "adapter_", "."))
-        if path.is_file() and not ours and not name.endswith(_NEVER) and name not in _NEVER_NAMES:
-            yield inside(folder, name)
-
-
-def _is_tokenizer(name: str) -> bool:
-    return name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken", ".jinja"))
-
-
-def _chain(family: Family) -> list[Path]:
-    """Folders that may own side files: those of the vocabulary's owner first, then what it was trained on."""
-    models, owner = family.models, family.models[family.owner]
-    folders = [owner.folder.path, owner.checkpoint.directory]
-    if owner.folder.kind == "adapter":
-        folders[1:1] = [models["aligned"].folder.path]
-    folders += [models["aligned"].folder.path, models["aligned"].checkpoint.directory]
-    return list(dict.fromkeys(folders))
-
-
-def side_files(family: Family) -> dict[str, Path]:
-    """Relative name -> source of every file that is copied beside the weights, and nothing else.
-
-    Config files and all others come from the first full model of the fine-tuned side; the tokenizer with
-    its chat templates comes as one from the first folder of that side that has one, be it an adapter's.
-
-    Raises:
-        SourceError: a file is a link that leads out of its folder, or has an unprintable name.
-    """
-    chain = _chain(family)
-    chosen: dict[str, Path] = {}
-    owner = next((f for f in chain if (f / "config.json").exists()), None)
-    tokenizer = next((f for f in chain if any(_is_tokenizer(path.name) for path in _plain_files(f))), None)
-    if owner is not None:
-        chosen.update({path.name: path for path in _plain_files(owner) if not _is_tokenizer(path.name)})
-    if tokenizer is not None:
-        chosen.update(tokenizer_files(tokenizer))
-    return dict(sorted(chosen.items()))
-
-
-def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Relative name -> file of a folder's tokenizer and chat templates."""
-    found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
-    for name in _TOKENIZER_FOLDERS:
-        if (folder / name).is_dir():
-            inside(folder, name)
-            found.update({f"{name}/{path.name}": path for path in _plain_files(folder / name)})
-    return found
-
-
-def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
-    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
-
-    Raises:
-        ReadError: a file cannot be read.
-    """
-    for name, source in files.items():
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        with written(target) as file, _opened(source) as content:
-            if name == "config.json" and edits:
-                file.write(edited(content.read(), edits))
-            else:
-                shutil.copyfileobj(content, file, 1 << 20)
-
-
-def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
-    """A config.json with some values changed wherever they stand, and every other byte as it was."""
-    text = content.decode("utf-8")
-    for key, value in edits.items():
-        new = json.dumps(value)
-        text, count = re.subn(rf'("{key}"\s*:\s*)(?:true|false|null|\d+)', rf"\g<1>{new}", text)
-        if not count:
-            text = text.replace("{", f'{{\n  "{key}": {new},', 1)
-    json.loads(text)  # as sound as it was
-    return text.encode("utf-8")
-
-
-def _opened(source: Path) -> IO[bytes]:
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
 
 
 def check_output(output: Path, force: bool) -> None:

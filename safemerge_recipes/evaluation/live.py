@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.executors.threads import execute, produce
-from safemerge_recipes.engine.folder import copy_side_files, side_files
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import choose
@@ -24,6 +23,7 @@ from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, as_source
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.sources.family import ROLES
+from safemerge_recipes.sources.side_files import copy_side_files, side_files
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.storage.layout import INDEX_FILE

@@ -1,0 +1,82 @@
+"""config.json of a model: what it says, and what a merged one must say differently.
+
+Every other byte of the file stays as it was. Knows nothing of tensors but what it is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+
+class Removed(Enum):
+    """The value of an edit that takes a key away."""
+
+    REMOVED = "removed"
+
+
+REMOVED = Removed.REMOVED
+DTYPE_KEYS = ("dtype", "torch_dtype")
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What config.json calls the dtypes of weights."""
+OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""What a recipe calls the dtypes that it may ask for, and what safetensors does."""
+_SCALAR = r'(?:true|false|null|-?\d+|"(?:[^"\\]|\\.)*")'
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """A value of config.json, from its `text_config` where a multimodal model keeps it there; None if unsaid."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, dict) else None)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config and every config in it."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def dtype_edits(config: Mapping[str, Any], nbytes: Mapping[str, int]) -> dict[str, Any]:
+    """What must change for the config to name the dtype of the weights, which is the one readers load them as.
+
+    Args:
+        config: the model's config.json.
+        nbytes: bytes of the float weights by safetensors dtype; the greatest part decides.
+    """
+    known = {dtype: count for dtype, count in nbytes.items() if dtype in DTYPE_NAMES}
+    if not known:
+        return {}
+    name = DTYPE_NAMES[max(known, key=lambda dtype: known[dtype])]
+    said = {key for part in _parts(config) for key in DTYPE_KEYS if part.get(key) not in (None, name)}
+    return {key: name for key in DTYPE_KEYS if key in said}
+
+
+def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
+    """A config.json with some values changed wherever they stand, and every other byte as it was.
+
+    Where a key is taken away the file is written anew, two spaces a level, keys in their order.
+    """
+    text = content.decode("utf-8")
+    for key, value in edits.items():
+        if value is REMOVED:
+            continue
+        new = json.dumps(value)
+        text, count = re.subn(rf'("{key}"\s*:\s*){_SCALAR}', rf"\g<1>{new}", text)
+        if not count:
+            text = text.replace("{", f'{{\n  "{key}": {new},', 1)
+    config = json.loads(text)  # as sound as it was
+    gone = [key for key, value in edits.items() if value is REMOVED]
+    if gone:
+        text = json.dumps(_without(config, gone), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8")
+
+
+def _without(value: Any, keys: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(part, keys) for key, part in value.items() if key not in keys}
+    return value

@@ -1,0 +1,139 @@
+"""Side files: what an output has beside its weights, which is what its sources have, byte for byte.
+
+Config files and all others come from the first full model of the fine-tuned side. The tokenizer comes from the first
+folder of that side that holds a vocabulary; what folders before it have of one (a chat template, a changed
+tokenizer_config.json) lies over it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from safemerge_recipes.errors import ReadError
+from safemerge_recipes.sources.checkpoint import inside
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.sources.model_config import edited
+from safemerge_recipes.storage.files import written
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
+_TOKENIZER_FOLDERS = ("additional_chat_templates",)
+_NEVER = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".h5",
+    ".msgpack",
+    ".part",
+    ".index.json",
+)
+_NEVER_NAMES = ("README.md", ".gitattributes", ".gitignore", "training_args.bin", "trainer_state.json")
+
+
+def _plain_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        ours = name.startswith(("safemerge_", "safemerge.", "adapter_", "."))
+        if path.is_file() and not ours and not name.endswith(_NEVER) and name not in _NEVER_NAMES:
+            yield inside(folder, name)
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model") or name.endswith(
+        (".tiktoken", "tokenizer.model", "sentencepiece.bpe.model")
+    )
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken", ".jinja"))
+
+
+def _chain(family: Family) -> list[Path]:
+    """Folders that may own side files: those of the vocabulary's owner first, then what it was trained on."""
+    models, owner = family.models, family.models[family.owner]
+    folders = [owner.folder.path, owner.checkpoint.directory]
+    if owner.folder.kind == "adapter":
+        folders[1:1] = [models["aligned"].folder.path]
+    folders += [models["aligned"].folder.path, models["aligned"].checkpoint.directory]
+    return list(dict.fromkeys(folders))
+
+
+def side_files(family: Family) -> dict[str, Path]:
+    """Relative name -> source of every file that is copied beside the weights, and nothing else.
+
+    Raises:
+        SourceError: a file is a link that leads out of its folder, or has an unprintable name.
+    """
+    chain = _chain(family)
+    chosen: dict[str, Path] = {}
+    owner = next((folder for folder in chain if (folder / "config.json").exists()), None)
+    if owner is not None:
+        chosen.update({path.name: path for path in _plain_files(owner) if not _is_tokenizer(path.name)})
+    chosen.update(_tokenizer_of(chain))
+    return dict(sorted(chosen.items()))
+
+
+def _tokenizer_of(chain: Sequence[Path]) -> dict[str, Path]:
+    """The tokenizer of the first folder with a vocabulary, under what the folders before it have of one."""
+    found = [tokenizer_files(folder) for folder in chain]
+    owner = next((number for number, files in enumerate(found) if any(map(_is_vocabulary, files))), len(found) - 1)
+    chosen: dict[str, Path] = {}
+    for files in reversed(found[: owner + 1]):
+        chosen.update(files)
+    return chosen
+
+
+def no_tokenizer(files: Mapping[str, Path]) -> str | None:
+    """What to say of an output whose side files hold no vocabulary; None if they hold one."""
+    if any(map(_is_vocabulary, files)):
+        return None
+    return "no source has a tokenizer's vocabulary (tokenizer.json and the like), so the output has none"
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Relative name -> file of a folder's tokenizer and chat templates."""
+    found = {path.name: path for path in _plain_files(folder) if _is_tokenizer(path.name)}
+    for name in _TOKENIZER_FOLDERS:
+        if (folder / name).is_dir():
+            inside(folder, name)
+            found.update({f"{name}/{path.name}": path for path in _plain_files(folder / name)})
+    return found
+
+
+def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
+    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
+
+    Raises:
+        ReadError: a file cannot be read.
+    """
+    for name, source in files.items():
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        with written(target) as file, _opened(source) as content:
+            if name == "config.json" and edits:
+                file.write(edited(content.read(), edits))
+            else:
+                shutil.copyfileobj(content, file, 1 << 20)
+
+
+def _opened(source: Path) -> IO[bytes]:
+    try:
+        return open(source, "rb")
+    except OSError as error:
+        raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
