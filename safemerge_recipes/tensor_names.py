@@ -24,6 +24,12 @@ def block_index(name: str) -> int | None:
     return None if at is None else int(parts[at])
 
 
+def stack_of(name: str) -> str | None:
+    """The stack of blocks that a tensor belongs to, such as `model.layers`, or None."""
+    block = block_of(name)
+    return None if block is None else block.rpartition(".")[0]
+
+
 def module_of(name: str) -> str:
     """The parent module within the block, such as `model.layers.3.self_attn`; the tensor's own without one."""
     parts, at = _parts(name)

@@ -19,12 +19,12 @@ from safemerge_recipes.gate.selectors import SELECTORS, Selector
 from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
+from safemerge_recipes.sources.model_config import OUT_DTYPES
 from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of, module_type
 
 AT_ONCE = 8
 """Least number of unsettled tensors that are measured exactly together; beyond that, half of them."""
-OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 Measure = Callable[[Sequence[str], Effort, int, bool], Mapping[str, Moments]]
 """(tensor names, effort, leading directions of V or 0, whether ρ₀ matters) -> moments: the one way in which
@@ -160,6 +160,11 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
     return None
 
 
+def _absent(family: Family, name: str) -> str | None:
+    role = family.absent.get(name)
+    return "only in aligned" if role == "finetuned" else f"sources.{role} does not have it" if role else None
+
+
 def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRICS) -> tuple[Outlook, ...]:
     """What is gated and by which policy, from headers alone.
 
@@ -178,7 +183,7 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
         if policy.keep is not None:
             outlook = Outlook(name, ref.shape, dtype, None, f"rules.{policy.rule}: keep {policy.keep}", policy.keep)
         else:
-            why = _scope(scopes[policy.rule], name, ref)
+            why = _scope(scopes[policy.rule], name, ref) or _absent(family, name)
             if why is None and delta.is_zero and policy.gate.scope is None:
                 why = "fine-tuning did not change it"
             if why is None and policy.gate.metric not in metrics:

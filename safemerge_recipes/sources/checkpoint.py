@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
-from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, MAX_VALUES, TensorRef, check_values, read_header
 
 MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
@@ -37,9 +39,8 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Whether the config ties the output head to the input embedding (transformers' default is yes)."""
-        text = self.config.get("text_config")
-        own = text if isinstance(text, dict) else {}
-        return bool(self.config.get("tie_word_embeddings", own.get("tie_word_embeddings", True)))
+        tied = setting(self.config, "tie_word_embeddings")
+        return True if tied is None else bool(tied)
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> Any:
@@ -67,7 +68,8 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUE
 def inside(directory: Path, name: str) -> Path:
     """The path of file `name` of `directory`, refused when it leads out of it.
 
-    The hub's cache keeps snapshot files as links into the repository's own `blobs` folder: those are inside.
+    The hub's cache keeps snapshot files as links into the repository's own `blobs` folder, and older downloads into
+    a folder of one's own (`local_dir`) do the same: those count as inside.
 
     Raises:
         SourceError: the name is not a plain file name, or a link leads elsewhere.
@@ -79,6 +81,8 @@ def inside(directory: Path, name: str) -> Path:
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
+    if real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"):
+        allowed.append(real.parent)  # where older versions of the hub's library let a folder's links lead
     if not any(real.is_relative_to(place) for place in allowed):
         raise SourceError(f"{path}: a link that leads out of its folder; expected a file inside, copy it there")
     return path
@@ -125,6 +129,27 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]
     raise SourceError(f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors")
 
 
+_QUANTISED = (
+    (r".*\.weight_scale_inv", "FP8 by blocks: weight_scale_inv"),
+    (r".*\.weight_packed", "packed integers of compressed-tensors: weight_packed"),
+    (r".*\.qweight", "GPTQ or AWQ: qweight"),
+    (r".*_blocks", "MXFP4: _blocks and _scales"),
+    (r".*\.(absmax|quant_map|quant_state\..*)", "bitsandbytes 4-bit: quant_state"),
+    (r".*\.SCB", "bitsandbytes 8-bit: SCB"),
+    (r".*\.weight_scale", "scaled weights: weight_scale"),
+)
+
+
+def quantised(tensors: Mapping[str, TensorRef]) -> str | None:
+    """How a checkpoint's weights are quantised, told by the tensors alone; None for plain weights."""
+    for pattern, kind in _QUANTISED:
+        first = next((name for name in tensors if re.fullmatch(pattern, name)), None)
+        if first is not None:
+            return f"{kind}, first {first}"
+    odd = next((n for n, ref in tensors.items() if n.endswith(".weight") and ref.dtype not in FLOAT_DTYPES), None)
+    return None if odd is None else f"{odd} is stored as {tensors[odd].dtype}"
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The inventory of a model folder.
 
@@ -133,11 +158,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             weights are quantised (their tensors are not the weights that a merge needs).
     """
     config = read_object(directory / "config.json")
-    if config.get("quantization_config"):
-        raise SourceError(
-            f"{directory}: config.json has a quantization_config; expected plain weights, "
-            "use the model before quantisation (or save a dequantised copy) and quantise the merged one"
-        )
     names, weight_map = _weight_files(directory)
     tensors: dict[str, TensorRef] = {}
     for file in names:
@@ -157,4 +177,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
+    kind = quantised(tensors)
+    if kind is not None and config.get("quantization_config"):
+        raise SourceError(
+            f"{directory}: its weights are quantised ({kind}); expected plain weights, "
+            "use the model before quantisation (or save a dequantised copy) and quantise the merged one"
+        )
     return Checkpoint(directory, tensors, config, tuple(str(directory / file) for file in names))

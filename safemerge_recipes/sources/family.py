@@ -16,6 +16,7 @@ from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.checkpoint import Checkpoint, open_checkpoint, same_bytes
 from safemerge_recipes.sources.locate import Folder, locate
 from safemerge_recipes.sources.masks import open_masks
+from safemerge_recipes.sources.model_config import OUT_DTYPES, setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
 from safemerge_recipes.sources.reconcile import Side, reconcile
@@ -50,7 +51,8 @@ class Family:
 
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
     config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
-    recipe's mask files, by the path it writes and by name.
+    recipe's mask files, by the path it writes and by name; `absent` the tensors for multi-token prediction that a
+    role lacks, with that role.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -61,6 +63,7 @@ class Family:
     input_first: frozenset[str] = frozenset()
     embedding: str | None = None
     masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
+    absent: Mapping[str, Role] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -127,10 +130,17 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
     return opened[role]
 
 
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
 def _check_config(role: Role, model: Model, aligned: Model) -> None:
-    for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        found, expected = model.checkpoint.config.get(key), aligned.checkpoint.config.get(key)
-        if found != expected:
+    """Refuses another architecture. Sizes count only where both configs say them; shapes decide the rest."""
+    own, other = model.checkpoint.config, aligned.checkpoint.config
+    for key in ("model_type", *_SIZES):
+        found, expected = setting(own, key), setting(other, key)
+        if key == "model_type" and {own.get(key), setting(own, key)} & {other.get(key), setting(other, key)}:
+            continue  # a multimodal model and its text model
+        if found is not None and expected is not None and found != expected:
             raise SourceError(
                 f"sources.{role}: {model.folder.label}: config.json says {key} {str(found)[:40]!r}, the aligned "
                 f"model {str(expected)[:40]!r}; expected models of one architecture"
@@ -187,7 +197,7 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
         role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model))
         for role, model in models.items()
     }
-    fitted = reconcile(sides, recipe.vocabulary)
+    fitted = reconcile(sides, recipe.vocabulary, OUT_DTYPES.get(recipe.output.dtype or ""))
     models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
     _check_dtypes(models, fitted.inventory)
     found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
@@ -197,4 +207,5 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
         embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
+        fitted.absent,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.tensor_names import block_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,8 +37,7 @@ def input_first(shapes: Shapes, config: Mapping[str, Any]) -> frozenset[str]:
     said = {name: _says(name, shapes) for name in matrices}
     votes = [said[name] for name in matrices if len(shapes[name]) == 2 and said[name] is not None]
     all_turned = bool(votes) and all(votes)
-    text = config.get("text_config")
-    hidden = config.get("hidden_size", text.get("hidden_size") if isinstance(text, dict) else None)
+    hidden = setting(config, "hidden_size")
     found = set()
     for name in matrices:
         shape, answer = shapes[name], said[name]

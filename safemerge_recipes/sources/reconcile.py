@@ -6,6 +6,7 @@ are brought into the output's form here, each time with a note; whatever else di
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,11 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.model import Role
-from safemerge_recipes.sources.checkpoint import Checkpoint
+from safemerge_recipes.sources.checkpoint import Checkpoint, quantised
+from safemerge_recipes.sources.experts import as_saved
+from safemerge_recipes.sources.matching import renamed, unwrap
+from safemerge_recipes.sources.model_config import REMOVED, dtype_edits, setting
+from safemerge_recipes.sources.parts import is_draft
 from safemerge_recipes.sources.vocabulary import (
     SHOWN,
     difference,
@@ -24,7 +29,7 @@ from safemerge_recipes.sources.vocabulary import (
     rows_of,
     same_tokenizer,
 )
-from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
 from safemerge_recipes.tensor_names import block_of
 from safemerge_recipes.weights.algebra import Weight
 
@@ -45,7 +50,8 @@ class Side:
 class Reconciled:
     """The roles over one inventory; `config_edits` are the values that the output's config.json must have.
 
-    `owner` is the role whose vocabulary, and so whose config and tokenizer, the output has.
+    `owner` is the role whose vocabulary, and so whose config and tokenizer, the output has. `absent` names the
+    tensors for multi-token prediction that not every role has, with the first that lacks it.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -53,6 +59,7 @@ class Reconciled:
     owner: Role
     config_edits: Mapping[str, Any]
     notes: tuple[str, ...]
+    absent: Mapping[str, Role]
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -60,10 +67,40 @@ def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     return name.rpartition(".")[2] in _BUFFERS or (name.endswith(".attn.bias") and len(shape) == 4)
 
 
-def _fit_names(sides: Mapping[Role, Side], notes: list[str]) -> dict[Role, dict[str, Weight]]:
-    """All roles over the aligned model's names, plus a head where some role has one of its own."""
+def _under_names(
+    role: Role, own: dict[str, Weight], aligned: Mapping[str, Weight], config: Mapping[str, Any], notes: list[str]
+) -> dict[str, Weight]:
+    """A role's weights in the form and under the names of the aligned model's, as far as that is unmistakable."""
+    if own.keys() == aligned.keys():
+        return own
+    own = unwrap(own)
+    groups = as_saved(own, aligned)
+    if groups:
+        notes.append(f"sources.{role}: the experts of {groups} blocks were brought into the aligned model's form")
+    headless = not any(is_head(name) for name in aligned if name not in own)
+    spare = {
+        name
+        for name, weight in own.items()
+        if is_buffer(name, weight.shape) or is_draft(name, config) or (headless and is_head(name))
+    }
+    found, pairs = renamed(own, aligned, spare)
+    if pairs:
+        notes.append(
+            f"sources.{role}: {len(pairs)} tensors were found under other names, such as {pairs[0][1]} as {pairs[0][0]}"
+        )
+    return found
+
+
+def _fit_names(sides: Mapping[Role, Side], notes: list[str], absent: dict[str, Role]) -> dict[Role, dict[str, Weight]]:
+    """All roles over the aligned model's names, plus a head where some role has one of its own.
+
+    `absent` gets the tensors for multi-token prediction that a role lacks, with that role.
+    """
     weights = {role: dict(side.weights) for role, side in sides.items()}
     aligned = weights["aligned"]
+    for role, own in weights.items():
+        if role != "aligned":
+            weights[role] = _under_names(role, own, aligned, sides[role].checkpoint.config, notes)
     heads = dict.fromkeys(
         name for own in weights.values() for name in own if is_head(name) and name.endswith(".weight")
     )
@@ -82,6 +119,25 @@ def _fit_names(sides: Mapping[Role, Side], notes: list[str]) -> dict[Role, dict[
             del own[name]
             extra.remove(name)
             notes.append(f"sources.{role}: {name} is a buffer that the aligned model does not store; left out")
+        drafts = [name for name in missing if is_draft(name, sides["aligned"].checkpoint.config)]
+        for name in drafts:
+            own[name] = aligned[name]
+            missing.remove(name)
+            absent.setdefault(name, role)
+        if drafts:
+            notes.append(
+                f"sources.{role}: has none of the aligned model's {len(drafts)} tensors for multi-token prediction, "
+                f"such as {drafts[0]}; the output has the aligned model's"
+            )
+        own_drafts = [name for name in extra if is_draft(name, sides[role].checkpoint.config)]
+        for name in own_drafts:
+            del own[name]
+            extra.remove(name)
+        if own_drafts:
+            notes.append(
+                f"sources.{role}: its {len(own_drafts)} tensors for multi-token prediction, such as {own_drafts[0]}, "
+                "are left out, as the aligned model has none"
+            )
         if missing or extra:
             lines = [f"lacks {len(missing)} tensors of the aligned model, first {missing[0]!r}"] if missing else []
             lines += [f"has {len(extra)} tensors that the aligned model lacks, first {extra[0]!r}"] if extra else []
@@ -117,7 +173,8 @@ def _choose_owner(
         raise SourceError(f"vocabulary: strict, but vocabularies differ: rows: {found}; tokens: {shown}")
     if wanted in ("aligned", "finetuned"):
         return wanted  # type: ignore[return-value]  # both are roles
-    if changed or sizes["finetuned"] < sizes["aligned"]:
+    cut = sizes["finetuned"] < sizes["aligned"] and (after is None or max(after.values()) >= sizes["finetuned"])
+    if changed or cut:
         shown = "; ".join(changed[:SHOWN]) or f"{sizes['aligned']} rows before, {sizes['finetuned']} after"
         raise SourceError(
             f"sources.finetuned: {sides['finetuned'].label}: its vocabulary does more than append to the aligned "
@@ -173,25 +230,28 @@ def _edits(owner: Side, untied: bool, size: int | None, config: Mapping[str, Any
         own_head = any(is_head(name) for name in owner.checkpoint.tensors)
         if True in flags or (False not in flags and not own_head):
             edits["tie_word_embeddings"] = False
-    text = config.get("text_config")
-    declared = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    declared = setting(config, "vocab_size")
+    if "quantization_config" in config and quantised(owner.checkpoint.tensors) is None:
+        edits["quantization_config"] = REMOVED
     if size is not None and declared is not None and declared != size:
         edits["vocab_size"] = size
     return edits
 
 
-def reconcile(sides: Mapping[Role, Side], vocabulary: str | None) -> Reconciled:
+def reconcile(sides: Mapping[Role, Side], vocabulary: str | None, dtype: str | None) -> Reconciled:
     """Brings all roles into one inventory.
 
     Args:
         sides: the roles as they were opened.
         vocabulary: the recipe's word on whose vocabulary the output has.
+        dtype: the recipe's word on the dtype of float weights, as safetensors names it; None: the aligned model's.
 
     Raises:
         SourceError: models differ in what cannot be brought together, or vocabularies in more than additions.
     """
     notes: list[str] = []
-    weights = _fit_names(sides, notes)
+    absent: dict[str, Role] = {}
+    weights = _fit_names(sides, notes, absent)
     owner, size = _fit_vocabulary(vocabulary, sides, weights, notes)
     stored = sides["aligned"].checkpoint.tensors
     last = list(stored.values())[-1].path
@@ -210,5 +270,14 @@ def reconcile(sides: Mapping[Role, Side], vocabulary: str | None) -> Reconciled:
                 )
     untied = any(is_head(name) and name.endswith(".weight") for name in inventory)
     edits = _edits(sides[owner], untied, size, sides[owner].checkpoint.config)
-    notes += [f"config.json: {key} is set to {value!r}, which the merged weights need" for key, value in edits.items()]
-    return Reconciled(inventory, weights, owner, edits, tuple(notes))
+    nbytes: Counter[str] = Counter()
+    for ref in inventory.values():
+        nbytes[dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype] += ref.numel
+    edits |= dtype_edits(sides[owner].checkpoint.config, nbytes)
+    notes += [
+        f"config.json: {key} is left out, as no weight is quantised"
+        if value is REMOVED
+        else f"config.json: {key} is set to {value!r}, which the merged weights need"
+        for key, value in edits.items()
+    ]
+    return Reconciled(inventory, weights, owner, edits, tuple(notes), absent)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.sources.checkpoint import read_object
+from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.tensor_names import block_of
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.operands import Rows
@@ -36,8 +37,7 @@ def embedding_of(weights: Mapping[str, Any], config: Mapping[str, Any]) -> str |
         weights: anything with a shape, by tensor name.
         config: the model's config.json.
     """
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    size = setting(config, "vocab_size")
     found = [
         name
         for name, weight in weights.items()

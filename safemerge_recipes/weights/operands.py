@@ -43,12 +43,11 @@ class LowRankStack:
         """Both factors."""
         return (self.b, self.a)
 
-    def member(self, number: int) -> LowRank:
-        """The product of one expert."""
+    def member(self, number: int, rows: tuple[int, int] | None = None) -> LowRank:
+        """The product of one expert, or (first row, number of rows) of it."""
         rank = self.a.shape[0] // self.count
-        return LowRank(
-            self.b, self.a.part(number * rank, rank), self.scale, self.transposed, columns=(number, self.count)
-        )
+        b = self.b if rows is None else self.b.part(*rows)
+        return LowRank(b, self.a.part(number * rank, rank), self.scale, self.transposed, columns=(number, self.count))
 
     def describe(self, name: Naming) -> str:
         """Factors, scale and layout."""
@@ -116,6 +115,45 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """Matrices `(rows, columns)` one below the other as one tensor, such as the experts of a mixture.
+
+    Attributes:
+        shape: of the whole; all but its last dimension count the rows.
+        parts: (number of rows, what stands there) in order, together all rows; an empty sum stands for zeros.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, Weight], ...]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Those of all parts."""
+        return tuple(dict.fromkeys(ref for _, part in self.parts for ref in part.refs))
+
+    def describe(self, name: Naming) -> str:
+        """The parts and where they stand."""
+        return f"Fused({self.shape}:{';'.join(f'{rows}:{part.describe(name)}' for rows, part in self.parts)})"
+
+    def memory(self, block: int) -> int:
+        """One block, and the greatest part's own, as one is open at a time."""
+        most = max((_sources(part, block) for _, part in self.parts if part.terms), default=0)
+        return 8 * block + most + 64 * len(self.parts)
+
+    def member(self, number: int) -> Weight:
+        """One entry of the first dimension."""
+        rows = math.prod(self.shape[1:-1])
+        first, found = 0, []
+        for count, part in self.parts:
+            if number * rows <= first < (number + 1) * rows:
+                found.append((count, part))
+            first += count
+        if len(found) == 1:
+            return found[0][1]
+        return Weight.of(Fused(self.shape[1:], tuple(found))) if any(part.terms for _, part in found) else Weight()
+
+
+@dataclass(frozen=True, slots=True)
 class Transposed:
     """The transpose of a matrix, held in memory whole: for measuring layers that are stored `(d_in, d_out)`."""
 
@@ -154,10 +192,12 @@ def transposed(weight: Weight) -> Weight:
 def member(weight: Weight, number: int) -> Weight:
     """One matrix of a stack `(n, rows, columns)`, as a weight `(rows, columns)`."""
 
-    def pick(operand: Operand) -> Operand:
+    def pick(operand: Operand) -> Weight:
         if isinstance(operand, LowRankStack):
+            return Weight.of(operand.member(number))
+        if isinstance(operand, Fused):
             return operand.member(number)
         assert isinstance(operand, Stored), operand  # nothing else is stacked
-        return Stored(operand.ref.part(number))
+        return Weight.of(Stored(operand.ref.part(number)))
 
-    return Weight(tuple((coefficient, pick(operand)) for coefficient, operand in weight))
+    return sum((pick(operand) * coefficient for coefficient, operand in weight), Weight())

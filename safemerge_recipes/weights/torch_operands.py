@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.cut import ranges
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.operands import LowRankStack, Rescaled, Rows, Transposed
+from safemerge_recipes.weights.operands import Fused, LowRankStack, Rescaled, Rows, Transposed
 from safemerge_recipes.weights.torch_factors import load
 
 if TYPE_CHECKING:
@@ -115,6 +115,35 @@ def _rows(operand: Rows, how: Opening) -> Block:
     return block
 
 
+def _fused(operand: Fused, how: Opening) -> Block:
+    """Parts follow one another; a block may begin and end inside parts. Only the part at hand is open."""
+    width = operand.shape[-1]
+    starts = list(accumulate((count for count, _ in operand.parts), initial=0))
+    opened: tuple[int, Block | None] = (-1, None)
+
+    def block(start: int, stop: int) -> torch.Tensor:
+        nonlocal opened
+        out = how.arena.take(how.slot, stop - start, how.dtype)
+        row, last = start // width, stop // width
+        while row < last:
+            at = bisect_right(starts, row) - 1
+            count, part = operand.parts[at]
+            if opened[0] != at:
+                opened = at, how.evaluate(part, "in") if part.terms else None
+            skip = row - starts[at]
+            take = min(count - skip, last - row)
+            place = row * width - start
+            view = out[place : place + take * width]
+            if opened[1] is None:
+                view.zero_()
+            else:
+                view.copy_(opened[1](skip * width, (skip + take) * width))
+            row += take
+        return out
+
+    return block
+
+
 def _transposed(operand: Transposed, how: Opening) -> Block:
     """Evaluates the whole matrix at once."""
     import torch
@@ -128,6 +157,7 @@ def _transposed(operand: Transposed, how: Opening) -> Block:
 
 
 OPENED: Mapping[type[Any], Callable[[Any, Opening], Block]] = {
+    Fused: _fused,
     LowRankStack: _stack,
     Rescaled: _rescaled,
     Rows: _rows,

@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.checkpoint import same_bytes
+from safemerge_recipes.sources.experts import SeparateExperts, expert_delta
 from safemerge_recipes.sources.orientation import input_first
+from safemerge_recipes.sources.parts import is_draft
 from safemerge_recipes.sources.peft.config import CONFIG_FILE, AdapterConfig, read_config
 from safemerge_recipes.sources.peft.keys import Keys, read_keys, saved_as_whole
-from safemerge_recipes.sources.peft.module_names import DiskNames, SeparateExperts, different_starts
+from safemerge_recipes.sources.peft.module_names import DiskNames, different_starts
+from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.tensor_names import block_index, block_of
+from safemerge_recipes.tensor_names import block_index, block_of, stack_of
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
-from safemerge_recipes.weights.operands import LowRankStack, Rescaled, Rows
+from safemerge_recipes.weights.operands import Fused, LowRankStack, Rescaled, Rows
 
 HEAD = "lm_head.weight"
 """What the output head is called where it comes to exist only because an adapter unties it."""
@@ -68,6 +72,8 @@ class _Application:
     above: dict[str, Weight]
     find: DiskNames
     turned: frozenset[str]
+    model: Mapping[str, object]
+    experts: dict[str, dict[tuple[int, int], LowRank]] = field(default_factory=dict)
     adapted: set[str] = field(default_factory=set)
     translated: list[tuple[str, str]] = field(default_factory=list)
     starts: dict[str, str] = field(default_factory=dict)
@@ -76,6 +82,12 @@ class _Application:
         """The tensor on disk of a name in memory."""
         found = self.find(name)
         if found is None:
+            alike = self.find.candidates(name)
+            if alike:
+                raise SourceError(
+                    f"{self.adapter.directory}: adapts {name}, which could be {' or '.join(alike[:4])}; "
+                    "expected names that tell them apart"
+                )
             raise SourceError(
                 f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have; "
                 "is it the adapter of another model, or of a model saved under other names?"
@@ -121,6 +133,8 @@ class _Application:
     def module(self, module: str, parts: Mapping[str, TensorRef]) -> None:
         """One adapted module."""
         config, keys = self.adapter.config, self.adapter.keys
+        if parts.keys() == {"A", "B"} and self.find(f"{module}.weight") is None and self.expert(module):
+            return
         if parts.keys() - {"lora_bias", "base_bias"}:
             name = self.target(f"{module}.weight")
             if "base_weight" in parts:
@@ -156,6 +170,49 @@ class _Application:
                     raise self.refuse_shape(name, bias.shape, self.above[name].shape)
                 a, _ = keys.pair(module) or (bias, bias)
                 self.above[name] += config.scale(module, a.shape[0]) * Weight.of(Stored(bias))
+
+    def expert(self, module: str) -> bool:
+        """One expert's matrix where the model has them fused; False where it has not."""
+        shapes = {name: weight.shape for name, weight in self.above.items() if len(weight.shape) == 3}
+        place = expert_delta(f"{module}.weight", shapes, self.find)
+        pair = self.adapter.keys.pair(module)
+        if place is None or pair is None:
+            return False
+        fused, number, first, rows = place
+        update = LowRank(pair[1], pair[0], self.adapter.config.scale(module, pair[0].shape[0]))
+        if fused in self.turned or update.shape != (rows, shapes[fused][2]):
+            raise self.refuse_shape(f"{module}.weight", update.shape, (rows, shapes[fused][2]))
+        self.experts.setdefault(fused, {})[number, first] = update
+        self.adapted.add(fused)
+        if (f"{module}.weight", fused) not in self.translated:
+            self.translated.append((f"{module}.weight", fused))
+        return True
+
+    def add_experts(self) -> None:
+        """The updates of single experts, as one update of each fused tensor."""
+        for fused, updates in self.experts.items():
+            shape = self.above[fused].shape
+            parts: list[tuple[int, Weight]] = []
+            at = 0
+            for (number, first), update in sorted(updates.items()):
+                begin = number * shape[1] + first
+                parts += [(begin - at, Weight())] if begin > at else []
+                parts.append((update.shape[0], Weight.of(update)))
+                at = begin + update.shape[0]
+            if at < shape[0] * shape[1]:
+                parts.append((shape[0] * shape[1] - at, Weight()))
+            self.above[fused] += Weight.of(Fused(shape, tuple(parts)))
+
+    def check_unlisted(self) -> None:
+        """Refuses whole tensors that no field of the config announces, save the embedding and the head."""
+        embedding = embedding_of(self.above, self.model)
+        for name in self.adapter.keys.unlisted:
+            found = self.find(name)
+            if found is None or not (found == embedding or is_head(found)):
+                raise SourceError(
+                    f"{self.adapter.keys.path}: unexpected key {name[:200]!r}; expected LoRA factors and what "
+                    "modules_to_save and bias name"
+                )
 
     def rescaled(self, name: str, weight: Weight, magnitude: TensorRef, columns: bool) -> Rescaled:
         """DoRA: every output's weights scaled to a trained length."""
@@ -258,8 +315,13 @@ class _Application:
                 self.above[name] += Weight.of(part)
 
     def check_targets(self) -> None:
-        """Refuses a file that lacks what target_modules names, as far as plain names tell."""
+        """Refuses a file that lacks what target_modules names, in the stacks of blocks that it adapts at all.
+
+        Other parts of the model may have modules of the same names, which the adapter never saw; and blocks for
+        multi-token prediction are not there when transformers trains.
+        """
         config = self.adapter.config
+        stacks = {stack_of(name) for name in self.adapted}
         if config.values.get("exclude_modules"):
             return
         layers = config.values.get("layers_to_transform")
@@ -272,6 +334,8 @@ class _Application:
                 if not hit or len(weight.shape) != 2 or name in self.adapted or ".experts." in name:
                     continue
                 if wanted is not None and block_index(name) not in wanted:
+                    continue
+                if stack_of(name) not in stacks or is_draft(name, self.model):
                     continue
                 if saved_as_whole(module, saved):
                     continue
@@ -312,9 +376,9 @@ def apply_adapter(
     head = HEAD if HEAD not in above else None
     if embedding is not None and head is not None:
         above[head] = above[embedding]
-    work = _Application(
-        adapter, above, DiskNames(above), input_first({name: w.shape for name, w in above.items()}, model)
-    )
+    turned = input_first({name: w.shape for name, w in above.items()}, model)
+    work = _Application(adapter, above, DiskNames(above), turned, model)
+    work.check_unlisted()
     levels: dict[str, list[str]] = {}
     for module in keys.modules:
         root = module
@@ -327,6 +391,7 @@ def apply_adapter(
             work.module(module, keys.modules[module])
     for root, modules in levels.items():
         work.parameters(root, modules)
+    work.add_experts()
     for name, ref in keys.whole.items():
         work.replace(work.target(name), ref)
     if adapter.config.bias == "all":
@@ -339,7 +404,8 @@ def apply_adapter(
         if adapter.config.keeps_tied or (head not in work.adapted and embedding in work.adapted and only_tokens
                                          and not any(work.find(n) == embedding for n in keys.whole)):  # fmt: skip
             above[head] = above[embedding]  # trained as one
-        if above[head] == above[embedding]:
+        copied = [above[name].stored for name in (head, embedding)]
+        if above[head] == above[embedding] or (copied[0] and copied[1] and same_bytes(copied[0], copied[1])):
             del above[head]
         else:
             notes.append(

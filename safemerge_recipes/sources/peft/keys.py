@@ -13,9 +13,11 @@ from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.checkpoint import inside
+from safemerge_recipes.sources.parts import unwrapped
 from safemerge_recipes.sources.peft.config import AdapterConfig
 from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef, read_header
+from safemerge_recipes.tensor_names import block_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -30,17 +32,41 @@ _PARTS = (
 )
 
 
+_NAMED = (
+    (r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.([^.]+)\.(weight|bias)", r"\1.\3"),
+    (r"(.+\.(?:lora_embedding_[AB]|token_adapter\.trainable_tokens_delta))\.([^.]+)", r"\1"),
+    (r"(.+)\.modules_to_save\.([^.]+)\.(.+)", r"\1.\3"),
+)
+"""Keys that still hold the adapter's name, as the state dict of a live PEFT model has them: what becomes of them."""
+
+
+def plain_key(key: str) -> tuple[str, str | None]:
+    """(name as PEFT saves it without its prefix, the adapter's own name where the key holds one).
+
+    What torch.compile, FSDP, DeepSpeed and DistributedDataParallel put around modules is taken off; the prefix
+    `base_model.model.` may be missing.
+    """
+    name = unwrapped(unwrapped(key).removeprefix(KEY_PREFIX))
+    for pattern, form in _NAMED:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(form), match[2]
+    return name, None
+
+
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Everything an adapter file holds: `modules` maps module -> part -> tensor, `whole` tensor name -> tensor.
 
     Parts: A, B, embedding_A, embedding_B, lora_bias, magnitude, tokens, base_weight, base_bias. The layers of
-    a module whose parameters are adapted one by one keep PEFT's `.base_layer` in their name.
+    a module whose parameters are adapted one by one keep PEFT's `.base_layer` in their name. `unlisted` names those
+    of `whole` that no field of the config announces: PEFT saves a resized embedding and head of its own accord.
     """
 
     path: Path
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     whole: dict[str, TensorRef] = field(default_factory=dict)
+    unlisted: list[str] = field(default_factory=list)
 
     def pair(self, module: str, kind: str = "") -> tuple[TensorRef, TensorRef] | None:
         """(A, B) of a module, None if it has neither.
@@ -92,10 +118,27 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
         )
     keys = Keys(path)
     saved = config.names("modules_to_save")
+    adapters: dict[str | None, str] = {}
     for key, ref in read_header(path).items():
-        name = key.removeprefix(KEY_PREFIX)
-        if not key.startswith(KEY_PREFIX):
-            raise SourceError(f"{path}: unexpected key {key[:200]!r}; expected {KEY_PREFIX}<module>.… only")
+        if key.endswith(".original_module.weight") or key.endswith(".original_module.bias"):
+            continue  # the model's own, before training
+        name, adapter = plain_key(key)
+        if not ref.numel:
+            raise SourceError(
+                f"{path}: {key[:200]!r} is empty: DeepSpeed ZeRO-3 keeps parameters in pieces, and this file was saved "
+                "without gathering them; save again with stage3_gather_16bit_weights_on_model_save, or convert the "
+                "training checkpoint with zero_to_fp32.py"
+            )
+        if adapter is not None and adapters.setdefault(adapter, key) and len(adapters) > 1:
+            raise SourceError(
+                f"{path}: holds several adapters, {' and '.join(map(repr, sorted(map(str, adapters))))}; "
+                "expected one, save it alone with save_pretrained(selected_adapters=[…])"
+            )
+        if re.search(r"\.lora_[AB]\.weight$", name) and len(ref.shape) == 3:
+            raise SourceError(
+                f"{path}: {name[:200]} is {ref.shape}, factors of all experts in one tensor, which is not PEFT's "
+                "format; expected 2-D factors, convert it with the library that trained it"
+            )
         if ref.dtype not in FLOAT_DTYPES:
             raise SourceError(f"{path}: {name} is stored as {ref.dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
         match, part = next(
@@ -114,6 +157,9 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
             or (config.bias == "all" and name.endswith(".bias"))
         ):
             keys.whole[name] = ref
+        elif block_of(name) is None and name.endswith(".weight") and len(ref.shape) == 2:
+            keys.whole[name] = ref
+            keys.unlisted.append(name)
         else:
             raise SourceError(
                 f"{path}: unexpected key {key[:200]!r}; expected LoRA factors and what modules_to_save and bias name"
