@@ -26,6 +26,8 @@ lint: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(RUN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 	$(RUN)/lint-imports
 
 demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
@@ -45,6 +47,7 @@ bench-quick: install
 
 docs: install           ## the generated pages
 	$(RUN)/python -m safemerge_recipes.recipe.reference
+	$(RUN)/python -m safemerge_recipes.cli.reference
 
 fidelity: install       ## every family with every kind of adapter against PEFT, as a table
 	$(RUN)/python -W ignore -m tests.whole.fidelity_table docs/fidelity.md
