@@ -1,4 +1,7 @@
-"""The program as users meet it: options, streams, exit codes, start-up, the output folder."""
+"""The program as users meet it: options, streams, exit codes, start-up, the output folder.
+
+Guards `cli.progress`, `recipe.builtins`.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,8 @@
+"""One model through lm-eval: what is sent, what comes back, what is refused.
+
+Guards `evaluation.quiet`, `evaluation.tasks.hooks`.
+"""
+
 import json
 import math
 import socket

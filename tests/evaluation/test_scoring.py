@@ -1,3 +1,8 @@
+"""Scores of finished outputs, recipes and models, as commands give them and keep them.
+
+Guards `evaluation.answers`, `evaluation.compare`, `evaluation.scores`, `report.scores`.
+"""
+
 import base64
 import hashlib
 import json

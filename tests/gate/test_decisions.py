@@ -1,4 +1,7 @@
-"""Decisions at their boundaries, on real plans: strictness, ranks, controls, groups, degenerate tensors."""
+"""Decisions at their boundaries, on real plans: strictness, ranks, controls, groups, degenerate tensors.
+
+Guards `planning.plan`.
+"""
 
 from __future__ import annotations
 

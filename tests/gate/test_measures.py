@@ -1,4 +1,7 @@
-"""ρ, ρ₀ and the norms against their definitions in float64, for all forms of V and Δ."""
+"""ρ, ρ₀ and the norms against their definitions in float64, for all forms of V and Δ.
+
+Guards `gate.exact`, `gate.measurer`, `gate.sketch`, `gate.null`.
+"""
 
 from __future__ import annotations
 

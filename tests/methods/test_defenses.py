@@ -1,4 +1,7 @@
-"""Merge methods of the neighbouring defenses against dense references, and the published procedure itself."""
+"""Merge methods of the neighbouring defenses against dense references, and the published procedure itself.
+
+Guards `methods.mask`, `sources.masks`.
+"""
 
 from __future__ import annotations
 

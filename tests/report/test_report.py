@@ -1,4 +1,7 @@
-"""Terminal summary, HTML report and model card: what they show, hostile names, size, and missing parts."""
+"""Terminal summary, HTML report and model card: what they show, hostile names, size, and missing parts.
+
+Guards `report.charts`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoints and adapters as other libraries and training wrappers saved them: found by name, exact, or refused."""
+"""Checkpoints and adapters as other libraries and training wrappers saved them: found by name, exact, or refused.
+
+Guards `sources.side_files`.
+"""
 
 import json
 import os

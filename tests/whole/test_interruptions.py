@@ -1,4 +1,7 @@
-"""Runs are killed, starved of disk and fed failing disks; the same command always ends in the same bytes."""
+"""Runs are killed, starved of disk and fed failing disks; the same command always ends in the same bytes.
+
+Guards `engine.resume`.
+"""
 
 from __future__ import annotations
 

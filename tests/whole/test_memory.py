@@ -2,6 +2,8 @@
 
 "Own" is anonymous memory (RssAnon of /proc/self/status) above the idle footprint after torch and the package
 are imported. SAFEMERGE_BENCH_DATA names a folder that keeps the model between sessions.
+
+Guards `gate.memory`.
 """
 
 from __future__ import annotations
