@@ -68,11 +68,12 @@ def both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Mom
     (bv, av), (bd, ad) = factors(v, reader, arena), factors(delta, reader, arena)
     gv, hv, gd, cross = av @ av.T, bv.T @ bv, ad @ ad.T, bv.T @ bd
     inner = gv @ cross  # VᵀΔ = A_vᵀ·cross·A_d and VVᵀΔ = B_v·inner·A_d
-    hg = hv @ gv
+    hg, own = hv @ gv, bd.T @ bd @ gd
     return Moments(
         overlap=float(np.sum(cross.T @ inner * gd)),
         image=float(np.sum(inner.T @ hv @ inner * gd)),
-        delta=float(np.sum(bd.T @ bd * gd)),
+        delta=float(np.trace(own)),
+        delta_gram=float(np.sum(own * own.T)),
         v=float(np.trace(hg)),
         gram=float(np.sum(hg * hg.T)),
         d_out=bv.shape[0],
@@ -121,11 +122,12 @@ def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, n
         part = wide(block @ right)
         image += part.T @ part
     thin, g = wide(right), a @ a.T
-    gram = thin.T @ thin
+    gram, own = thin.T @ thin, b.T @ b @ g
     moments = Moments(
         overlap=float(np.sum(gram[:rank, :rank] * g)),
         image=float(np.sum(image[:rank, :rank] * g)),
-        delta=float(np.sum(b.T @ b * g)),
+        delta=float(np.trace(own)),
+        delta_gram=float(np.sum(own * own.T)),
         v=total,
         gram=0.0,
         d_out=matrix.rows,

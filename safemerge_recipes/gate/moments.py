@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from safemerge_recipes.gate.null import Null, null_of
+
 Effort = Literal["sketch", "exact"]
 """How hard a measurement tries."""
 
@@ -18,7 +20,8 @@ Effort = Literal["sketch", "exact"]
 class Moments:
     """Sums of squares from which every measure of a tensor, or of a group of tensors, follows.
 
-    They add up: the moments of a block-diagonal group are the sums of its members'.
+    They add up: the moments of a block-diagonal group are the sums of its members', and its ρ₀ and their spread follow
+    from the members' own (`null.Null`).
 
     Attributes:
         overlap: ‖VᵀΔ‖².
@@ -35,6 +38,9 @@ class Moments:
         overlap_error: half-width of the overlap's own interval.
         image_error: half-width of the image's own interval.
         numel: elements of the tensor.
+        delta_gram: ‖ΔᵀΔ‖²; 0 where it is not known.
+        members: how many tensors these are the moments of.
+        null_overlap: of a group, as are the following, the sums of `null.Null`.
     """
 
     overlap: float
@@ -51,6 +57,16 @@ class Moments:
     overlap_error: float = 0.0
     image_error: float = 0.0
     numel: int = 0
+    delta_gram: float = 0.0
+    members: int = 1
+    null_overlap: float = 0.0
+    null_image: float = 0.0
+    null_least: float = 0.0
+    null_most: float = 0.0
+    null_aa: float = 0.0
+    null_ab: float = 0.0
+    null_bb: float = 0.0
+    null_unknown: int = 0
 
     @property
     def degenerate(self) -> str | None:
@@ -66,15 +82,38 @@ class Moments:
         return min(1.0, self.overlap / below) if below else 0.0
 
     @property
+    def null(self) -> Null:
+        """What an update unrelated to V would show."""
+        if self.members == 1:
+            return null_of(self.v, self.gram, self.delta, self.delta_gram, self.d_out, self.null_error)
+        return Null(*(getattr(self, f"null_{name}") for name in Null._fields))
+
+    @property
     def rho_null(self) -> float | None:
-        """ρ₀ ≈ √(PR / d_out), PR = ‖V‖⁴ / ‖VᵀV‖²: what an update unrelated to V would show."""
+        """ρ₀, what an update unrelated to V would show: √(PR / d_out) of one tensor, PR = ‖V‖⁴ / ‖VᵀV‖²."""
+        if self.members > 1:
+            return self.null.rho(self.delta)
         return min(1.0, self.v / math.sqrt(self.gram * self.d_out)) if self.gram else None
 
+    @property
+    def rho_z(self) -> float | None:
+        """(ρ − ρ₀) over the standard deviation of ρ among unrelated updates; None where that is not known or 0."""
+        spread = self.null.spread()
+        if self.rho is None or not self.rho_null or not spread:
+            return None
+        return (self.rho - self.rho_null) / (self.rho_null * spread)
+
     def __add__(self, other: Moments) -> Moments:
-        total = Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        added = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        null = self.null.plus(other.null)
+        total = Moments(**added | {f"null_{name}": part for name, part in null._asdict().items()})
+        # Only the parts' intervals add up, not those of ρ and ρ₀.
+        ends = [null.rho(total.delta, image) for image in (null.least, null.most)]
+        off = max((abs(end - (total.rho_null or 0.0)) for end in ends if end is not None), default=0.0)
+        total = replace(total, null_error=off if self.null_error or other.null_error else 0.0)
         if not total.rho_error:
             return total
-        # ρ's own interval is narrower than what its parts allow, but only the parts' intervals add up.
+        # ρ's own interval is narrower than what its parts allow.
         high = total.overlap + total.overlap_error
         low = math.sqrt(max(total.image - total.image_error, 0.0)) * math.sqrt(total.delta)
         error = min(1.0, high / low) - (total.rho or 0.0) if low else 1.0

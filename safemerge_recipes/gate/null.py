@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,72 @@ ROUNDING = 1e-5
 """What float32 products may be off by, as a part of the result: the least half-width of a sketch's interval."""
 RIDGE = 1e-8
 """Keeps rounding out of the solutions where V has fewer directions than there are columns."""
+
+
+class Null(NamedTuple):
+    """What an update unrelated to V would show, of one tensor or, added up, of a group.
+
+    With v = ‖V‖², g = ‖VᵀV‖², d = ‖Δ‖², m = d_out: an update whose directions in the output space are random has
+    E‖VᵀΔ‖² = vd/m and E‖VVᵀΔ‖² = gd/m. Given ‖Δ‖, the part of it inside V's PR = v²/g directions has a relative
+    variance of (2/r)(1/PR − 1/m) where r = ‖Δ‖⁴/‖ΔᵀΔ‖² directions carry Δ (the Beta law of a random projection, all
+    PR directions taken as alike).
+
+    Attributes:
+        overlap: Σ vd/m.
+        image: Σ gd/m.
+        least: the same where ρ₀'s interval is at its upper end.
+        most: the same at its lower end.
+        aa: Σ of the overlap's variances, with `ab` and `bb` for its covariance with the image and the image's own.
+        ab: see `aa`.
+        bb: see `aa`.
+        unknown: members whose r is not known, so that the spread is not.
+    """
+
+    overlap: float
+    image: float
+    least: float
+    most: float
+    aa: float
+    ab: float
+    bb: float
+    unknown: int
+
+    def plus(self, other: Null) -> Null:
+        """The null of both together."""
+        sums: list[Any] = [one + two for one, two in zip(self, other, strict=True)]
+        return Null(*sums)
+
+    def rho(self, delta: float, image: float | None = None) -> float | None:
+        """ρ₀ of a group with Σ d = `delta`: Σ(vd/m) / √(Σ(gd/m)·Σd)."""
+        below = math.sqrt(self.image if image is None else image) * math.sqrt(delta)
+        return min(1.0, self.overlap / below) if below else None
+
+    def spread(self) -> float | None:
+        """The standard deviation of ρ over ρ₀ among unrelated updates, to first order; None where unknown."""
+        if self.unknown or not self.overlap or not self.image:
+            return None
+        x, y = self.overlap, self.image
+        return math.sqrt(max(0.0, self.aa / x**2 - self.ab / (x * y) + self.bb / (4 * y**2)))
+
+
+def null_of(v: float, gram: float, delta: float, delta_gram: float, d_out: int, error: float) -> Null:
+    """The null of one tensor; see `Null`.
+
+    Args:
+        v: ‖V‖².
+        gram: ‖VᵀV‖².
+        delta: ‖Δ‖².
+        delta_gram: ‖ΔᵀΔ‖²; 0 where it is not known.
+        d_out: rows.
+        error: half-width of ρ₀'s interval.
+    """
+    if not (v and gram and delta and d_out):
+        return Null(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    overlap, image, rho = v * delta / d_out, gram * delta / d_out, v / math.sqrt(gram * d_out)
+    least, most = (image * (rho / max(rho + by, 1e-300)) ** 2 for by in (error, -error))
+    variance = 2 * (delta_gram / delta**2) * max(0.0, gram / v**2 - 1 / d_out)
+    aa, ab, bb = (part * variance for part in (overlap**2, overlap * image, image**2))
+    return Null(overlap, image, least, most, aa, ab, bb, int(not delta_gram))
 
 
 def null_moment(gram: np.ndarray, image: np.ndarray, samples: int) -> tuple[float, float]:

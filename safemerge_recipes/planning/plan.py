@@ -60,7 +60,8 @@ class TensorPlan:
     """The decision on one output tensor.
 
     `take` is the role whose weight a kept tensor has. `rho_interval` is the half-width of ρ's interval, 0
-    where ρ is exact to rounding; `rho_null_interval` likewise for ρ₀.
+    where ρ is exact to rounding; `rho_null_interval` likewise for ρ₀. `rho_z` is (ρ − ρ₀) over the spread of ρ
+    among updates unrelated to V, null where Δf is a full matrix.
     """
 
     name: str
@@ -88,6 +89,7 @@ class TensorPlan:
             "value": self.value,
             "rho": m.rho if m else None,
             "rho_null": m.rho_null if m else None,
+            "rho_z": m.rho_z if m else None,
             "rho_interval": m.rho_error if m else None,
             "rho_null_interval": m.null_error if m else None,
             "measured": ("sketched" if m.rho_error else "exact") if m else None,

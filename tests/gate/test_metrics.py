@@ -139,6 +139,12 @@ def test_a_group_is_one_block_diagonal_matrix(tmp_path, monkeypatch, kinds, metr
         n = sum(part.numel() for part in dense_v)
         d = float((v @ v.T / v.norm() @ delta - delta).norm())
         truth = (d - math.sqrt(2 * n)) / math.sqrt(2 * n * (1 - 1 / math.pi))
+    elif metric == "rho_ratio":  # ρ₀ of the members together: from each one's own size and rows
+        rows = [(float(v.norm() ** 2), float((v.T @ v).norm() ** 2), float(d.norm() ** 2), len(v))
+                for v, d in zip(dense_v, dense_delta, strict=True)]  # fmt: skip
+        image = sum(g * d / m for _, g, d, m in rows) * sum(d for _, _, d, _ in rows)
+        null = sum(v * d / m for v, _, d, m in rows) / math.sqrt(image)
+        truth = dense("rho", torch.block_diag(*dense_v), torch.block_diag(*dense_delta)) / null
     else:
         truth = dense(metric, torch.block_diag(*dense_v), torch.block_diag(*dense_delta))
     assert abs(value - truth) <= error + 2e-5 * abs(truth) + 2e-6
