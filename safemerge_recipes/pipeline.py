@@ -32,6 +32,7 @@ from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.planning.memory import projected_peak
+from safemerge_recipes.planning.outcome import empty
 from safemerge_recipes.planning.plan import Measure, Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.planning.plugins import Registry, read_registry
 from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, load_recipe
@@ -288,7 +289,13 @@ def _check_apart(prepared: Prepared, output: Path) -> None:
 
 
 def carry_out(
-    prepared: Prepared, output: Path, digests: Digests, progress: Progress, *, force: bool = False
+    prepared: Prepared,
+    output: Path,
+    digests: Digests,
+    progress: Progress,
+    *,
+    force: bool = False,
+    allow_empty: bool = False,
 ) -> dict[str, Any]:
     """Writes the output folder and returns the run's result.
 
@@ -298,15 +305,19 @@ def carry_out(
         digests: hashes the inputs; begun as early as may be, since it takes long.
         progress: is told what goes on.
         force: replace a finished output; go on with an interrupted run although its inputs changed.
+        allow_empty: write the fine-tuned model once more where nothing is merged.
 
     Raises:
-        PlanError: the output is in the way, locked, or the disk is too small.
+        PlanError: nothing is merged; the output is in the way, locked, or the disk is too small.
         SourceError: an input changed, or holds values that are not finite.
         WriteError: stopped while writing, be it by a source that could not be read.
     """
     output = Path(os.path.abspath(output))
     part = part_of(output)
     started = time.perf_counter()
+    nothing = empty(prepared.plan)
+    if nothing and not allow_empty:
+        raise PlanError(f"{nothing}; --allow-empty writes the fine-tuned model all the same")
     _check_apart(prepared, output)
     try:
         with working_folder(output, force, lambda folder: reusable(folder, prepared.graph)):

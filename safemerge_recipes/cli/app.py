@@ -106,6 +106,9 @@ def run(
     max_memory: MemoryOption = "2GB",
     executor: ExecutorOption = "local",
     force: Annotated[bool, typer.Option("--force", help="Replace a finished output.")] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Write the fine-tuned model where the gate merges nothing.")
+    ] = False,
     no_evaluate: Annotated[
         bool, typer.Option("--no-evaluate", help="Merge only, even if the recipe evaluates.")
     ] = False,
@@ -148,7 +151,7 @@ def run(
     try:
         prepared, progress = _prepare(resolved, device, workers, memory)
         try:
-            result = carry_out(prepared, target, digests, progress, force=force)
+            result = carry_out(prepared, target, digests, progress, force=force, allow_empty=allow_empty)
         finally:
             progress.pause()
     finally:
@@ -179,7 +182,7 @@ def plan(
     max_memory: MemoryOption = "2GB",
 ) -> None:
     """Measure and decide, print the plan, write nothing (the same as run --dry-run)."""
-    run(recipe, None, set_, True, json_, device, workers, max_memory, "local", False, True)
+    run(recipe, None, set_, True, json_, device, workers, max_memory, "local", False, False, True)
 
 
 @app.command()

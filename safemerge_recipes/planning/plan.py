@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.gate.decide import METRICS, Candidate, Decision, Metric, candidate, check, decide, unsettled
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.gate.selectors import SELECTORS, Selector
+from safemerge_recipes.planning.outcome import check_v, findings
 from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
@@ -299,7 +300,8 @@ def make_plan(
 
     Raises:
         PlanError: the selector cannot be satisfied, or a degenerate tensor is an error.
-        SourceError: a source that a merge needs is missing, or weights are not finite.
+        SourceError: a source that a merge needs is missing, weights are not finite, or V is zero wherever the gate
+            looks.
     """
     by_policy = _by_policy(outlooks)
     decisions: dict[str, Decision] = {}
@@ -326,7 +328,9 @@ def make_plan(
                 "finetuned", o.policy, candidates[o.name].value, moments.get(o.name),
             )
         )  # fmt: skip
-    return Plan(recipe, tuple(tensors), family.warnings)
+    plan = Plan(recipe, tuple(tensors), family.warnings)
+    check_v(plan.gated)
+    return replace(plan, warnings=(*family.warnings, *findings(plan, family)))
 
 
 def needs(plan: Plan) -> tuple[Role, ...]:

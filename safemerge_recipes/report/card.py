@@ -109,6 +109,7 @@ def render_card(
             markdown(view.description, 2000),
             _what(view, sources),
             _source_table(sources),
+            "\n".join(f"> **Mind:** {markdown(one, 1000)}" for one in view.warnings[:10]),
             _plan_table(view),
             _score_table(groups),
             "\n".join(f"- {markdown(one, 1000)}" for one in read_verdicts(scores, 60)),

@@ -99,7 +99,7 @@ def test_the_output_folder_is_whole(llama: Family, call: Any, recipe: Any, tmp_p
 
 def test_options_take_the_place_of_the_recipe(llama: Family, call: Any, recipe: Any, tmp_path: Path) -> None:
     path = recipe(sources=_sources(llama), gate={"tau": 0.5})
-    done = call("run", path, "--set", "gate.tau=0.0", "--output", tmp_path / "elsewhere", "--json")
+    done = call("run", path, "--set", "gate.tau=0.0", "--output", tmp_path / "elsewhere", "--json", "--allow-empty")
     assert done.code == 0
     assert done.json["summary"]["merged"] == 0
     assert (tmp_path / "elsewhere" / "model.safetensors").exists()

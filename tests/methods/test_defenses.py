@@ -29,6 +29,7 @@ from tests.fixtures.plain_family import (
     recipe_text,
     run_recipe,
     write_adapter,
+    write_model,
 )
 
 ALWAYS = "{always: true}"
@@ -124,11 +125,13 @@ def test_project_does_not_depend_on_memory_or_workers(family, kind, monkeypatch)
         close(plenty[name], family.aligned[name].double() + expected)
 
 
-def test_safe_lora_with_no_alignment_gives_the_aligned_weight(family):
-    """V = 0, so C = 0: the published code merges nothing in."""
-    text = recipe_text("{base: aligned, aligned: aligned, finetuned: finetuned}", ALWAYS, "{method: project}")
+def test_safe_lora_with_no_alignment_gives_the_aligned_weight(family, tmp_path):
+    """V = 0, so C = 0: the published code merges nothing in. All tensors but one are alike here."""
+    write_model(tmp_path / "base", {**family.aligned, GATED[0]: family.base[GATED[0]]})
+    text = recipe_text(PAIR.replace("{", f"{{base: {tmp_path / 'base'}, "), ALWAYS, "{method: project}")
     _, written = run_recipe(family.root, text)
-    assert all(torch.equal(written[name], family.aligned[name]) for name in GATED)
+    assert all(torch.equal(written[name], family.aligned[name]) for name in GATED[1:])
+    assert not torch.equal(written[GATED[0]], family.aligned[GATED[0]])
 
 
 # The safety vector

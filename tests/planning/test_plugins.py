@@ -195,4 +195,4 @@ def test_a_plugins_version_is_part_of_what_names_a_result(tmp_path):
 
 def test_a_run_needs_no_plugin(tmp_path):
     make_family(tmp_path)
-    run_recipe(tmp_path, recipe_text(FULL, "{tau: 0.5}", "{}"))
+    run_recipe(tmp_path, recipe_text(FULL, "{fraction: 0.5}", "{}"))

@@ -515,7 +515,9 @@ def test_rho_is_that_of_the_layers_whichever_way_they_are_stored(tmp_path: Path,
     sources = {"base": str(base), "aligned": str(aligned), "finetuned": finetuned, "safety": str(tuned)}
     if family in MIXTURES:
         del sources["safety"]
-    plan = peft_families.run({"sources": sources, "gate": {"tau": 0.0}, "merge": {"method": "drop"}}, tmp_path / "out")
+    plan = peft_families.run(
+        {"sources": sources, "gate": {"never": True}, "merge": {"method": "drop"}}, tmp_path / "out"
+    )
     before, middle, after = (peft_families.tensors(p) for p in (base, aligned, tmp_path / "tuned"))
     found = _rhos(plan)
     assert found
