@@ -108,7 +108,9 @@ class Project:
         return self._wide(name, v, matrix, delta, tools)
 
     def _scale(self, name: str, v: Weight, square: float, tools: Tools) -> float:
-        """What VVᵀ is divided by, from ‖V‖²."""
+        """What VVᵀ is divided by, from ‖V‖²; 1 where V is zero in numbers, so that C is, too."""
+        if not square:
+            return 1.0
         if self.normalize == "frobenius":
             return math.sqrt(square)
         found = left_directions(name, v, 1, tools.reader, tools.arena, tools.room // 2)
