@@ -54,3 +54,4 @@ fidelity: install       ## every family with every kind of adapter against PEFT,
 
 clean:
 	rm -rf $(VENV)
+	git clean -qfX native safemerge_recipes
