@@ -1,4 +1,4 @@
-/* The merge methods on a CPU: every block is read once, merged in strips that stay in the nearest cache, and rounded
+/* The merge methods on a CPU: every piece is read once, merged in strips that stay in the nearest cache, and rounded
  * once.
  *
  * The same arithmetic, step by step, as the torch code in safemerge_recipes, which runs on every other device and
@@ -17,7 +17,7 @@
 
 enum { F32, F16, BF16 };
 
-/* coefficient * data, one stored tensor's block. */
+/* coefficient * data, one stored tensor's piece. */
 typedef struct {
     const void *data;
     float coefficient;
@@ -267,7 +267,7 @@ static void round_strip(int32_t dtype, int64_t n, const float *restrict x, void 
     bad[1] += infinite - before;
 }
 
-/* Merges a block of n elements, the tensor's `first` being its first. `scratch` holds three strips. */
+/* Merges a piece of n elements, the tensor's `first` being its first. `scratch` holds three strips. */
 void sm_merge(merge *m, int64_t first, int64_t n, void *out, float *scratch, int64_t bad[2]) {
     const int64_t strip = sm_strip(m), width = m->dtype == F32 ? 4 : 2;
     float *x = scratch, *y = x + strip, *origin = y + strip;
@@ -316,7 +316,7 @@ static double dot_strip(int64_t n, const float *x, const float *y) {
     return total_of(lanes);
 }
 
-/* Adds |x|^2, |y|^2 and x.y of a block to `sums`. */
+/* Adds |x|^2, |y|^2 and x.y of a piece to `sums`. */
 void sm_dots(const merge *m, int64_t n, double sums[3], float *scratch) {
     const int64_t strip = sm_strip(m);
     float *x = scratch, *y = x + strip;
@@ -339,7 +339,7 @@ static double size_strip(int64_t n, const float *x) {
     return total_of(lanes);
 }
 
-/* Adds the magnitudes of a block to `sums`: of x, of what is kept of x, of y, of what is kept of y. */
+/* Adds the magnitudes of a piece to `sums`: of x, of what is kept of x, of y, of what is kept of y. */
 void sm_sizes(const merge *m, int64_t first, int64_t n, double sums[4], float *scratch) {
     const int64_t strip = sm_strip(m);
     float *x = scratch, *y = x + strip;
@@ -355,7 +355,7 @@ void sm_sizes(const merge *m, int64_t first, int64_t n, double sums[4], float *s
     }
 }
 
-/* Every stride-th magnitude of a block of one side; returns their number. */
+/* Every stride-th magnitude of a piece of one side; returns their number. */
 int64_t sm_look(const merge *m, int side, int64_t n, int64_t stride, float *found, float *scratch) {
     const int64_t strip = sm_strip(m);
     int64_t number = 0, next = 0;
@@ -370,7 +370,7 @@ int64_t sm_look(const merge *m, int side, int64_t n, int64_t stride, float *foun
 
 #define GROUP 32 /* elements that are collected only if one of them is wanted: a few in a hundred are */
 
-/* Of one side's block: how many magnitudes lie above `high` (counts[0]) and how many in [low, high] (counts[1]), which
+/* Of one side's piece: how many magnitudes lie above `high` (counts[0]) and how many in [low, high] (counts[1]), which
  * are collected in `found` unless low = high. */
 void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_t counts[2], float *found,
               float *scratch) {
