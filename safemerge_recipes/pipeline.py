@@ -1,7 +1,7 @@
 """The whole story of a recipe: resolve → measure → decide → write → report, as plain function calls.
 
 `prepare` goes as far as the plan and its graph, reading headers and gated tensors; `carry_out` writes the
-output folder. Both print nothing; what happens is told to a `Progress`.
+output folder. Both print nothing; what happens is told as events.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.executors.threads import execute
 from safemerge_recipes.engine.folder import (
@@ -30,6 +30,7 @@ from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.engine.manifest import make_manifest, versions
 from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
+from safemerge_recipes.events import Listener, PhaseStarted, ignore
 from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.outcome import empty
@@ -49,26 +50,6 @@ from safemerge_recipes.storage.workers import Resources, fit_workers
 
 if TYPE_CHECKING:
     from safemerge_recipes.gate.measurer import Measurer
-
-
-class Progress(Protocol):
-    """Is told what goes on: a phase with its total bytes, then the bytes as they are done."""
-
-    def phase(self, name: str, nbytes: int) -> None:
-        """A new phase begins."""
-
-    def tick(self, nbytes: int) -> None:
-        """Bytes are done. Called from several threads."""
-
-
-class Silent:
-    """No progress."""
-
-    def phase(self, name: str, nbytes: int) -> None:
-        """Does nothing."""
-
-    def tick(self, nbytes: int) -> None:
-        """Does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +193,14 @@ def as_source(prepared: Prepared, role: Role) -> Graph:
     return build(Plan(prepared.recipe, tuple(tensors), ()), prepared.resolved, prepared.resources.device)
 
 
-def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True) -> Prepared:
+def prepare(resolved: Resolved, resources: Resources, on_event: Listener, *, use_cache: bool = True) -> Prepared:
     """Measures what is gated, decides every tensor and builds the work.
 
     Raises:
         SafemergeError: the plan cannot be made or carried out; nothing has been written.
     """
     begun = time.perf_counter()
-    measurer = measurer_of(resolved, resources, progress, use_cache=use_cache)
+    measurer = measurer_of(resolved, resources, on_event, use_cache=use_cache)
     plan = decide(resolved, measurer)
     measured = time.perf_counter()
     graph = build(plan, resolved, resources.device)
@@ -231,7 +212,7 @@ def prepare(resolved: Resolved, resources: Resources, progress: Progress, *, use
 
 
 def measurer_of(
-    resolved: Resolved, resources: Resources, progress: Progress, *, use_cache: bool = True
+    resolved: Resolved, resources: Resources, on_event: Listener = ignore, *, use_cache: bool = True
 ) -> Measurer | None:
     """What measures the family's tensors; None where nothing is gated or there is no base and so no V."""
     family, gated = resolved.family, [outlook.name for outlook in resolved.outlooks if outlook.policy]
@@ -246,8 +227,8 @@ def measurer_of(
             (*(family.v(name) or family.delta("base", name)).refs, *family.delta("finetuned", name).refs)
         )
     )
-    progress.phase("measure", sum(ref.nbytes for ref in refs))
-    return Measurer(family, resources, use_cache=use_cache, tick=progress.tick)
+    on_event(PhaseStarted("measure", sum(ref.nbytes for ref in refs)))
+    return Measurer(family, resources, use_cache=use_cache, on_event=on_event)
 
 
 def _stored_recipe(prepared: Prepared, output: Path) -> str:
@@ -292,7 +273,7 @@ def carry_out(
     prepared: Prepared,
     output: Path,
     digests: Digests,
-    progress: Progress,
+    on_event: Listener,
     *,
     force: bool = False,
     allow_empty: bool = False,
@@ -303,7 +284,7 @@ def carry_out(
         prepared: what `prepare` made.
         output: the folder to write.
         digests: hashes the inputs; begun as early as may be, since it takes long.
-        progress: is told what goes on.
+        on_event: is told what goes on.
         force: replace a finished output; go on with an interrupted run although its inputs changed.
         allow_empty: write the fine-tuned model once more where nothing is merged.
 
@@ -321,7 +302,7 @@ def carry_out(
     _check_apart(prepared, output)
     try:
         with working_folder(output, force, lambda folder: reusable(folder, prepared.graph)):
-            result = _write(prepared, part, output, digests, progress, force)
+            result = _write(prepared, part, output, digests, on_event, force)
             publish(part, output, force)
     except KeyboardInterrupt:
         raise WriteError(f"stopped; {part} keeps what is done, the same command goes on from there") from None
@@ -338,10 +319,10 @@ def carry_out(
 
 
 def _write(
-    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress, force: bool
+    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool
 ) -> dict[str, Any]:
     if prepared.recipe.output.format == "adapter":
-        return _write_adapter(prepared, part, output, digests, progress)
+        return _write_adapter(prepared, part, output, digests, on_event)
     graph, header = prepared.graph, _header(prepared)
     check_unchanged(prepared.identities)
     done = finished(part, graph, header, force)
@@ -350,11 +331,11 @@ def _write(
     try:
         keep_only(part, {name for file in graph.layout.files for name in (file, f"{file}.part")})
         unseal(part, graph.layout)
-        progress.phase("write", graph.bytes_written)
+        on_event(PhaseStarted("write", graph.bytes_written))
         started = time.perf_counter()
         sealed = execute(
             graph, part, prepared.resources, done, journal,
-            allow_overflow=prepared.recipe.output.allow_overflow, tick=progress.tick,
+            allow_overflow=prepared.recipe.output.allow_overflow, on_event=on_event,
         )  # fmt: skip
         written = time.perf_counter()
         index = graph.layout.index_bytes()
@@ -371,7 +352,7 @@ def _write(
 
 
 def _write_adapter(
-    prepared: Prepared, part: Path, output: Path, digests: Digests, progress: Progress
+    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener
 ) -> dict[str, Any]:
     """An adapter is small: it is computed in memory and always written anew."""
     from safemerge_recipes.engine.adapter import write_adapter
@@ -379,10 +360,10 @@ def _write_adapter(
     check_unchanged(prepared.identities)
     Journal(part / JOURNAL_FILE, _header(prepared), {}).close()
     keep_only(part, set())
-    progress.phase("write", prepared.graph.bytes_written)
+    on_event(PhaseStarted("write", prepared.graph.bytes_written))
     started = time.perf_counter()
     family = prepared.family
-    files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, progress.tick)
+    files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, on_event)
     written = time.perf_counter()
     plan = prepared.plan_json()
     for line in plan["tensors"]:

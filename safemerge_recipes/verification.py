@@ -19,8 +19,9 @@ from safemerge_recipes.engine.executors.threads import produce, region_digest
 from safemerge_recipes.engine.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.engine.manifest import Manifest, output_files, read_manifest, read_record, versions
 from safemerge_recipes.errors import CheckError, SourceError
+from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.base import Tools
-from safemerge_recipes.pipeline import Prepared, Progress, prepare, resolve
+from safemerge_recipes.pipeline import Prepared, prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Copy, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
@@ -41,7 +42,7 @@ SHOWN = 20
 def verify(
     folder: Path,
     resources: Resources,
-    progress: Progress,
+    on_event: Listener,
     *,
     deep: bool = False,
     sample: int | None = None,
@@ -52,7 +53,7 @@ def verify(
     Args:
         folder: the output.
         resources: what a deep check may use.
-        progress: is told what goes on.
+        on_event: is told what goes on.
         deep: compute tensors again from the sources.
         sample: only so many of them, drawn with `seed`.
         seed: which sample.
@@ -62,8 +63,8 @@ def verify(
         SourceError: a source that the deep check needs is missing or does not fit.
     """
     manifest = read_manifest(folder)
-    progress.phase("verify", sum(stamp.size for stamp in manifest.outputs.values()))
-    problems = [*_files(folder, manifest, progress), *_inventory(folder, manifest)]
+    on_event(PhaseStarted("verify", sum(stamp.size for stamp in manifest.outputs.values())))
+    problems = [*_files(folder, manifest, on_event), *_inventory(folder, manifest)]
     _refuse(folder, problems)
     result = {
         "files": len(manifest.outputs),
@@ -72,7 +73,7 @@ def verify(
         "recomputed": 0,
     }
     if deep:
-        names = _recompute(folder, manifest, resources, progress, sample, seed)
+        names = _recompute(folder, manifest, resources, on_event, sample, seed)
         result["recomputed"] = len(names)
     return result
 
@@ -94,7 +95,7 @@ def _file(folder: Path, name: str) -> Path:
     return inside(path.parent, path.name)
 
 
-def _files(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+def _files(folder: Path, manifest: Manifest, on_event: Listener) -> Iterator[str]:
     """What is wrong with the files' presence, sizes and hashes."""
     for name in output_files(folder):
         if name not in manifest.outputs and not name.startswith(".") and name.isprintable():
@@ -118,11 +119,11 @@ def _files(folder: Path, manifest: Manifest, progress: Progress) -> Iterator[str
         except OSError as error:
             yield f"{name}: {error.strerror}"
             continue
-        yield from _bytes(path, name, refs, manifest, progress)
+        yield from _bytes(path, name, refs, manifest, on_event)
 
 
 def _bytes(
-    path: Path, name: str, refs: Mapping[str, TensorRef], manifest: Manifest, progress: Progress
+    path: Path, name: str, refs: Mapping[str, TensorRef], manifest: Manifest, on_event: Listener
 ) -> Iterator[str]:
     """What is wrong with a file's bytes, told by tensor; reads the file once."""
     import xxhash
@@ -144,7 +145,7 @@ def _bytes(
                 whole.update(piece)
                 own.update(piece)
                 left -= len(piece)
-                progress.tick(len(piece))
+                on_event(BytesDone(len(piece)))
             if tensor in manifest.tensors and own.hexdigest() != manifest.tensors[tensor][1]:
                 damaged.append(tensor)
     yield from (f"{name}: {tensor}: its bytes changed" for tensor in damaged)
@@ -200,7 +201,7 @@ def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _recompute(
-    folder: Path, manifest: Manifest, resources: Resources, progress: Progress, sample: int | None, seed: int
+    folder: Path, manifest: Manifest, resources: Resources, on_event: Listener, sample: int | None, seed: int
 ) -> list[str]:
     """Computes tensors again; returns their names. Raises CheckError when one comes out otherwise."""
     from safemerge_recipes.recipe.loading import load_recipe
@@ -210,15 +211,15 @@ def _recompute(
             f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
             "check it with the version of safemerge-recipes named in its manifest"
         )
-    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, progress)
+    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, on_event)
     _refuse(folder, list(_inputs(prepared, manifest)))
     _refuse(folder, list(_decisions(prepared, folder)))
     if prepared.recipe.output.format == "adapter":
-        return _recompute_adapter(folder, prepared, manifest, progress)
+        return _recompute_adapter(folder, prepared, manifest, on_event)
     tasks = list(prepared.graph.tasks)
     if sample is not None and sample < len(tasks):
         tasks = random.Random(seed).sample(tasks, sample)
-    progress.phase("again", sum(task.slot.nbytes for task in tasks))
+    on_event(PhaseStarted("again", sum(task.slot.nbytes for task in tasks)))
     problems: list[str] = []
     stop = threading.Event()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -227,7 +228,7 @@ def _recompute(
 
             def work(task: Task, arena: Arena) -> None:
                 digest = _digest(task, nowhere, reader, arena, prepared, stop)
-                progress.tick(task.slot.nbytes)
+                on_event(BytesDone(task.slot.nbytes))
                 if digest != manifest.tensors[task.slot.name][1]:
                     file = prepared.graph.layout.files[task.slot.shard]
                     problems.append(f"{file}: {task.slot.name}: computed again from the sources, it has other bytes")
@@ -244,14 +245,14 @@ def _recompute(
     return [task.slot.name for task in tasks]
 
 
-def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, progress: Progress) -> list[str]:
+def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, on_event: Listener) -> list[str]:
     """The same for an adapter, which is computed whole, into a folder that is then removed."""
     from safemerge_recipes.engine.adapter import write_adapter
 
-    progress.phase("again", prepared.graph.bytes_written)
+    on_event(PhaseStarted("again", prepared.graph.bytes_written))
     with tempfile.TemporaryDirectory() as place:
         files, _ = write_adapter(
-            prepared.plan, prepared.family, prepared.graph, Path(place), prepared.resources.memory, progress.tick
+            prepared.plan, prepared.family, prepared.graph, Path(place), prepared.resources.memory, on_event
         )
         # Where the base model lies is seen from elsewhere now.
         configs = [

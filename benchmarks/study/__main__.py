@@ -47,7 +47,7 @@ from safemerge_recipes.evaluation.experiments.workbench import Bench, model_key
 from safemerge_recipes.evaluation.harness import Scores, TaskScores
 from safemerge_recipes.evaluation.scoring import compared, table
 from safemerge_recipes.evaluation.statistics import Difference, holm
-from safemerge_recipes.pipeline import Silent
+from safemerge_recipes.events import ignore
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.cache import cache_folder
 from safemerge_recipes.storage.workers import Resources
@@ -250,7 +250,7 @@ class Study:
             ["evaluate.batch_size=96", f"sources.finetuned.adapter={family.adapter()}"],
             cache_folder() / "study" / "scores.jsonl",
             Resources(1, 1 << 30),
-            Silent(),
+            ignore,
             Console(stderr=True),
             [f"{REFUSAL}_tuning"],
         )

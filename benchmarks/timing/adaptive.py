@@ -24,10 +24,11 @@ from typing import Any
 from benchmarks.timing.families import DATA, make_family
 from benchmarks.timing.finetunes import DEMO, folder
 from benchmarks.timing.run import RESULTS, machine
+from safemerge_recipes.events import ignore
 from safemerge_recipes.gate import measure as measuring
 from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.pipeline import Silent, carry_out, decide, prepare, resolve
+from safemerge_recipes.pipeline import carry_out, decide, prepare, resolve
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.family import open_family
@@ -80,7 +81,7 @@ def materialised(base: Path, adapters: Sequence[Path], where: Path) -> Path:
         output = where / f"{len(list(where.iterdir()))}-{number}"
         sources = {"aligned": base, "finetuned": adapter, "safety": adapter}
         resolved = resolve(load_recipe(recipe(sources, where, {"never": True}), ["output.format=full"]))
-        carry_out(prepare(resolved, WORKER, Silent()), output, Digests(resolved.identities), Silent())
+        carry_out(prepare(resolved, WORKER, ignore), output, Digests(resolved.identities), ignore)
         base = output
     return base
 

@@ -66,15 +66,15 @@ def _cores() -> int:
 
 
 def _prepare(resolved: Resolved, device: str, workers: int | None, memory: int) -> tuple[Prepared, Any]:
-    from safemerge_recipes.cli.progress import progress_bar
+    from safemerge_recipes.cli.progress import Bar
     from safemerge_recipes.pipeline import choose_device, prepare
     from safemerge_recipes.storage.workers import Resources
 
-    progress = progress_bar()
+    bar = Bar()
     try:
-        return prepare(resolved, Resources(workers or _cores(), memory, choose_device(device)), progress), progress
+        return prepare(resolved, Resources(workers or _cores(), memory, choose_device(device)), bar), bar
     finally:
-        progress.pause()
+        bar.pause()
 
 
 def _console(json_: bool) -> Any:
@@ -149,11 +149,11 @@ def run(
             console.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     digests = Digests(resolved.identities)
     try:
-        prepared, progress = _prepare(resolved, device, workers, memory)
+        prepared, bar = _prepare(resolved, device, workers, memory)
         try:
-            result = carry_out(prepared, target, digests, progress, force=force, allow_empty=allow_empty)
+            result = carry_out(prepared, target, digests, bar, force=force, allow_empty=allow_empty)
         finally:
-            progress.pause()
+            bar.pause()
     finally:
         digests.cancelled.set()
     plan = prepared.plan_json()
@@ -347,7 +347,7 @@ def _bench(
     device: str,
     tuning_tasks: list[str] | None = None,
 ) -> Any:
-    from safemerge_recipes.cli.progress import progress_bar
+    from safemerge_recipes.cli.progress import Bar
     from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
     from safemerge_recipes.pipeline import choose_device
@@ -359,12 +359,12 @@ def _bench(
         raise PlanError(f"--output {folder}: {error.strerror}; expected a folder that can be made") from None
     overrides = [*(set_ or ()), *([f"evaluate.limit={limit}"] if limit else [])]
     resources = Resources(_cores(), _bytes("2GB"), choose_device(device))
-    progress = progress_bar()
+    bar = Bar()
     try:
         store = folder / STORE_FILE
-        return Bench(recipe, overrides, store, resources, progress, _console(True), _tasks(tasks), _tasks(tuning_tasks))
+        return Bench(recipe, overrides, store, resources, bar, _console(True), _tasks(tasks), _tasks(tuning_tasks))
     finally:
-        progress.pause()
+        bar.pause()
 
 
 @app.command()
@@ -464,18 +464,18 @@ def verify(
     max_memory: MemoryOption = "2GB",
 ) -> None:
     """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
-    from safemerge_recipes.cli.progress import progress_bar
+    from safemerge_recipes.cli.progress import Bar
     from safemerge_recipes.pipeline import choose_device
     from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify as check
 
     deep = deep or sample is not None
     resources = Resources(workers or _cores(), _bytes(max_memory), choose_device(device) if deep else "cpu")
-    progress = progress_bar()
+    bar = Bar()
     try:
-        result = check(folder, resources, progress, deep=deep, sample=sample, seed=seed)
+        result = check(folder, resources, bar, deep=deep, sample=sample, seed=seed)
     finally:
-        progress.pause()
+        bar.pause()
     if json_:
         sys.stdout.write(json.dumps(result) + "\n")
     again = f", {result['recomputed']} tensors computed again" if deep else ""

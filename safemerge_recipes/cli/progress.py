@@ -8,20 +8,33 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes.events import BytesDone, Event, PhaseStarted
+
 if TYPE_CHECKING:
     from safemerge_recipes.evaluation.rounds import Step
 
 
 class Bar:
-    """Draws phases one after the other on standard error."""
+    """A listener that draws phases one after the other on standard error, if that is a terminal."""
 
     def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
         self._progress: Any = None
         self._task: Any = None
         self._lock = threading.Lock()
 
-    def phase(self, name: str, nbytes: int) -> None:
-        """Begins a phase of so many bytes."""
+    def __call__(self, event: Event) -> None:
+        """Takes notice of an event."""
+        if not self._shown:
+            return
+        if isinstance(event, PhaseStarted):
+            self._begin(event)
+        elif isinstance(event, BytesDone):
+            with self._lock:
+                if self._progress is not None:
+                    self._progress.advance(self._task, event.nbytes)
+
+    def _begin(self, event: PhaseStarted) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -44,13 +57,7 @@ class Bar:
             self._progress.start()
         elif self._task is not None:
             self._progress.update(self._task, visible=False)
-        self._task = self._progress.add_task(name, total=nbytes)
-
-    def tick(self, nbytes: int) -> None:
-        """Moves on by so many bytes."""
-        with self._lock:
-            if self._progress is not None:
-                self._progress.advance(self._task, nbytes)
+        self._task = self._progress.add_task(event.name, total=event.nbytes)
 
     def pause(self) -> None:
         """Takes the bar off the screen until the next phase."""
@@ -58,19 +65,6 @@ class Bar:
             if self._progress is not None:
                 self._progress.stop()
                 self._progress = self._task = None
-
-
-class Quiet:
-    """Draws nothing."""
-
-    def phase(self, name: str, nbytes: int) -> None:
-        """Does nothing."""
-
-    def tick(self, nbytes: int) -> None:
-        """Does nothing."""
-
-    def pause(self) -> None:
-        """Does nothing."""
 
 
 class ScoringBar:
@@ -111,8 +105,3 @@ def scoring_bar() -> Iterator[ScoringBar | None]:
     finally:
         if bar is not None:
             bar.pause()
-
-
-def progress_bar() -> Bar | Quiet:
-    """A bar if standard error is a terminal."""
-    return Bar() if sys.stderr.isatty() else Quiet()

@@ -11,12 +11,13 @@ import hashlib
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError, SourceError
+from safemerge_recipes.events import BytesDone, Listener
 from safemerge_recipes.methods import on_torch
 from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Tools, Work
 from safemerge_recipes.methods.kernels import Slerp
@@ -300,7 +301,7 @@ class AdapterWriter:
 
 
 def write_adapter(
-    plan: Plan, family: Family, graph: Graph, folder: Path, memory: int, tick: Callable[[int], None]
+    plan: Plan, family: Family, graph: Graph, folder: Path, memory: int, on_event: Listener
 ) -> tuple[dict[str, str], Mapping[str, Mapping[str, Any]]]:
     """Writes adapter_config.json and adapter_model.safetensors.
 
@@ -310,7 +311,7 @@ def write_adapter(
         graph: the work that a full output would do.
         folder: where; exists.
         memory: bytes that may be used.
-        tick: told the bytes of the full output that each tensor stands for.
+        on_event: told the bytes of the full output that each tensor stands for.
 
     Returns:
         The sha256 of each file by name, and `rank` and `lost_energy` by tensor.
@@ -323,7 +324,7 @@ def write_adapter(
         writer = AdapterWriter(plan, family, graph, reader, memory)
         for task in graph.tasks:
             writer.add(task.slot.name)
-            tick(task.slot.nbytes)
+            on_event(BytesDone(task.slot.nbytes))
         tensors, config = writer.finish()
     files = {
         WEIGHTS_FILE: _serialized(tensors),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import reduce
 from operator import add
 
+from safemerge_recipes.events import BytesDone, Listener, ignore
 from safemerge_recipes.gate.low_rank import needs_torch
 from safemerge_recipes.gate.measure import measure
 from safemerge_recipes.gate.memory import measure_memory
@@ -38,9 +39,9 @@ class Measurer:
         resources: Resources,
         *,
         use_cache: bool = True,
-        tick: Callable[[int], None] = lambda nbytes: None,
+        on_event: Listener = ignore,
     ) -> None:
-        self.family, self.resources, self.tick = family, resources, tick
+        self.family, self.resources, self.on_event = family, resources, on_event
         self.peak = 0
         self._identity = {one.path: one.key for one in family.identities()}
         self._cache_key = self._make_key() if use_cache else None
@@ -114,7 +115,7 @@ class Measurer:
                 room = share - needs[name]
                 parts = [measure(one, *pair, reader, arena, room, effort, rank, null) for one, pair in matrices[name]]
                 found[name] = reduce(add, parts)
-                self.tick(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs))))
+                self.on_event(BytesDone(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs)))))
                 if stop.is_set():
                     raise StoppedError
 

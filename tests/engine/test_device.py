@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
+from safemerge_recipes.events import ignore
+from safemerge_recipes.pipeline import carry_out, prepare, resolve
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.workers import Resources
@@ -31,8 +32,8 @@ def _merged(recipe: dict[str, Any], output: Path, device: str) -> tuple[dict[str
     path.write_text(json.dumps(recipe))
     resolved = resolve(load_recipe(path))
     digests = Digests(resolved.identities)
-    prepared = prepare(resolved, Resources(2, 500_000_000, device), Silent(), use_cache=False)
-    carry_out(prepared, output, digests, Silent())
+    prepared = prepare(resolved, Resources(2, 500_000_000, device), ignore, use_cache=False)
+    carry_out(prepared, output, digests, ignore)
     return json.loads((output / "safemerge_plan.json").read_text()), load_file(output / "model.safetensors")
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from safemerge_recipes.errors import CheckError  # noqa: E402
 from safemerge_recipes.evaluation.live import LiveModel  # noqa: E402
-from safemerge_recipes.pipeline import Silent, as_source, carry_out, prepare, resolve  # noqa: E402
+from safemerge_recipes.events import ignore  # noqa: E402
+from safemerge_recipes.pipeline import as_source, carry_out, prepare, resolve  # noqa: E402
 from safemerge_recipes.recipe.loading import load_recipe  # noqa: E402
 from safemerge_recipes.storage.digests import Digests  # noqa: E402
 from safemerge_recipes.storage.workers import Resources  # noqa: E402
@@ -31,11 +32,11 @@ def recipe(request, tmp_path_factory):
 
 
 def prepared_for(recipe, *overrides):
-    return prepare(resolve(load_recipe(recipe, overrides)), RESOURCES, Silent())
+    return prepare(resolve(load_recipe(recipe, overrides)), RESOURCES, ignore)
 
 
 def written(prepared, folder):
-    carry_out(prepared, folder, Digests(prepared.identities), Silent())
+    carry_out(prepared, folder, Digests(prepared.identities), ignore)
     return load_file(folder / "model.safetensors")
 
 
@@ -135,7 +136,7 @@ def test_tensors_stored_otherwise_are_written_and_loaded(tmp_path):
     stacked = set(live.model.state_dict()) - {tensor.name for tensor in prepared.plan.tensors}
     assert stacked, "transformers no longer stacks experts: this test wants another architecture"
     live.become(prepared.graph)
-    carry_out(prepared, tmp_path / "out", Digests(prepared.identities), Silent())
+    carry_out(prepared, tmp_path / "out", Digests(prepared.identities), ignore)
     loaded = MixtralForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert digests(live.model.state_dict()) == digests(loaded.state_dict())
 
@@ -163,6 +164,6 @@ def test_full_checkpoints_in_shards_load_too(tmp_path):
     prepared = prepared_for(recipe)
     live = LiveModel(prepared, device="cpu", dtype="bfloat16")
     live.become(prepared.graph)
-    carry_out(prepared, tmp_path / "out", Digests(prepared.identities), Silent())
+    carry_out(prepared, tmp_path / "out", Digests(prepared.identities), ignore)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert_is(live, {name: value for file in files for name, value in load_file(file).items()})

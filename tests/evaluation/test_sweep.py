@@ -16,7 +16,7 @@ from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
 from safemerge_recipes.evaluation.statistics import ranks, spearman
-from safemerge_recipes.pipeline import Silent
+from safemerge_recipes.events import ignore
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.report.scatter import Mark, front, scatter
 from safemerge_recipes.storage.workers import Resources
@@ -46,7 +46,7 @@ class Lines:
 
 
 def open_bench(recipe, store, *overrides):
-    return Bench(recipe, overrides, store, Resources(1, 1 << 28), Silent(), Lines())
+    return Bench(recipe, overrides, store, Resources(1, 1 << 28), ignore, Lines())
 
 
 def run(*arguments, code=0):

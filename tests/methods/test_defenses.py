@@ -236,18 +236,18 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     assert (folder / stored["merge"]["mask"]["path"]).samefile(family.root / "bool.safetensors")
     assert '"mask"' in (folder / "safemerge_manifest.json").read_text()
     from safemerge_recipes.errors import CheckError
-    from safemerge_recipes.pipeline import Silent
+    from safemerge_recipes.events import ignore
     from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify
 
-    checked = verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
+    checked = verify(folder, Resources(2, 2_000_000_000), ignore, deep=True)
     assert checked["recomputed"] == len(family.aligned)
     mask = family.root / "bool.safetensors"
     content = mask.read_bytes()
     mask.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:
         with pytest.raises(CheckError, match=r"merge\.mask: .*bool\.safetensors has sha256"):
-            verify(folder, Resources(2, 2_000_000_000), Silent(), deep=True)
+            verify(folder, Resources(2, 2_000_000_000), ignore, deep=True)
     finally:
         mask.write_bytes(content)
 

@@ -247,7 +247,8 @@ DEMO = ROOT / "recipes" / "demo"
 @pytest.mark.parametrize("stem", RECIPES)
 def test_it_runs_on_the_demo_family(stem, tmp_path):
     """SmolLM2-135M with its alignment, task and safety adapters; masks drawn at random."""
-    from safemerge_recipes.pipeline import Silent, carry_out, prepare, resolve
+    from safemerge_recipes.events import ignore
+    from safemerge_recipes.pipeline import carry_out, prepare, resolve
     from safemerge_recipes.recipe.loading import parse_recipe
     from safemerge_recipes.storage.digests import Digests
     from safemerge_recipes.storage.safetensors import read_header
@@ -271,10 +272,10 @@ def test_it_runs_on_the_demo_family(stem, tmp_path):
         inventory = read_header(DEMO / "base" / "model.safetensors")
         masks = {name: torch.rand(ref.shape) > 0.9 for name, ref in inventory.items() if "_proj" in name}
         save_file(masks, tmp_path / loaded.recipe.merge.mask.path)
-    prepared = prepare(resolve(loaded), Resources(2, 2_000_000_000), Silent())
+    prepared = prepare(resolve(loaded), Resources(2, 2_000_000_000), ignore)
     assert prepared.plan.gated
     output = tmp_path / "out"
-    carry_out(prepared, output, Digests(prepared.identities), Silent())
+    carry_out(prepared, output, Digests(prepared.identities), ignore)
     written = (output / "model.safetensors").stat().st_size
     shutil.rmtree(output)
     assert written == (DEMO / "base" / "model.safetensors").stat().st_size

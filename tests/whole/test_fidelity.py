@@ -609,20 +609,20 @@ def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_
 
 
 def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
-    from safemerge_recipes.pipeline import Silent
+    from safemerge_recipes.events import ignore
     from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.verification import verify
 
     recipe = _three(bench, tmp_path, merge={"method": "ties"})
     peft_families.run({**recipe, "output": {"format": "adapter", "rank": 4}}, tmp_path / "out")
     resources = Resources(device="cpu", workers=1, memory=2_000_000_000)
-    assert verify(tmp_path / "out", resources, Silent(), deep=True)["recomputed"] > 0
+    assert verify(tmp_path / "out", resources, ignore, deep=True)["recomputed"] > 0
     path = tmp_path / "out" / "adapter_model.safetensors"
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(CheckError, match=r"adapter_model\.safetensors: it changed"):
-        verify(tmp_path / "out", resources, Silent())
+        verify(tmp_path / "out", resources, ignore)
 
 
 def test_methods_that_multiply_matrices_refuse_what_is_stored_otherwise(bench: Bench, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.errors import PlanError, SourceError, WriteError
+from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone, ignore
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Copy, Tools
 from safemerge_recipes.planning.graph import Graph, Task
@@ -124,9 +125,9 @@ class Sealer(threading.Thread):
     Reading and checking a piece goes on while the one before is hashed, which takes longest.
     """
 
-    def __init__(self, files: Files, tasks: tuple[Task, ...], stop: threading.Event) -> None:
+    def __init__(self, files: Files, tasks: tuple[Task, ...], stop: threading.Event, on_event: Listener) -> None:
         super().__init__(daemon=True)
-        self.files, self.tasks, self.stop = files, tasks, stop
+        self.files, self.tasks, self.stop, self.on_event = files, tasks, stop, on_event
         self.digests: dict[str, str] = {}
         self.tensors: dict[str, str] = {}
         self.error: BaseException | None = None
@@ -162,7 +163,9 @@ class Sealer(threading.Thread):
                         self.files.flush(shard, flushed, at)
                         flushed = at
                 self.files.seal(shard)
-                self.digests[self.files.layout.files[shard]] = digest.hexdigest()
+                name = self.files.layout.files[shard]
+                self.digests[name] = digest.hexdigest()
+                self.on_event(FileSealed(name, self.digests[name]))
         except StoppedError:
             pass
         except BaseException as error:  # raised again by `execute`
@@ -244,7 +247,7 @@ def produce(
     stop: threading.Event,
     *,
     allow_overflow: bool = False,
-    tick: Callable[[int], None] = lambda nbytes: None,
+    on_event: Listener = ignore,
     turn: AbstractContextManager[Any] = _ALONE,
 ) -> str | None:
     """Writes one tensor into an open file; returns the xxh3 of its bytes, None for a copy.
@@ -257,7 +260,7 @@ def produce(
     if isinstance(task.work, Copy):
         ref = task.work.source
         for done in tools.reader.copy_bytes(ref.path, ref.offset, ref.nbytes, file, at):
-            tick(done)
+            on_event(BytesDone(done))
             check(stop)
         return None
     for view in _blocks(task, tools, stop, allow_overflow):
@@ -265,7 +268,7 @@ def produce(
             write_bytes(file, view, at)
         digest.update(view)
         at += len(view)
-        tick(len(view))
+        on_event(BytesDone(len(view)))
         check(stop)
     return digest.hexdigest()
 
@@ -285,7 +288,7 @@ def execute(
     journal: Journal,
     *,
     allow_overflow: bool = False,
-    tick: Callable[[int], None] = lambda nbytes: None,
+    on_event: Listener = ignore,
 ) -> Sealed:
     """Writes every tensor that is not `done` and seals every file.
 
@@ -296,7 +299,7 @@ def execute(
         done: tensors already there, from an earlier run.
         journal: notes what is finished.
         allow_overflow: write infinities where the output dtype cannot hold a value.
-        tick: told the number of bytes of each finished piece.
+        on_event: told every finished piece, tensor and file.
 
     Raises:
         PlanError: there is no room on the disk.
@@ -309,20 +312,22 @@ def execute(
     files = Files(folder, graph.layout)
     turns = [threading.Lock() for _ in graph.layout.files]
     stop = threading.Event()
-    sealer = Sealer(files, graph.tasks, stop)
+    sealer = Sealer(files, graph.tasks, stop, on_event)
     for name, digest in done.items():
         sealer.finished(name, digest)
-        tick(graph.layout.slots[name].nbytes)
+        on_event(BytesDone(graph.layout.slots[name].nbytes))
+        on_event(TensorDone(name, resumed=True))
     sealer.start()
     with Reader() as reader:
 
         def work(task: Task, arena: Arena) -> None:
             digest = produce(
                 task, Tools(reader, arena, room_of(task, resources.share)), files.descriptors[task.slot.shard], stop,
-                allow_overflow=allow_overflow, tick=tick, turn=turns[task.slot.shard],
+                allow_overflow=allow_overflow, on_event=on_event, turn=turns[task.slot.shard],
             )  # fmt: skip
             journal.done(task.slot.name, task.key, digest)
             sealer.finished(task.slot.name, digest)
+            on_event(TensorDone(task.slot.name))
 
         open_ = [task for task in graph.tasks if task.slot.name not in done]
         try:

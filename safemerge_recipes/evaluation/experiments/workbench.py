@@ -22,18 +22,8 @@ from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import conditions, graph_subject, score_graph, side_key, suite_of
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
-from safemerge_recipes.pipeline import (
-    Prepared,
-    Progress,
-    Silent,
-    as_source,
-    build,
-    decide,
-    load,
-    measurer_of,
-    prepare,
-    resolve,
-)
+from safemerge_recipes.events import Listener
+from safemerge_recipes.pipeline import Prepared, as_source, build, decide, load, measurer_of, prepare, resolve
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import LoadedRecipe
@@ -52,7 +42,7 @@ class Bench:
         overrides: `KEY=VALUE` texts that hold for every point.
         store: A JSONL file of finished scores; made when missing.
         resources: What measuring may use.
-        progress: Told of the gate pass.
+        on_event: Told of the gate pass.
         console: Told of every score.
         tasks: What is scored unless said otherwise; the recipe's `evaluate.tasks` by default.
         tuning_tasks: Tasks to choose on; none given: the tuning splits of the others; None: nothing is chosen.
@@ -70,7 +60,7 @@ class Bench:
         overrides: Sequence[str],
         store: Path,
         resources: Resources,
-        progress: Progress,
+        on_event: Listener,
         console: Console,
         tasks: Sequence[str] = (),
         tuning_tasks: Sequence[str] | None = None,
@@ -88,8 +78,8 @@ class Bench:
             suite = self.suite(names)
             if tuning_tasks is not None:
                 measures(suite.better, tuple(suite.tasks))
-        self.prepared: Prepared = prepare(resolve(self.loaded), resources, progress)
-        self.measurer = measurer_of(self.prepared.resolved, resources, Silent())
+        self.prepared: Prepared = prepare(resolve(self.loaded), resources, on_event)
+        self.measurer = measurer_of(self.prepared.resolved, resources)
         self._device = resources.device if resources.device.startswith("cuda") else "auto"
         self._beside = side_key(self.prepared.resolved.side_files)
         self._live: LiveModel | None = None
