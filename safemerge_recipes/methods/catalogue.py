@@ -19,7 +19,6 @@ from safemerge_recipes.methods.branchless import zero_where_dropped
 from safemerge_recipes.methods.kernels import FORMS, KERNELS, Blocks
 from safemerge_recipes.methods.mask import Replace
 from safemerge_recipes.methods.transforms import Mergekit, Project, SvdK
-from safemerge_recipes.recipe.builtins import LINKS
 from safemerge_recipes.recipe.model import Merge, Role
 from safemerge_recipes.sources.masks import mask_ref
 from safemerge_recipes.storage.arena import Arena
@@ -96,7 +95,7 @@ class Method:
         work: what is to be done for a selected tensor. Raises RecipeError or SourceError for what cannot be.
         needs: the roles it needs besides `aligned` and `finetuned`, for plugins (the built-in ones' are the
             recipe's knowledge).
-        link: where it comes from.
+        link: where it comes from, for plugins.
     """
 
     work: Callable[[Merge, Sides], Works]
@@ -110,7 +109,7 @@ def _form(name: str) -> Method:
         v = sides.aligned - sides.weights["base"] if "base" in sides.weights else Weight()
         return Sum(origin + FORMS[name](merge, x, y, v))
 
-    return Method(work, link=LINKS.get(name, ""))
+    return Method(work)
 
 
 def _kernel(name: str) -> Method:
@@ -118,7 +117,7 @@ def _kernel(name: str) -> Method:
         origin, x, y = sides.pair(merge)
         return Apply(origin, (x, y), KERNELS[name](merge))
 
-    return Method(work, link=LINKS.get(name, ""))
+    return Method(work)
 
 
 # Factors
@@ -292,17 +291,17 @@ def mergekit_method(name: str) -> Method:
     return Method(work, ("safety",) if "safety" in roles else (), spec.reference_url or "")
 
 
-LINEAR = Method(_linear, link=LINKS["linear"])
+LINEAR = Method(_linear)
 SLERP = _kernel("slerp")
 TIES = _kernel("ties")
-DARE_LINEAR = Method(_dare_linear, link=LINKS["dare_linear"])
+DARE_LINEAR = Method(_dare_linear)
 DARE_TIES = _kernel("dare_ties")
 TASK_ARITHMETIC = _form("task_arithmetic")
 REPLACE = _form("replace")
 DROP = _form("drop")
-ADD_SAFETY_VECTOR = Method(_add_safety_vector, link=LINKS["add_safety_vector"])
-PROJECT = Method(_project, link=LINKS["project"])
-SVD_K = Method(_svd_k, link="https://arxiv.org/abs/2506.15606")
+ADD_SAFETY_VECTOR = Method(_add_safety_vector)
+PROJECT = Method(_project)
+SVD_K = Method(_svd_k)
 MASK = Method(_mask)
 
 METHODS: Mapping[str, Method] = {

@@ -1,9 +1,8 @@
 """Metrics, selectors and merge methods by name: the built-in ones and those of installed plugins, by one door.
 
-Entry points of the groups below give a name and an object of this kind: a `gate.Metric`, a
-`selectors.Selector`, a `catalogue.Method`. Reading them opens metadata only; an object is imported when a
-recipe asks for it. Where this distribution's own metadata is not installed, its entry points are those of
-`BUILTIN`; both say the same.
+Entry points of the groups below give a name and an object of this kind: a metric, a `Selector`, a `Method`. Reading
+them opens metadata only; an object is imported when a recipe asks for it. The built-in ones are rows of
+`recipe.builtins` and come through the same door.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from safemerge_recipes._version import __version__
 from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.recipe import builtins
 
 Kind = Literal["metrics", "selectors", "methods"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,31 +24,11 @@ DISTRIBUTION = "safemerge-recipes"
 OWN = f"{DISTRIBUTION} {__version__}"
 
 BUILTIN: Mapping[Kind, Mapping[str, str]] = {
-    "metrics": {
-        name: f"safemerge_recipes.gate.decide:{name}"
-        for name in ("rho", "rho_ratio", "cosine", "residual", "norm_ratio", "e_diem")
-    },
-    "selectors": {
-        "tau": "safemerge_recipes.gate.selectors:TAU",
-        "at_most": "safemerge_recipes.gate.selectors:AT_MOST",
-        "lowest": "safemerge_recipes.gate.selectors:LOWEST",
-        "fraction": "safemerge_recipes.gate.selectors:FRACTION",
-        "random": "safemerge_recipes.gate.selectors:RANDOM",
-        "complement": "safemerge_recipes.gate.selectors:COMPLEMENT",
-        "names": "safemerge_recipes.gate.selectors:NAMES",
-        "names_file": "safemerge_recipes.gate.selectors:NAMES",
-        "always": "safemerge_recipes.gate.selectors:ALWAYS",
-        "never": "safemerge_recipes.gate.selectors:NEVER",
-    },
-    "methods": {
-        name: f"safemerge_recipes.methods.catalogue:{name.upper()}"
-        for name in (
-            "linear", "slerp", "ties", "dare_linear", "dare_ties", "task_arithmetic", "project",
-            "add_safety_vector", "svd_k", "mask", "replace", "drop",
-        )
-    },
-}  # fmt: skip
-"""This distribution's entry points: kind -> name -> module:attribute."""
+    "metrics": {name: row.target for name, row in builtins.METRICS.items()},
+    "selectors": {name: row.target for name, row in builtins.SELECTORS.items()},
+    "methods": {name: row.target for name, row in builtins.METHODS.items()},
+}
+"""What this distribution brings: kind -> name -> module:attribute."""
 
 
 @dataclass(frozen=True, slots=True)

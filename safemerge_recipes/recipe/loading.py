@@ -17,8 +17,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.model import (
-    METRIC_RANGES,
     SELECTORS,
     GateChange,
     MergeChange,
@@ -415,7 +415,7 @@ class _Reader:
         if keys[-1] == "normalize":
             return "expected frobenius, spectral or rank:k"
         if keys[-1] in ("metric", "method"):
-            known = METRIC_RANGES if keys[-1] == "metric" else None
+            known = builtins.METRICS if keys[-1] == "metric" else None
             return f"expected a name, such as {next(iter(known)) if known else 'linear or mergekit:<method>'}"
         return f"expected text that matches {pattern}"
 
@@ -535,7 +535,7 @@ def _plain(value: Any) -> Any:
             used = ("method", *method_parameters(value.method))
         else:
             used = tuple(key for key in _names(type(value)) if key != "rank" or value.metric == "residual")
-            if value.metric not in METRIC_RANGES and "rank" in value.model_fields_set:
+            if value.metric not in builtins.METRICS and "rank" in value.model_fields_set:
                 used = (*used, "rank")
     elif isinstance(value, BaseModel):
         used = tuple(_names(type(value)))

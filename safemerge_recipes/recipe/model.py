@@ -31,27 +31,15 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from safemerge_recipes.recipe import builtins
+from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.patterns import compile_patterns
 
-Role = Literal["base", "aligned", "finetuned", "safety"]
-
-SELECTORS = (
-    "tau", "at_most", "lowest", "fraction", "random", "complement", "names", "names_file", "always", "never", "plugin",
-)  # fmt: skip
+SELECTORS = (*builtins.SELECTORS, "plugin")
 """The keys of a gate of which exactly one is given."""
 
-UNMEASURED_SELECTORS = frozenset({"random", "names", "names_file", "always", "never"})
+UNMEASURED_SELECTORS = frozenset(name for name, row in builtins.SELECTORS.items() if not row.measured)
 """Selectors that decide without the metric, and so without `sources.base`."""
-
-METRIC_RANGES: Mapping[str, tuple[float, float]] = {
-    "rho": (0.0, 1.0),
-    "rho_ratio": (0.0, math.inf),
-    "cosine": (-1.0, 1.0),
-    "residual": (0.0, 1.0),
-    "norm_ratio": (0.0, math.inf),
-    "e_diem": (-math.inf, math.inf),
-}
-"""The built-in metrics, each with the least and greatest threshold that makes sense for it."""
 
 METHOD_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "linear": ("alpha", "space"),
@@ -72,27 +60,8 @@ METHOD_PARAMETERS: Mapping[str, tuple[str, ...]] = {
 OTHER_PARAMETERS = ("alpha", "seed", "space", "options")
 """The keys of `merge` that `mergekit:*` and methods of plugins may use."""
 
-METHOD_SOURCES: Mapping[str, tuple[Role, ...]] = {
-    "linear": ("safety",),
-    "slerp": ("safety",),
-    "ties": ("safety",),
-    "dare_linear": ("safety",),
-    "dare_ties": ("safety",),
-    "task_arithmetic": ("safety",),
-    "project": ("base",),
-    "add_safety_vector": ("base",),
-    "svd_k": ("base",),
-    "mask": (),
-    "replace": ("safety",),
-    "drop": (),
-}
-"""The roles a built-in method needs besides `aligned` and `finetuned`; see also `merge_sources`."""
-
 FACTOR_METHODS = ("linear", "dare_linear")
 """Built-in methods that know `space: factors`."""
-
-LOW_RANK_METHODS = frozenset({"linear", "slerp", "task_arithmetic", "project", "replace", "drop"})
-"""Methods whose result has an exact small rank when their deltas do."""
 
 SIZE_UNITS: Mapping[str, int] = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -423,7 +392,7 @@ class GateChange(_Selectors):
     @field_validator("metric")
     @classmethod
     def _known(cls, name: str, info: ValidationInfo) -> str:
-        return _check_known("metric", name, METRIC_RANGES, info)
+        return _check_known("metric", name, builtins.METRICS, info)
 
 
 class Gate(GateChange):
@@ -435,7 +404,8 @@ class Gate(GateChange):
     def _check(self) -> Gate:
         self._check_selectors()
         problems = _Problems([])
-        low, high = METRIC_RANGES.get(self.metric, (-math.inf, math.inf))
+        row = builtins.METRICS.get(self.metric)
+        low, high = (row.low, row.high) if row else (-math.inf, math.inf)
         owners: list[tuple[tuple[str, ...], _Selectors]] = [((), self)]
         if self.complement is not None:
             owners.append((("complement",), self.complement))
@@ -447,7 +417,7 @@ class Gate(GateChange):
                 bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 message = f"found {value:g}; expected a threshold {bounds} for the metric {self.metric}"
                 problems.add((*place, key), message, value)
-        if "rank" in self.model_fields_set and self.metric in METRIC_RANGES and self.metric != "residual":
+        if "rank" in self.model_fields_set and self.metric in builtins.METRICS and self.metric != "residual":
             problems.add(("rank",), f"rank is not used by the metric {self.metric}; only by residual")
         problems.check("Gate")
         return self
@@ -531,7 +501,7 @@ class MergeChange(_Model):
     def _known(cls, name: str, info: ValidationInfo) -> str:
         if ":" in name and not name.startswith("mergekit:"):
             raise ValueError(f'found "{name}"; expected mergekit:<method> where there is a colon')
-        return name if ":" in name else _check_known("method", name, METHOD_PARAMETERS, info)
+        return name if ":" in name else _check_known("method", name, builtins.METHODS, info)
 
 
 class Merge(MergeChange):
@@ -586,7 +556,8 @@ def merge_sources(merge: Merge) -> tuple[Role, ...]:
         return ("safety",)
     if merge.method.startswith("mergekit:"):
         return ("safety",)
-    return METHOD_SOURCES.get(merge.method, ())
+    row = builtins.METHODS.get(merge.method)
+    return row.needs if row else ()
 
 
 def _check_known(kind: str, name: str, builtin: Mapping[str, Any], info: ValidationInfo) -> str:
@@ -596,9 +567,9 @@ def _check_known(kind: str, name: str, builtin: Mapping[str, Any], info: Validat
         return name
     import difflib
 
-    known = [*builtin, *plugins]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f'did you mean "{close[0]}"?' if close else f"expected one of {', '.join(known)}"
+    known = {known.lower(): known for known in (*builtin, *plugins)}
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f'did you mean "{known[close[0]]}"?' if close else f"expected one of {', '.join(known.values())}"
     raise ValueError(f'found "{name}", an unknown {kind}; {hint}')
 
 
@@ -784,7 +755,8 @@ class Recipe(_Model):
                     problems.add(("sources", role), f"missing; expected it because {reason} needs it{place}")
             if self.output.format == "adapter" and policy.keep is None and not never and self.output.rank is None:
                 method = policy.merge.method
-                if method not in LOW_RANK_METHODS and ("rank", method) not in asked:
+                row = builtins.METHODS.get(method)
+                if not (row and row.low_rank) and ("rank", method) not in asked:
                     asked.add(("rank", method))
                     message = f"missing; expected a rank because method {method} has no small exact rank{place}"
                     problems.add(("output", "rank"), message)

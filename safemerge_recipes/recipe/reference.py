@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
-from safemerge_recipes.recipe.model import METHOD_PARAMETERS, METHOD_SOURCES, OTHER_PARAMETERS, json_schema
+from safemerge_recipes.recipe.model import METHOD_PARAMETERS, OTHER_PARAMETERS, json_schema
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("the recipe", recipe.Recipe),
@@ -78,7 +79,7 @@ def reference() -> str:
         if model is recipe.Merge:
             parts.append("\n| method | keys it uses | sources it needs |\n|---|---|---|\n")
             for method, keys in METHOD_PARAMETERS.items():
-                parts.append(f"| `{method}` | {_listed(keys)} | {_listed(METHOD_SOURCES[method])} |\n")
+                parts.append(f"| `{method}` | {_listed(keys)} | {_listed(builtins.METHODS[method].needs)} |\n")
             parts.append(f"| `mergekit:<name>` | {_listed(OTHER_PARAMETERS)} | `safety` |\n")
     return "".join(parts)
 

@@ -306,9 +306,10 @@ def method_words(view: Overview, method: str) -> str:
 
 def method_link(method: str) -> str | None:
     """The address of a method's source, if known; never made from outside text."""
-    from safemerge_recipes.recipe.builtins import LINKS
+    from safemerge_recipes.recipe.builtins import METHODS
 
-    return LINKS.get(method)
+    row = METHODS.get(method)
+    return (row.link or None) if row else None
 
 
 def sentence(view: Overview, done: bool) -> str:

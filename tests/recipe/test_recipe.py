@@ -7,9 +7,9 @@ import math
 import pytest
 from pydantic import ValidationError
 
+from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.model import (
     METHOD_PARAMETERS,
-    METHOD_SOURCES,
     Gate,
     Merge,
     Output,
@@ -215,6 +215,11 @@ def test_plugin_names_are_checked_where_they_are_known():
     assert Merge.model_validate({"method": "soup"}, **known)
     assert 'did you mean "linear"?' in problems(Merge.model_validate, {"method": "lineer"}, **known)["method"]
     assert Merge.model_validate({"method": "lineer"})
+    listed = {"context": {"methods": [*builtins.METHODS, "Soup"], "metrics": []}}
+    for written, meant in (("TIES", "ties"), ("Linear", "linear"), ("SOUP", "Soup")):
+        found = problems(Merge.model_validate, {"method": written}, **listed)
+        assert found["method"] == f'found "{written}", an unknown method; did you mean "{meant}"?'
+    assert problems(Merge.model_validate, {"method": "xyz"}, **listed)["method"].count("task_arithmetic") == 1
     assert "unknown metric" in problems(Gate.model_validate, {"metric": "roh", "tau": 0.1}, **known)["metric"]
 
 
@@ -259,10 +264,10 @@ def without(*roles):
     return {role: source for role, source in ALL.items() if role not in roles}
 
 
-@pytest.mark.parametrize("method", METHOD_SOURCES)
+@pytest.mark.parametrize("method", builtins.METHODS)
 def test_a_method_asks_for_its_sources(method):
     merge = {"method": method} | ({"mask": {"path": "m", "fill": "zero"}} if method == "mask" else {})
-    needs = METHOD_SOURCES[method]
+    needs = builtins.METHODS[method].needs
     made = recipe(sources=without(*({"base", "safety"} - set(needs))), gate={"always": True}, merge=merge)
     assert made.merge.method == method
     for role in needs:
