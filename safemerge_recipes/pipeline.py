@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.executors.threads import execute
 from safemerge_recipes.engine.folder import (
-    MANIFEST_FILE,
     PICTURES,
     PLAN_FILE,
     RECIPE_FILE,
@@ -27,7 +26,7 @@ from safemerge_recipes.engine.folder import (
     working_folder,
 )
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
-from safemerge_recipes.engine.manifest import make_manifest, versions
+from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
 from safemerge_recipes.engine.resume import finished, reusable, unseal
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.events import Listener, PhaseStarted, ignore
@@ -42,7 +41,7 @@ from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.sources.side_files import copy_side_files, no_tokenizer, side_files, tokenizer_files
-from safemerge_recipes.storage.digests import Digests, remember_digest
+from safemerge_recipes.storage.digests import Digests, InputDigest, remember_digest
 from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 from safemerge_recipes.storage.layout import INDEX_FILE
@@ -346,9 +345,17 @@ def _write(
         journal.close()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
     tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
-    plan, beside = prepared.plan_json(), prepared.resolved.side_files
-    result = _document(prepared, part, output, plan, beside, inputs, sealed.files, tensors, timings)
+    plan = prepared.plan_json()
+    result = _document(prepared, part, output, plan, beside_of(prepared), inputs, sealed.files, tensors, timings)
     return {**result, "resumed": len(done)}
+
+
+def beside_of(prepared: Prepared) -> Mapping[str, Path]:
+    """Relative name -> source of the files that lie beside the weights; of an adapter, its own tokenizer alone."""
+    if prepared.recipe.output.format != "adapter":
+        return prepared.resolved.side_files
+    finetuned = prepared.family.models["finetuned"].folder
+    return tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
 
 
 def _write_adapter(
@@ -368,11 +375,9 @@ def _write_adapter(
     plan = prepared.plan_json()
     for line in plan["tensors"]:
         line.update(notes.get(line["name"], {}))
-    finetuned = family.models["finetuned"].folder
-    tokenizer = tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
-    result = _document(prepared, part, output, plan, tokenizer, inputs, files, {}, timings)
+    result = _document(prepared, part, output, plan, beside_of(prepared), inputs, files, {}, timings)
     return {**result, "resumed": 0}
 
 
@@ -382,7 +387,7 @@ def _document(
     output: Path,
     plan: dict[str, Any],
     beside: Mapping[str, Path],
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, InputDigest],
     files: Mapping[str, str],
     tensors: dict[str, tuple[str, str | None]],
     timings: Mapping[str, float],
@@ -405,7 +410,7 @@ def _document(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
     )  # fmt: skip
-    write_json(part / MANIFEST_FILE, manifest)
+    write_manifest(part, manifest)
     return {"output": str(output), "summary": plan["summary"], "files": dict(files), "timings": timings}
 
 

@@ -7,6 +7,8 @@ digest. Writes nothing and keeps no more in memory than a run does.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import random
 import tempfile
@@ -16,19 +18,29 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.engine.executors.threads import produce, region_digest
-from safemerge_recipes.engine.folder import MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
-from safemerge_recipes.engine.manifest import Manifest, output_files, read_manifest, read_record, versions
+from safemerge_recipes.engine.folder import DOCUMENTS, MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
+from safemerge_recipes.engine.manifest import (
+    Manifest,
+    manifest_record,
+    output_files,
+    read_manifest,
+    read_record,
+    sha256_of,
+    versions,
+)
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.base import Tools
-from safemerge_recipes.pipeline import Prepared, prepare, resolve
+from safemerge_recipes.pipeline import Prepared, beside_of, prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Copy, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
+from safemerge_recipes.sources.side_files import copy_side_files
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.storage.workers import Resources, run_parallel
@@ -66,7 +78,15 @@ def verify(
     on_event(PhaseStarted("verify", sum(stamp.size for stamp in manifest.outputs.values())))
     problems = [*_files(folder, manifest, on_event), *_inventory(folder, manifest)]
     _refuse(folder, problems)
-    result = {
+    result: dict[str, Any] = {
+        "checked": [
+            "every file of the manifest, and the manifest itself: size and sha256",
+            "headers, index, config and plan against each other",
+        ],
+        "unchecked": [
+            "who wrote the manifest: a stranger can make an output whose parts agree",
+            *([] if deep else ["whether the sources give these bytes: --deep"]),
+        ],
         "files": len(manifest.outputs),
         "bytes": sum(stamp.size for stamp in manifest.outputs.values()),
         "tensors": len(manifest.tensors),
@@ -75,6 +95,15 @@ def verify(
     if deep:
         names = _recompute(folder, manifest, resources, on_event, sample, seed)
         result["recomputed"] = len(names)
+        result["checked"] += [
+            "sources: sha256 of every weight file, read anew",
+            "plan: made again and compared line by line",
+            f"tensors: {len(names)} computed again from the sources",
+            "config, tokenizer and other side files against the sources'",
+        ]
+        if sample is not None:
+            result["unchecked"].append("tensors outside the sample")
+        result["unchecked"].append("scores: only evaluating again shows them")
     return result
 
 
@@ -89,6 +118,9 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 # Files
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+"""Endings of files that run code when they are loaded, or may."""
+
 
 def _file(folder: Path, name: str) -> Path:
     path = folder / name
@@ -97,6 +129,9 @@ def _file(folder: Path, name: str) -> Path:
 
 def _files(folder: Path, manifest: Manifest, on_event: Listener) -> Iterator[str]:
     """What is wrong with the files' presence, sizes and hashes."""
+    for name in manifest.outputs:
+        if name.startswith(".") or "/." in name or name.endswith(PICKLES):
+            yield f"{name}: no run writes such a file, whatever the manifest says"
     for name in output_files(folder):
         if name not in manifest.outputs and not name.startswith(".") and name.isprintable():
             yield f"{name}: is not in the manifest"
@@ -211,9 +246,9 @@ def _recompute(
             f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
             "check it with the version of safemerge-recipes named in its manifest"
         )
-    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, on_event)
+    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, on_event, use_cache=False)
     _refuse(folder, list(_inputs(prepared, manifest)))
-    _refuse(folder, list(_decisions(prepared, folder)))
+    _refuse(folder, [*_decisions(prepared, folder), *_beside(prepared, folder, manifest)])
     if prepared.recipe.output.format == "adapter":
         return _recompute_adapter(folder, prepared, manifest, on_event)
     tasks = list(prepared.graph.tasks)
@@ -238,7 +273,7 @@ def _recompute(
     finally:
         os.close(nowhere)
     if problems:
-        written = read_record(folder / MANIFEST_FILE).get("versions")
+        written = manifest_record(folder).get("versions")
         if written != versions():
             problems.append(f"(written with {written}; computed again with {versions()})")
     _refuse(folder, problems)
@@ -279,9 +314,16 @@ def _digest(
     return produce(task, Tools(reader, arena, room), nowhere, stop, allow_overflow=allow)
 
 
+def digest_of(identity: FileIdentity) -> str:
+    """A source's sha256 from its bytes alone: what was remembered of it proves nothing here."""
+    found = file_digest(identity, use_cache=False)
+    assert found is not None  # nothing stops it
+    return found.sha256
+
+
 def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
     """Sources that are not those of the run."""
-    digests = {one.path: file_digest(one) for one in prepared.identities}
+    digests = {one.path: digest_of(one) for one in prepared.identities}
     owners = {f"sources.{role}": (role, model.files) for role, model in prepared.family.models.items()}
     for place, (role, paths) in {**owners, "merge.mask": ("mask", prepared.family.mask_files)}.items():
         for path in paths:
@@ -291,14 +333,54 @@ def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
                 yield f"{place}: {path} has sha256 {digests[path]}; the manifest says {expected}"
 
 
+_ROUNDING = 1e-5
+"""Relative difference of measured numbers that other processors' order of additions explains."""
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Whether a value of a plan is what it was, numbers up to rounding."""
+    if isinstance(now, float) and isinstance(then, int | float) and not isinstance(then, bool):
+        return math.isclose(now, then, rel_tol=_ROUNDING, abs_tol=1e-12)
+    if isinstance(now, dict) and isinstance(then, dict):
+        return now.keys() == then.keys() and all(_same(now[key], then[key]) for key in now)
+    if isinstance(now, list) and isinstance(then, list):
+        return len(now) == len(then) and all(map(_same, now, then))
+    return bool(now == then) and isinstance(then, type(now))
+
+
 def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
-    """Tensors that the stored plan decides otherwise than the stored recipe does now."""
-    stored = {line["name"]: line for line in read_record(folder / PLAN_FILE)["tensors"]}
-    keys = ("action", "dtype", "shape", "method", "alpha", "parameters", "source")
+    """Where the stored plan is not the one that the stored recipe and the sources make now, line by line."""
+    stored = read_record(folder / PLAN_FILE)
+    then = {line["name"]: line for line in stored["tensors"]}
+    adapter = prepared.recipe.output.format == "adapter"
     for tensor in prepared.plan.tensors:
-        now, then = tensor.as_json(), stored.get(tensor.name, {})
-        if any(now.get(key) != then.get(key) for key in keys):
+        line, found = json.loads(json.dumps(tensor.as_json())), then.get(tensor.name, {})
+        extra = found.keys() - line.keys() if not adapter else set()  # an adapter's lines tell what truncation lost
+        wrong = sorted({key for key in line if not _same(line[key], found.get(key))} | extra)
+        if wrong:
             yield (
-                f"{PLAN_FILE}: {tensor.name}: says {str(then.get('action'))[:20]} ({str(then.get('reason'))[:100]}); "
-                f"the recipe decides {tensor.action} ({tensor.reason})"
+                f"{PLAN_FILE}: {tensor.name}: says {wrong[0]} {str(found.get(wrong[0]))[:100]!r}; "
+                f"the recipe and its sources make it {str(line.get(wrong[0]))[:100]!r}"
             )
+    now = json.loads(json.dumps(prepared.plan_json()))
+    for key in ("tensors", "gated", "merged", "kept", "bytes_read", "bytes_written"):
+        if not _same(now["summary"][key], stored.get("summary", {}).get(key)):
+            yield f"{PLAN_FILE}: summary.{key} is {stored.get('summary', {}).get(key)}; expected {now['summary'][key]}"
+    if [line["name"] for line in stored["tensors"]] != [tensor.name for tensor in prepared.plan.tensors]:
+        yield f"{PLAN_FILE}: its tensors are not those of the output in their order"
+
+
+def _beside(prepared: Prepared, folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Config, tokenizer and other side files that are not those of the sources, and files that no run writes."""
+    beside = beside_of(prepared)
+    with tempfile.TemporaryDirectory() as place:
+        copy_side_files(beside, Path(place), prepared.family.config_edits)
+        for name in beside:
+            found = manifest.outputs.get(name)
+            if found is None or found.sha256 != sha256_of(Path(place) / name):
+                yield f"{name}: is not what the sources' file makes it"
+    weights = {name for name in manifest.outputs if name.endswith(".safetensors")}
+    known = {*beside, *weights, *DOCUMENTS, INDEX_FILE, CONFIG_FILE}
+    for name in manifest.outputs:
+        if name not in known:
+            yield f"{name}: no run of this recipe writes such a file"

@@ -480,6 +480,8 @@ def verify(
         sys.stdout.write(json.dumps(result) + "\n")
     again = f", {result['recomputed']} tensors computed again" if deep else ""
     sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+    for heading, key in (("checked", "checked"), ("not checked", "unchecked")):
+        sys.stderr.write("".join(f"  {heading}: {line}\n" for line in result[key]))
 
 
 @app.callback(invoke_without_command=True)

@@ -26,9 +26,24 @@ PLAN_FILE = "safemerge_plan.json"
 RECIPE_FILE = "safemerge_recipe.yaml"
 REPORT_FILE = "safemerge_report.html"
 SCORES_FILE = "safemerge_scores.json"
+ANSWERS_FILE = "safemerge_answers.jsonl"
 LOCK_FILE = "safemerge.lock"
 PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
 """Pictures that the report shows where an output has them, by title."""
+DOCUMENTS = frozenset(
+    [
+        "README.md",
+        MANIFEST_FILE,
+        PLAN_FILE,
+        RECIPE_FILE,
+        REPORT_FILE,
+        SCORES_FILE,
+        ANSWERS_FILE,
+        *PICTURES.values(),
+        *(picture.replace(".svg", ".json") for picture in PICTURES.values()),
+    ]
+)
+"""What this program writes beside weights and side files."""
 
 
 def part_of(output: Path) -> Path:

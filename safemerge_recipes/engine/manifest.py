@@ -20,11 +20,15 @@ from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.sources.checkpoint import inside
-from safemerge_recipes.storage.files import write_file, write_json
+from safemerge_recipes.storage.digests import InputDigest
+from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.weights import compiled
 
-FORMAT = 1
+FORMAT = 2
+_BLANK = "0" * 64
+_OPENING = re.compile(rb'\{\n "format": (\d+),\n "digest": "([0-9a-f]{64})",\n')
+"""How a manifest begins. Its digest is the sha256 of the whole file with zeros in the digest's place."""
 MAX_BYTES = 256_000_000
 """Largest manifest or plan read, in bytes: about a million tensors."""
 CHUNK = 1 << 20
@@ -77,7 +81,7 @@ def make_manifest(
     workers: int,
     identities: Iterable[FileIdentity],
     labels: Mapping[str, tuple[Sequence[str], str]],
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, InputDigest],
     folder: Path,
     sealed: Mapping[str, str],
     timings: Mapping[str, float],
@@ -90,14 +94,13 @@ def make_manifest(
         workers: number of threads that took part.
         identities: the input files.
         labels: input path -> (its roles, the source's name).
-        inputs: input path -> sha256.
+        inputs: input path -> its digest, and whether this run or an earlier one read the file for it.
         folder: where the output lies.
         sealed: output file -> sha256, where it is already known.
         timings: seconds by phase.
         tensors: tensor -> (result key, digest of its bytes).
     """
     return {
-        "format": FORMAT,
         "engine": engine,
         "versions": versions(),
         "machine": {"system": platform.system(), "machine": platform.machine(), "workers": workers},
@@ -107,7 +110,8 @@ def make_manifest(
                 "source": labels[one.path][1],
                 "file": Path(one.path).name,
                 "size": one.size,
-                "sha256": inputs[one.path],
+                "sha256": inputs[one.path].sha256,
+                "hashed": inputs[one.path].when,
             }
             for one in identities
         ],
@@ -123,7 +127,7 @@ def make_manifest(
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of an output. Raises CheckError when it is missing or not sound."""
     path = folder / MANIFEST_FILE
-    value = read_record(path)
+    value = manifest_record(folder)
     try:
         outputs = {_relative(entry["file"]): _stamp(entry) for entry in _list(value["outputs"])}
         inputs = {
@@ -136,8 +140,8 @@ def read_manifest(folder: Path) -> Manifest:
             key, digest = _list(entry)
             tensors[name] = _text(key), _text(digest)
         engine = value["engine"]
-        if value["format"] != FORMAT or type(engine) is not int:
-            raise ValueError(f"format {str(value['format'])[:40]}")
+        if type(engine) is not int:
+            raise ValueError(f"engine {str(engine)[:40]}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckError(
             f"{path}: not a manifest of this program ({type(error).__name__}: {str(error)[:200]}); "
@@ -152,7 +156,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     The manifest first allows old and new, then the files are replaced one by one, then it allows the new alone. A
     run that is cut short in between leaves a sound output; the next one finishes it.
     """
-    value = read_record(folder / MANIFEST_FILE)
+    value = manifest_record(folder)
     data = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
     fresh = {name: {"size": len(one), "sha256": hashlib.sha256(one).hexdigest()} for name, one in data.items()}
     found = {entry["file"]: entry for entry in value["outputs"]}
@@ -164,22 +168,60 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
         between[name] = {"file": name, **stamp, "new": True} if old is None else {"file": name, **old, "next": stamp}
     for outputs in (between, final):
         entries = [outputs[name] for name in sorted(outputs)]
-        write_json(folder / MANIFEST_FILE, value | {"outputs": entries})
+        write_manifest(folder, value | {"outputs": entries})
         if outputs is between:
             for name, one in data.items():
                 write_file(folder / name, one)
 
 
+def write_manifest(folder: Path, value: Mapping[str, Any]) -> None:
+    """Writes an output's manifest with a digest of itself, so that no byte of it can change unseen."""
+    rest = {key: part for key, part in value.items() if key not in ("format", "digest")}
+    content = {"format": FORMAT, "digest": _BLANK, **rest}
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(folder / MANIFEST_FILE, text.replace(_BLANK, hashlib.sha256(text.encode()).hexdigest(), 1))
+
+
+def manifest_record(folder: Path) -> dict[str, Any]:
+    """The JSON object of an output's manifest.
+
+    Raises:
+        CheckError: it is missing, of another format, or not as it was written: its digest of itself tells.
+    """
+    path = folder / MANIFEST_FILE
+    content = _content(path)
+    opening = _OPENING.match(content)
+    if opening is None or int(opening[1]) != FORMAT:
+        found = f"format {int(opening[1])}" if opening else "another beginning"
+        raise CheckError(
+            f"{path}: not a manifest of this program (found {found}, expected format {FORMAT}); "
+            "run the recipe again, with --force if an earlier version wrote it"
+        )
+    blank = content[: opening.start(2)] + _BLANK.encode() + content[opening.end(2) :]
+    if hashlib.sha256(blank).hexdigest().encode() != opening[2]:
+        raise CheckError(f"{path}: changed since it was written (its digest of itself differs); get the output again")
+    return _object(path, content)
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object of a manifest or plan. Raises CheckError when it is missing or not sound."""
+    """The JSON object of a plan or scores. Raises CheckError when it is missing or not sound."""
+    return _object(path, _content(path))
+
+
+def _content(path: Path) -> bytes:
     try:
         if inside(path.parent, path.name).stat().st_size > MAX_BYTES:
             raise CheckError(f"{path}: larger than {MAX_BYTES} bytes; expected it as it was written")
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        return path.read_bytes()
     except SourceError as error:
         raise CheckError(str(error)) from None
     except OSError as error:
         raise CheckError(f"{path}: {error.strerror}; expected the folder of a finished run") from None
+
+
+def _object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckError(f"{path}: not JSON: {str(error)[:200]}; expected it as it was written") from None
     if not isinstance(value, dict):

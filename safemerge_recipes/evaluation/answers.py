@@ -17,8 +17,6 @@ from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.tasks import PUBLISHED_TASKS, benchmark_of
 from safemerge_recipes.evaluation.tasks.prompts import prompts
 
-ANSWERS_FILE = "safemerge_answers.jsonl"
-
 
 def lines(scores: Mapping[str, Scores]) -> str:
     """The answers of all models as JSON lines."""

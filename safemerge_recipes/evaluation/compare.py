@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, SCORES_FILE
-from safemerge_recipes.engine.manifest import read_record, replace_files
+from safemerge_recipes.engine.manifest import manifest_record, read_record, replace_files
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
@@ -246,7 +246,7 @@ def provenance_in(folder: Path) -> dict[str, Any]:
         CheckError: The folder is no finished output.
     """
     try:
-        manifest = read_record(folder / MANIFEST_FILE)
+        manifest = manifest_record(folder)
         text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
         given = load_recipe(folder / RECIPE_FILE).recipe.sources.roles()
         sources = {}

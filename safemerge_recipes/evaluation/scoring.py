@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.folder import SCORES_FILE
+from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.engine.manifest import read_manifest, replace_files, sha256_of
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation import answers
@@ -310,5 +310,5 @@ def attach(
 ) -> None:
     """Puts scores and answers into a finished folder, report and card anew. The folder is sound at every moment."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    written = {SCORES_FILE: text, answers.ANSWERS_FILE: answered}
+    written = {SCORES_FILE: text, ANSWERS_FILE: answered}
     replace_files(output, {**written, **documents(plan, content, provenance, output)})

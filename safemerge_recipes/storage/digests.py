@@ -1,7 +1,7 @@
 """The sha256 of every input file, found in the background while a run reads and writes.
 
 A file's digest is remembered under its identity (size, times, inode) in the user's cache, so unchanged
-inputs are hashed once, not once a run; the hub's own cache already names its files by their sha256.
+inputs are hashed once, not once a run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.storage.cache import recall, remember
@@ -24,23 +26,49 @@ SETTLED_NS = 100_000_000
 """Age in nanoseconds at which a file's times tell it from a later version, whatever the clock of its disk."""
 
 
-def file_digest(identity: FileIdentity, stop: threading.Event | None = None) -> str:
-    """sha256 of a file, from the hub's file name, the cache, or its bytes."""
-    blob = Path(os.path.realpath(identity.path))
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    known = recall("digests", _digest_key(identity))
+@dataclass(frozen=True, slots=True)
+class InputDigest:
+    """A file's sha256, and whether this run read the file for it (`now`) or an earlier one did (`earlier`)."""
+
+    sha256: str
+    when: Literal["now", "earlier"]
+
+
+def file_digest(
+    identity: FileIdentity, stop: threading.Event | None = None, *, use_cache: bool = True
+) -> InputDigest | None:
+    """The digest of a file, from the cache under its identity, or from its bytes; None when stopped.
+
+    A blob of the hub's cache is named by what the hub says of it (the sha256 of a large file, git's sha1 of a small
+    one); that is compared and not believed.
+
+    Raises:
+        SourceError: the file changed meanwhile, or a blob is not what its name says.
+    """
+    known = recall("digests", _digest_key(identity)) if use_cache else None
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known):
-        return known
+        return InputDigest(known, "earlier")
+    blob = Path(os.path.realpath(identity.path))
+    named = blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else ""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    git = hashlib.sha1(b"blob %d\0" % identity.size, usedforsecurity=False) if len(named) == 40 else None
     with open(identity.path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
+            piece = memoryview(buffer)[:count]
+            digest.update(piece)
+            if git is not None:
+                git.update(piece)
             if stop is not None and stop.is_set():
-                return ""
+                return None
     check_unchanged([identity])
-    remember_digest(identity, digest.hexdigest())
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    if named and (git.hexdigest() if git is not None else found) != named:
+        raise SourceError(
+            f"{identity.path}: the hub's cache names it {named}, and its bytes have sha256 {found}; the file is "
+            "damaged or was changed: remove it from the cache and download it again"
+        )
+    remember_digest(identity, found)
+    return InputDigest(found, "now")
 
 
 def _digest_key(identity: FileIdentity) -> str:
@@ -59,7 +87,7 @@ class Digests(threading.Thread):
     def __init__(self, identities: Sequence[FileIdentity]) -> None:
         super().__init__(daemon=True)
         self._identities = identities
-        self._found: dict[str, str] = {}
+        self._found: dict[str, InputDigest] = {}
         self._error: BaseException | None = None
         self.cancelled = threading.Event()
         self.start()
@@ -68,12 +96,15 @@ class Digests(threading.Thread):
         """Hashes one file after the other."""
         try:
             for identity in self._identities:
-                self._found[identity.path] = file_digest(identity, self.cancelled)
+                found = file_digest(identity, self.cancelled)
+                if found is None:
+                    return
+                self._found[identity.path] = found
         except (OSError, SourceError) as error:
             self._error = error
 
-    def result(self) -> dict[str, str]:
-        """path -> sha256, when all are known. Raises SourceError when a file went away or changed."""
+    def result(self) -> dict[str, InputDigest]:
+        """path -> digest, when all are known. Raises SourceError when a file went away or changed."""
         self.join()
         if isinstance(self._error, OSError):
             raise ReadError(f"{self._error.filename}: {self._error.strerror}; it was readable when planned")

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from safemerge_recipes.engine.manifest import replace_files
+from safemerge_recipes.engine.manifest import manifest_record, replace_files, write_manifest
 from safemerge_recipes.storage.safetensors import read_header
 from tests.fixtures.program import run
 from tests.fixtures.sharded_family import make_family
@@ -131,12 +131,12 @@ def test_a_forged_output_with_matching_hashes_is_found_by_computing_again(copy):
     for action in ("merge", "keep"):
         name = next(line["name"] for line in plan["tensors"] if line["name"] in refs and line["action"] == action)
         flip(file, refs[name].offset + 5)
-        manifest = json.loads((copy / "safemerge_manifest.json").read_text())
+        manifest = manifest_record(copy)
         with open(file, "rb") as opened:
             from safemerge_recipes.engine.executors.threads import region_digest
 
             manifest["tensors"][name][1] = region_digest(opened.fileno(), refs[name].offset, refs[name].nbytes)
-        (copy / "safemerge_manifest.json").write_text(json.dumps(manifest))
+        write_manifest(copy, manifest)
         replace_files(copy, {file.name: file.read_bytes()})
         assert run("verify", copy)[0] == 0
         code, _, err = run("verify", copy, "--deep")

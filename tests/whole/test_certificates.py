@@ -1,0 +1,226 @@
+"""What `verify` certifies: no bit of an output changes unseen, and no forgery with matching hashes passes --deep."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from safemerge_recipes.engine.executors.threads import region_digest
+from safemerge_recipes.engine.manifest import manifest_record, output_files, sha256_of, write_manifest
+from safemerge_recipes.errors import SafemergeError
+from safemerge_recipes.events import ignore
+from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.storage.workers import Resources
+from safemerge_recipes.verification import verify
+from tests.fixtures.plain_family import make_family
+from tests.fixtures.program import run
+
+RECIPE = """
+sources: {base: base, aligned: aligned, finetuned: finetuned, safety: safety}
+gate: {fraction: 0.5}
+merge: {method: linear, alpha: 0.8}
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A family with a finished output, with a tokenizer and a generation config."""
+    root = tmp_path_factory.mktemp("written") / "family"
+    make_family(root)
+    for folder in ("aligned", "finetuned"):
+        (root / folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
+        (root / folder / "generation_config.json").write_text('{"max_length": 20}')
+    (root / "recipe.yaml").write_text(RECIPE)
+    os.environ["SAFEMERGE_CACHE"] = str(root.parent / "cache")
+    code, _, err = run("run", root / "recipe.yaml", "--output", root / "out")
+    assert code == 0, err
+    return root
+
+
+def check(folder, deep=False):
+    verify(folder, Resources(2, 1 << 30, "cpu"), ignore, deep=deep)
+
+
+@pytest.mark.parametrize("flips", [80, pytest.param(1000, marks=pytest.mark.slow)])
+def test_every_flipped_bit_of_every_file_is_found(written, tmp_path, flips):
+    shutil.copytree(written / "out", tmp_path / "out")
+    files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert len(files) >= 9
+    dice = random.Random(flips)
+    for number in range(flips):
+        path = files[number % len(files)]  # the same number in small files as in large ones
+        content = path.read_bytes()
+        at, bit = dice.randrange(len(content)), dice.randrange(8)
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        with pytest.raises(SafemergeError):
+            check(tmp_path / "out")
+        path.write_bytes(content)
+    check(tmp_path / "out")
+
+
+def restamp(folder):
+    """What a forger does who knows the format: every hash and digest made right again."""
+    manifest = manifest_record(folder)
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            for name, ref in read_header(path).items():
+                if name in manifest["tensors"]:
+                    manifest["tensors"][name][1] = region_digest(file.fileno(), ref.offset, ref.nbytes)
+    manifest["outputs"] = [
+        {"file": name, "size": path.stat().st_size, "sha256": sha256_of(path)}
+        for name, path in output_files(folder).items()
+    ]
+    write_manifest(folder, manifest)
+
+
+def of_json(name, change):
+    def forge(folder):
+        value = json.loads((folder / name).read_text())
+        change(value)
+        (folder / name).write_text(json.dumps(value))
+
+    return forge
+
+
+def of_plan(**values):
+    def change(plan):
+        line = next(line for line in plan["tensors"] if line["action"] == "merge")
+        line.update(values)
+
+    return of_json("safemerge_plan.json", change)
+
+
+def of_text(name, old, new):
+    def forge(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return forge
+
+
+def of_weights(change):
+    def forge(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return forge
+
+
+def scaled(name):
+    return of_weights(lambda tensors: tensors[name].mul_(1.01))
+
+
+def of_manifest(change):
+    def forge(folder):
+        value = manifest_record(folder)
+        change(value)
+        write_manifest(folder, value)
+
+    return forge
+
+
+def added(name, text="x"):
+    return lambda folder: (folder / name).write_text(text)
+
+
+FORGERIES = {
+    "a merged tensor": scaled("model.layers.0.mlp.up_proj.weight"),
+    "a kept tensor": scaled("model.norm.weight"),
+    "two tensors swapped": of_weights(
+        lambda t: t.update(
+            {
+                "model.layers.0.input_layernorm.weight": t["model.layers.1.input_layernorm.weight"].clone(),
+                "model.layers.1.input_layernorm.weight": t["model.layers.0.input_layernorm.weight"].clone(),
+            }
+        )
+    ),
+    "a decision": of_plan(action="keep"),
+    "a reason": of_plan(reason="rho 0.001 < tau 0.35"),
+    "rho": of_plan(rho=0.001),
+    "a norm": of_plan(norm_v=123.0),
+    "alpha in the plan": of_plan(alpha=0.5),
+    "a key of the plan": of_plan(note="judged safe"),
+    "the count of merged tensors": of_json(
+        "safemerge_plan.json", lambda plan: plan["summary"].update(merged=plan["summary"]["merged"] + 1)
+    ),
+    "a line of the plan twice over": of_json("safemerge_plan.json", lambda plan: plan["tensors"].reverse()),
+    "config.json": of_json("config.json", lambda config: config.update(rope_theta=1.0)),
+    "generation_config.json": of_json("generation_config.json", lambda config: config.update(do_sample=True)),
+    "tokenizer.json": of_json("tokenizer.json", lambda value: value["model"]["vocab"].update(b=1)),
+    "alpha in the recipe": of_text("safemerge_recipe.yaml", "0.8", "0.7"),
+    "another source": of_text("safemerge_recipe.yaml", "/safety", "/finetuned"),
+    "an input's hash": of_manifest(lambda value: value["inputs"][0].update(sha256="0" * 64)),
+    "Python": added("modeling_own.py", "import os"),
+    "a pickle": added("optimizer.bin"),
+    "a hidden file": added(".hidden"),
+    "a chat template": added("chat_template.jinja", "{{ evil }}"),
+}
+
+
+@pytest.mark.parametrize("forged", FORGERIES)
+def test_a_forged_and_restamped_output_is_told_by_the_deep_check(written, tmp_path, forged):
+    shutil.copytree(written, tmp_path / "family")
+    folder = tmp_path / "family" / "out"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    FORGERIES[forged](folder)
+    if forged != "an input's hash":
+        restamp(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} != before
+    with pytest.raises(SafemergeError, match="not as it was written"):
+        check(folder, deep=True)
+
+
+def test_the_output_of_the_forgeries_is_sound_and_says_what_was_checked(written):
+    check(written / "out", deep=True)
+    code, _, err = run("verify", written / "out")
+    assert code == 0
+    assert "not checked: who wrote the manifest" in err
+    assert "not checked: whether the sources give these bytes: --deep" in err
+    code, _, err = run("verify", written / "out", "--deep")
+    assert code == 0
+    assert "checked: plan: made again and compared line by line" in err
+
+
+def test_the_deep_check_never_asks_a_cache(written, tmp_path, monkeypatch):
+    from safemerge_recipes.gate import measurer
+    from safemerge_recipes.storage import digests
+
+    def asked(*key):
+        raise AssertionError(key)
+
+    monkeypatch.setattr(digests, "recall", asked)
+    monkeypatch.setattr(measurer, "recall", asked)
+    check(written / "out", deep=True)
+
+
+def test_the_manifest_says_whether_an_input_was_read_by_this_run(written, tmp_path):
+    found = {entry["hashed"] for entry in manifest_record(written / "out")["inputs"]}
+    assert found == {"now"}
+
+
+def test_a_blob_of_the_hubs_cache_is_compared_with_its_name(written, tmp_path):
+    """Named by sha256 (large files) and by git's sha1 (small ones), and read for both."""
+    import hashlib
+
+    from safemerge_recipes.storage.digests import file_digest
+    from safemerge_recipes.storage.identity import FileIdentity
+
+    content = b"weights"
+    names = hashlib.sha256(content).hexdigest(), hashlib.sha1(b"blob 7\0" + content).hexdigest()
+    for name in names:
+        blob = tmp_path / "blobs" / name
+        blob.parent.mkdir(exist_ok=True)
+        blob.write_bytes(content)
+        found = file_digest(FileIdentity.of(blob), use_cache=False)
+        assert found is not None
+        assert found.sha256 == names[0]
+        blob.write_bytes(b"weighty")
+        with pytest.raises(SafemergeError, match=f"names it {name}.*download it again"):
+            file_digest(FileIdentity.of(blob), use_cache=False)
