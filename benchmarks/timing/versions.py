@@ -64,9 +64,8 @@ def main() -> None:
     family = make_family(options.size, options.data)
     programs = (options.old.absolute(), options.new.absolute())
     print(f"{options.size}, {options.rounds} rounds, load {os.getloadavg()[0]:.1f} before")
-    print(
-        "| case | old s | new s | new by old | CPU s | CPU by old | own MB | own by old |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = ("case", "old s", "new s", "new by old", "CPU s", "by old", "own MB", "by old")
+    print(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", sep="\n")
     with tempfile.TemporaryDirectory(dir=options.data) as folder:
         work = Path(folder)
         for case in options.cases:

@@ -5,7 +5,8 @@
 
 Every method and metric, adapters and checkpoints, one file and shards, written models and written adapters, recipes
 that are refused, and a sweep, over tiny families that are made anew. Weights are compared by sha256, plans and
-results value by value; pages and cards are only named when they differ. Ends with 1 if anything else does.
+results value by value; keys that only the new one has, pages and cards are told apart. Ends with 1 if anything else
+differs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -197,12 +199,20 @@ def compare_files(old: Path, new: Path) -> tuple[list[str], list[str]]:
         elif name.suffix in (".html", ".svg", ".md", ".yaml"):
             worded.append(str(name))
         elif name.suffix in (".json", ".jsonl") and one.stat().st_size and other.stat().st_size:
-            places = list(differences(*(_json(path) for path in (one, other))))
-            found += [f"{name}{place}" for place in places[:4]] + ([f"… {len(places) - 4} more"] if places[4:] else [])
+            found += _summary(str(name), differences(*(_json(path) for path in (one, other))))
         else:
             digests = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (one, other))
             found.append(f"{name}: {' became '.join(digests)}")
     return found, worded
+
+
+def _summary(name: str, places: Iterator[str]) -> list[str]:
+    """One line for each place, whatever its number in a list; the first few values stand for the others."""
+    kinds: dict[str, list[str]] = {}
+    for place in places:
+        kinds.setdefault(re.sub(r"\[\d+\]", "[…]", place.partition(": ")[0]), []).append(place)
+    lines = [f"{name}{same[0]}" + (f", and {len(same) - 1} like it" if same[1:] else "") for same in kinds.values()]
+    return lines[:6] + ([f"{name}: … {len(lines) - 6} more places"] if lines[6:] else [])
 
 
 def _first_other(old: str, new: str) -> str:
@@ -229,7 +239,9 @@ def main() -> None:
         root = options.work or Path(temporary)
         if not (root / "chat").exists():
             make_families(root)
-        different = 0
+        for stale in ("out", "cache"):
+            shutil.rmtree(root / stale, ignore_errors=True)
+        different = weights = 0
         for name in options.only:
             told = []
             sides = (("old", options.old.absolute()), ("new", options.new.absolute()))
@@ -242,10 +254,14 @@ def main() -> None:
                 told.append(f"said other words: {_first_other(said, said_now)}")
             found, worded = compare_files(old, new)
             told += found
-            different += bool(told)
+            added = all(" only in the new" in line for line in told)
+            different += not added
+            weights += not any(".safetensors" in line for line in told)
             rest = f" ({', '.join(worded)} differ)" if worded else ""
-            print(f"{'DIFFERS' if told else 'same'}  {name}, exit code {code}{rest}", *told, sep="\n    ", flush=True)
-    print(f"{len(options.only) - different} of {len(options.only)} trials the same")
+            state = "same   " if not told else "adds   " if added else "DIFFERS"
+            print(f"{state} {name}, exit code {code_now}{rest}", *told, sep="\n    ", flush=True)
+    total = len(options.only)
+    print(f"{total - different} of {total} trials the same but for what was added, the weights' bytes in {weights}")
     raise SystemExit(1 if different else 0)
 
 
