@@ -45,8 +45,9 @@ from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.probe import By, probe
 from safemerge_recipes.evaluation.experiments.workbench import Bench, model_key
 from safemerge_recipes.evaluation.harness import Scores, TaskScores
+from safemerge_recipes.evaluation.rates import holm
 from safemerge_recipes.evaluation.scoring import compared, table
-from safemerge_recipes.evaluation.statistics import Difference, holm
+from safemerge_recipes.evaluation.statistics import Difference
 from safemerge_recipes.events import ignore
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.cache import cache_folder

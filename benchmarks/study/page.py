@@ -39,7 +39,7 @@ from benchmarks.study.results import (
 from benchmarks.study.strips import strips
 from safemerge_recipes.evaluation.experiments.probe import SYMBOLS
 from safemerge_recipes.evaluation.experiments.probe import picture as probe_picture
-from safemerge_recipes.evaluation.statistics import spearman
+from safemerge_recipes.evaluation.rates import spearman
 from safemerge_recipes.report.scatter import Mark, scatter
 
 AIMED = (

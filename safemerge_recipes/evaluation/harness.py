@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import CheckError, WriteError
+from safemerge_recipes.evaluation.likelihood import refusal_likelihoods
 from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, quiet, torch_threads
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
@@ -68,6 +69,7 @@ def evaluate(
     chat_template: bool = True,
     task_path: Path | str | None = None,
     answer_tokens: int = ANSWER_TOKENS,
+    auroc: bool = True,
 ) -> Scores:
     """Return the scores of a model.
 
@@ -95,6 +97,7 @@ def evaluate(
         chat_template: Apply the tokenizer's chat template when it has one.
         task_path: A folder with further lm-eval tasks.
         answer_tokens: Tokens that an answer to a harmful or harmless request may have.
+        auroc: Also measure how likely a refusal is, of harmful and harmless requests (`likelihood`).
 
     Raises:
         CheckError: The extra is missing, a task is unknown, or the model cannot be loaded or scored. Unknown
@@ -108,6 +111,7 @@ def evaluate(
     return score(
         subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
         keep_answers=keep_answers, threads=threads, num_fewshot=num_fewshot, chat_template=chat_template,
+        auroc=auroc,
     )  # fmt: skip
 
 
@@ -124,6 +128,7 @@ def score(
     threads: int | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = True,
+    auroc: bool = True,
     store: Store | None = None,
     tell: Tell | None = None,
 ) -> Scores:
@@ -133,6 +138,7 @@ def score(
         subject: The model; opened only when something is missing.
         suite: The tasks.
         limit, batch_size, device, dtype, seed, keep_answers, threads, num_fewshot, chat_template: See `evaluate`.
+        auroc: Also measure how likely a refusal is, of harmful and harmless requests (`likelihood`).
         store: Where results are kept.
         tell: Told how far it is.
 
@@ -144,7 +150,7 @@ def score(
     sizes = {task: suite.size(task, limit) for task in suite.tasks}
     keys = result_keys(
         subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
-        num_fewshot=num_fewshot, chat_template=chat_template,
+        num_fewshot=num_fewshot, chat_template=chat_template, auroc=auroc,
     )  # fmt: skip
     kept = store if store is not None and subject.key is not None else None
     found = {task: one for task in suite.tasks if kept is not None and (one := kept.get(keys[task])) is not None}
@@ -163,9 +169,9 @@ def score(
                 began = time.perf_counter()
                 listening = _Listening(loaded, kept, keys[task], partial(_share, told, task, sizes[task]))
                 raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
-                scores = replace(
-                    _task_scores(task, raw), source=dict(suite.sources[task]) if task in suite.sources else None
-                )
+                likely = _likelihoods(loaded, raw["samples"][task], settings) if auroc and _asks(suite, task) else {}
+                source = dict(suite.sources[task]) if task in suite.sources else None
+                scores = replace(_task_scores(task, raw), source=source, likelihoods=likely)
                 found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
                 if kept is not None:
                     kept.keep(keys[task], subject.name, found[task])
@@ -178,6 +184,7 @@ def score(
 def result_keys(subject: Subject, suite: Suite, **given: Any) -> dict[str, str]:
     """Under which key a store has the scores of a model, by task; `given` are arguments of `score`."""
     defaults = {"dtype": "auto", "batch_size": None, "num_fewshot": None, "chat_template": True, "seed": 0}
+    defaults["auroc"] = True
     machine = Path("/dev/nvidiactl").exists()  # what `auto` stands for
     known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
     return {task: key_of(subject.key, task, known) for task in suite.tasks}
@@ -320,6 +327,19 @@ def _run(
             )
     except Exception as error:
         raise CheckError(f"evaluation of {name} failed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _asks(suite: Suite, task: str) -> bool:
+    """Whether a task asks for what may be refused."""
+    return "refusal" in suite.better[task]
+
+
+def _likelihoods(loaded: Any, samples: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, float]:
+    """How likely a refusal is, by prompt id, from the prompts that lm-eval made."""
+    contexts = [str(row["arguments"][0][0]) for row in samples]
+    bare = settings["chat_template_sha256"] is None
+    values = refusal_likelihoods(loaded.model, loaded.tokenizer, contexts, special_tokens=bare)
+    return {_prompt_id(row): value for row, value in zip(samples, values, strict=True)}
 
 
 def _task_scores(task: str, raw: Mapping[str, Any]) -> TaskScores:

@@ -33,13 +33,15 @@ class Metric:
 class TaskScores:
     """The metrics of one task by name; lm-eval's filter follows after a comma where the task has several.
 
-    `answers` holds what the model wrote, by prompt id, when it was asked to be kept; `source` says title, licence,
+    `answers` holds what the model wrote, by prompt id, when it was asked to be kept; `likelihoods` the logarithm of the
+    probability that an answer begins as a refusal, of harmful and harmless requests; `source` says title, licence,
     origin and number of rows of a published benchmark.
     """
 
     version: str
     metrics: dict[str, Metric]
     answers: dict[str, str] = field(default_factory=dict)
+    likelihoods: dict[str, float] = field(default_factory=dict)
     source: dict[str, Any] | None = None
 
 
@@ -89,6 +91,7 @@ class Scores:
                     version=task["version"],
                     metrics={key: Metric(**metric) for key, metric in task["metrics"].items()},
                     answers=task["answers"],
+                    likelihoods=task.get("likelihoods", {}),
                     source=task.get("source"),
                 )
                 for name, task in data.pop("tasks").items()

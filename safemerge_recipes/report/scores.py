@@ -79,8 +79,9 @@ def read_verdicts(scores: Mapping[str, Any] | None, most: int | None = None) -> 
 
 
 def is_rate(rows: list[Score]) -> bool:
-    """Whether all values and intervals lie in [0, 1], and so read as percentages."""
-    return all(0 <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)
+    """Whether all values and intervals lie in [0, 1], and so read as percentages; J (`separation`) may be negative."""
+    least = -1 if all(row.metric == "separation" for row in rows) else 0
+    return all(least <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)
 
 
 def shown(value: float, rate: bool) -> str:

@@ -16,8 +16,8 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from safemerge_recipes.cli import app as cli
 from safemerge_recipes.evaluation.harness import Metric, Scores, TaskScores, evaluate
+from safemerge_recipes.evaluation.rates import holm, mcnemar
 from safemerge_recipes.evaluation.scoring import compared, interval
-from safemerge_recipes.evaluation.statistics import holm, mcnemar
 from tests.fixtures.chat_family import make_family
 
 

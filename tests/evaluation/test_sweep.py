@@ -15,7 +15,7 @@ from safemerge_recipes.evaluation.experiments.probe import correlations, groups
 from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
-from safemerge_recipes.evaluation.statistics import ranks, spearman
+from safemerge_recipes.evaluation.rates import spearman
 from safemerge_recipes.events import ignore
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.report.scatter import Mark, front, scatter
@@ -295,7 +295,6 @@ def test_spearman_is_that_of_scipy():
         expected = stats.spearmanr(first, second)
         assert value == pytest.approx(expected.statistic)
         assert p == pytest.approx(expected.pvalue, abs=0.03)
-    assert ranks([3.0, 1.0, 3.0]) == [2.5, 1.0, 2.5]
     # Every order of three is as likely: a perfect one or its reverse has p = 1/3.
     assert spearman([1, 2, 3], [4, 5, 6])[1] == pytest.approx(1 / 3, abs=0.02)
     with pytest.raises(ValueError, match="constant"):

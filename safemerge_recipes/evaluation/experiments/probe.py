@@ -15,8 +15,8 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import measures
 from safemerge_recipes.evaluation.experiments.workbench import Bench
+from safemerge_recipes.evaluation.rates import spearman
 from safemerge_recipes.evaluation.rounds import Listener, Rounds
-from safemerge_recipes.evaluation.statistics import spearman
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.report.scatter import heat_map
