@@ -195,7 +195,7 @@ def build_graph(
         work = _work(tensor, family, methods)
         origin = origin_of(tensor.policy.merge.method) if tensor.policy and tensor.action == "merge" else ""
         native = device == "cpu" and fits(work, tensor.dtype)
-        key = _key(tensor, work, identity, origin, "native" if native else device.partition(":")[0])
+        key = _key(tensor, work, identity, origin, "cpu" if native else device.partition(":")[0])
         tasks.append(Task(layout.slots[tensor.name], work, key, native))
     return Graph(layout, tuple(tasks))
 

@@ -30,8 +30,28 @@ def joined_factors(
         if isinstance(operand, Factored):
             b, a = factors(operand, reader, dtype, device)
             left.append(b)
-            right.append(a * (float(coefficient) * operand.scale))
+            right.append((a.double() * (float(coefficient) * operand.scale)).to(dtype))
     return (torch.cat(left, dim=1), torch.cat(right, dim=0)) if left else None
+
+
+def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out `(rows, columns)` += left `(rows, rank)` @ right `(rank, columns)`, as the compiled kernels add it.
+
+    On a CPU in float32, each product is summed from zero over rank in order by fused multiply-adds, which is what
+    `add_` with a factor does, and then added: the same bytes as merge.c gives, slower. Elsewhere the library's own
+    order of additions holds, which a result's key says.
+    """
+    import torch
+
+    if out.device.type != "cpu" or out.dtype != torch.float32:
+        out.addmm_(left, right)
+        return
+    row = torch.empty_like(out[0])
+    for place, coefficients in enumerate(left.tolist()):
+        row.zero_()
+        for coefficient, factor in zip(coefficients, right, strict=True):
+            row.add_(factor, alpha=coefficient)
+        out[place].add_(row)
 
 
 def factors(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Factored, Operand, Stored, Weight
-from safemerge_recipes.weights.torch_factors import joined_factors
+from safemerge_recipes.weights.torch_factors import add_product, joined_factors
 from safemerge_recipes.weights.torch_operands import OPENED, Block, Opening
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Evaluator:
         pair = self.factors[number]
         if pair is not None:
             columns = pair[1].shape[1]
-            out.view(-1, columns).addmm_(pair[0][start // columns : stop // columns], pair[1])
+            add_product(out.view(-1, columns), pair[0][start // columns : stop // columns], pair[1])
         for coefficient, block in self.computed[number]:
             out.add_(block(start, stop), alpha=coefficient)
         return out

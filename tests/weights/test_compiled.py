@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.events import ignore
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools
 from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
@@ -28,10 +29,13 @@ from safemerge_recipes.storage.arena import Arena, Reader
 from safemerge_recipes.storage.cut import BLOCK
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import read_header
+from safemerge_recipes.storage.workers import Resources
+from safemerge_recipes.verification import verify
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from safemerge_recipes.weights.draw import Draw
 from safemerge_recipes.weights.numpy_rows import PlainRows
+from tests.fixtures.plain_family import ADAPTERS, FULL, make_family, recipe_text, run_recipe
 
 pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="the kernels were not compiled")
 
@@ -175,7 +179,7 @@ def test_halves_between_two_numbers_are_rounded_to_even(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (9, 100), (130, 257), (3, BLOCK // 2 + 5)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_are_exact_to_rounding(
+def test_products_are_those_of_torch_and_exact_to_rounding(
     shape: tuple[int, int], transposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, (rows, columns) = 7, shape
@@ -192,11 +196,11 @@ def test_products_are_exact_to_rounding(
     found = np.frombuffer(_merged(Sum(w["w"] + 0.5 * update), "F32", shape, monkeypatch), np.float32)
     wanted = tensors["w"].double() + 0.5 * dense
     torch.testing.assert_close(torch.tensor(found).double().view(shape), wanted, rtol=1e-5, atol=1e-5)
+    assert found.tobytes() == _bytes(on_torch.rounded, Sum(w["w"] + 0.5 * update), "F32", shape)
     # Inside a method, and added to its result.
     work = Apply(w["w"], (update, -1.0 * update + w["w"]), KERNELS["slerp"])
-    merged = np.frombuffer(_merged(work, "F32", shape, monkeypatch), np.float32)
-    by_torch = np.frombuffer(_bytes(on_torch.rounded, work, "F32", shape), np.float32)
-    np.testing.assert_allclose(merged, by_torch, rtol=1e-4, atol=1e-5)
+    for dtype in ("F32", "BF16"):
+        assert _merged(work, dtype, shape, monkeypatch) == _bytes(on_torch.rounded, work, dtype, shape)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -337,3 +341,32 @@ def test_ties_are_kept_by_position_across_blocks(tmp_path: Path, monkeypatch: py
     assert abs(kept - keep) <= 1
     assert (found[:kept] == 0.25).all()
     assert not found[kept:].any()
+
+
+WHOLE = {
+    "linear": "{method: linear, alpha: 0.7}",
+    "task_arithmetic": "{method: task_arithmetic, lambda_finetuned: 0.9, lambda_safety: 0.3}",
+    "slerp": "{method: slerp, alpha: 0.6}",
+    "ties": "{method: ties, density: 0.4}",
+    "dare_linear": "{method: dare_linear, density: 0.5, seed: 3}",
+    "dare_ties": "{method: dare_ties, density: 0.5, rescale: l1}",
+}
+
+
+@pytest.mark.parametrize("method", WHOLE)
+@pytest.mark.parametrize("sources", [ADAPTERS, FULL], ids=["adapters", "checkpoints"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_output_verifies_where_nothing_was_compiled(
+    method: str, sources: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_family(tmp_path, dtype)
+    text = recipe_text(sources, "{fraction: 0.6}", WHOLE[method])
+    prepared, written = run_recipe(tmp_path, text)
+    assert any(task.native for task in prepared.graph.tasks)
+    monkeypatch.setattr(compiled, "LIBRARY", None)
+    again, by_torch = run_recipe(tmp_path, text)
+    assert not any(task.native for task in again.graph.tasks)
+    assert [task.key for task in again.graph.tasks] == [task.key for task in prepared.graph.tasks]
+    assert all(torch.equal(written[name], tensor) for name, tensor in by_torch.items())
+    result = verify(tmp_path / "out0", Resources(2, 1 << 30, "cpu"), ignore, deep=True)
+    assert result["recomputed"] == len(written)
