@@ -1,4 +1,7 @@
-"""A plan that repairs nothing, or chooses nothing, says so: on the terminal, in the plan, the report and the card."""
+"""A plan that repairs nothing, or chooses nothing, says so: on the terminal, in the plan, the report and the card.
+
+Guards `planning.outcome`.
+"""
 
 from __future__ import annotations
 
