@@ -48,14 +48,34 @@ class FileSealed:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """Where scoring is."""
+
+    model: str
+    """The model that answers."""
+    place: int
+    """Which of the models it is, from 1."""
+    models: int
+    """How many there are."""
+    task: str
+    """The task it answers."""
+    done: int
+    """Prompts answered, over all models and tasks."""
+    total: int
+    """Prompts there are, over all models and tasks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something for people to read, such as that a model was scored."""
 
     text: str
     """One line, without the newline."""
+    warning: bool = False
+    """Whether it should stand out."""
 
 
-Event = PhaseStarted | BytesDone | TensorDone | FileSealed | Note
+Event = PhaseStarted | BytesDone | TensorDone | FileSealed | Step | Note
 Listener = Callable[[Event], None]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.outcome import empty
 from safemerge_recipes.planning.plan import Measure, Outlook, Plan, check_gates, make_plan, survey
 from safemerge_recipes.planning.plugins import Registry, read_registry
-from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe, load_recipe
+from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe
 from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder
@@ -55,13 +55,17 @@ if TYPE_CHECKING:
 class Resolved:
     """A recipe whose sources are found and fit together; only headers were read. Needs no torch."""
 
-    recipe: Recipe
-    directory: Path
+    loaded: LoadedRecipe
     family: Family
     identities: tuple[FileIdentity, ...]
     side_files: Mapping[str, Path]
     outlooks: tuple[Outlook, ...]
     registry: Registry
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.loaded.recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,38 @@ class Prepared:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        output: the folder.
+        plan: what was carried out.
+        files: sha256 of each weight file, by name.
+        timings: seconds of each phase, and their `total`.
+        resumed: tensors that were there from an earlier run.
+        scores: the content of safemerge_scores.json where the output was scored.
+    """
+
+    output: Path
+    plan: Prepared
+    files: Mapping[str, str]
+    timings: Mapping[str, float]
+    resumed: int
+    scores: Mapping[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The run as plain data, as `run --json` prints it."""
+        told = {
+            "output": str(self.output),
+            "summary": self.plan.plan_json()["summary"],
+            "files": dict(self.files),
+            "timings": dict(self.timings),
+            "resumed": self.resumed,
+        }
+        return told if self.scores is None else {**told, "scores": dict(self.scores)}
+
+
 def _recipe_json(recipe: Recipe) -> str:
     return recipe.model_dump_json(by_alias=True, exclude_unset=True, exclude_none=True)
 
@@ -127,16 +163,6 @@ def choose_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """The checked recipe of a file, whose metrics and methods are built in or an installed plugin's.
-
-    Raises:
-        RecipeError: with every problem in it, a line each.
-    """
-    registry = read_registry()
-    return load_recipe(path, overrides, metrics=registry.names("metrics"), methods=registry.names("methods"))
-
-
 def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     """Finds, fetches and opens the sources. Reads headers only.
 
@@ -155,9 +181,9 @@ def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     check_merges(outlooks, family, registry.methods)
     beside = side_files(family)
     lacking = no_tokenizer(beside)
-    if lacking:
+    if lacking and lacking not in family.warnings:
         family = replace(family, warnings=(*family.warnings, lacking))
-    return Resolved(recipe, loaded.directory, family, family.identities(), beside, outlooks, registry)
+    return Resolved(loaded, family, family.identities(), beside, outlooks, registry)
 
 
 def decide(resolved: Resolved, measure: Measure | None) -> Plan:
@@ -250,7 +276,7 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
     for part in (values, *values.get("rules", ())):
         mask = (part.get("merge") or {}).get("mask")
         if mask:
-            mask["path"] = os.path.relpath(mask_path(prepared.resolved.directory, mask["path"]), output)
+            mask["path"] = os.path.relpath(mask_path(prepared.resolved.loaded.directory, mask["path"]), output)
     values.get("output", {}).pop("path", None)
     return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
 
@@ -276,8 +302,8 @@ def carry_out(
     *,
     force: bool = False,
     allow_empty: bool = False,
-) -> dict[str, Any]:
-    """Writes the output folder and returns the run's result.
+) -> Result:
+    """Writes the output folder.
 
     Args:
         prepared: what `prepare` made.
@@ -311,15 +337,12 @@ def carry_out(
         raise WriteError(
             f"{part}: {error.strerror}; mend it and run the same command, which goes on from there"
         ) from None
-    for file, digest in result["files"].items():
+    for file, digest in result.files.items():
         remember_digest(FileIdentity.of(output / file), digest)  # it may well be another merge's input
-    result["timings"]["total"] = time.perf_counter() - started
-    return result
+    return replace(result, timings={**result.timings, "total": time.perf_counter() - started})
 
 
-def _write(
-    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool
-) -> dict[str, Any]:
+def _write(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool) -> Result:
     if prepared.recipe.output.format == "adapter":
         return _write_adapter(prepared, part, output, digests, on_event)
     graph, header = prepared.graph, _header(prepared)
@@ -346,8 +369,8 @@ def _write(
     timings = {"write": written - started, "hash": time.perf_counter() - written}
     tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
     plan = prepared.plan_json()
-    result = _document(prepared, part, output, plan, beside_of(prepared), inputs, sealed.files, tensors, timings)
-    return {**result, "resumed": len(done)}
+    timings = _document(prepared, part, output, plan, beside_of(prepared), inputs, sealed.files, tensors, timings)
+    return Result(output, prepared, sealed.files, timings, len(done))
 
 
 def beside_of(prepared: Prepared) -> Mapping[str, Path]:
@@ -358,9 +381,7 @@ def beside_of(prepared: Prepared) -> Mapping[str, Path]:
     return tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
 
 
-def _write_adapter(
-    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener
-) -> dict[str, Any]:
+def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener) -> Result:
     """An adapter is small: it is computed in memory and always written anew."""
     from safemerge_recipes.engine.adapter import write_adapter
 
@@ -377,8 +398,8 @@ def _write_adapter(
         line.update(notes.get(line["name"], {}))
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
-    result = _document(prepared, part, output, plan, beside_of(prepared), inputs, files, {}, timings)
-    return {**result, "resumed": 0}
+    timings = _document(prepared, part, output, plan, beside_of(prepared), inputs, files, {}, timings)
+    return Result(output, prepared, files, timings, 0)
 
 
 def _document(
@@ -391,8 +412,8 @@ def _document(
     files: Mapping[str, str],
     tensors: dict[str, tuple[str, str | None]],
     timings: Mapping[str, float],
-) -> dict[str, Any]:
-    """Writes everything that lies beside the weights, the manifest last."""
+) -> dict[str, float]:
+    """Writes everything that lies beside the weights, the manifest last; returns the timings of all phases."""
     write_json(part / PLAN_FILE, plan)
     write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
     check_unchanged(prepared.identities)
@@ -411,7 +432,7 @@ def _document(
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
     )  # fmt: skip
     write_manifest(part, manifest)
-    return {"output": str(output), "summary": plan["summary"], "files": dict(files), "timings": timings}
+    return timings
 
 
 def _label(folder: Folder) -> str:

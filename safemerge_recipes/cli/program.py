@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from safemerge_recipes.cli.streams import open_streams
 from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
 
 # Some versions of typer bring their own click, whose errors are no errors of the installed one.
@@ -26,6 +27,7 @@ def run_program(app: typer.Typer, name: str, arguments: list[str] | None) -> NoR
     """Runs a command line and ends the process, or raises SystemExit where the arguments are given by a caller."""
     alone = arguments is None
     if alone:
+        open_streams()
         gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
     code = guarded(lambda: app(arguments, standalone_mode=False, prog_name=name))
     if alone:
@@ -66,6 +68,10 @@ def guarded(call: Callable[[], Any]) -> int:
         return WriteError.exit_code
     except BrokenPipeError:
         return 0
+    except SystemExit as end:  # click ends the process where nobody reads on, as in `| head`
+        if isinstance(end.__context__, BrokenPipeError):
+            return 0
+        raise
     except OSError as error:  # those of sources and outputs were told where they happened
         _complain(
             f"{error.filename or 'standard output'}: {error.strerror or error}; free some space or write elsewhere"

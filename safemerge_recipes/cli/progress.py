@@ -1,49 +1,71 @@
-"""A progress bar in bytes with time left, on a terminal; nothing in a pipe."""
+"""Shows events to people: a bar in bytes with time left on a terminal, nothing in a pipe; notes as lines."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.events import BytesDone, Event, PhaseStarted
+from safemerge_recipes.events import BytesDone, Event, Note, PhaseStarted, Step
 
 if TYPE_CHECKING:
-    from safemerge_recipes.evaluation.rounds import Step
+    from rich.console import Console
 
 
 class Bar:
-    """A listener that draws phases one after the other on standard error, if that is a terminal."""
+    """A listener that draws phases one after the other on standard error, if that is a terminal.
 
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+    Args:
+        console: Makes the console that notes go to.
+    """
+
+    def __init__(self, console: Callable[[], Console]) -> None:
+        self._console = console
+        self._stream = sys.stderr  # not what others put in its place while they are kept quiet
+        self._shown = self._stream.isatty()
         self._progress: Any = None
         self._task: Any = None
+        self._scoring = False
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
         """Takes notice of an event."""
-        if not self._shown:
-            return
-        if isinstance(event, PhaseStarted):
+        if isinstance(event, Note):
+            self.pause()
+            style = "yellow" if event.warning else None
+            self._console().print(event.text, style=style, markup=False, soft_wrap=True)
+        elif self._shown and isinstance(event, PhaseStarted):
             self._begin(event)
-        elif isinstance(event, BytesDone):
+        elif self._shown and isinstance(event, BytesDone):
             with self._lock:
                 if self._progress is not None:
                     self._progress.advance(self._task, event.nbytes)
+        elif self._shown and isinstance(event, Step):
+            self._step(event)
+
+    def _step(self, step: Step) -> None:
+        """Shows which model answers which task, and the time left for all of them."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        if self._progress is None or not self._scoring:
+            self.pause()
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._start(*columns, often=4)
+            self._task, self._scoring = self._progress.add_task("", total=step.total), True
+        words = f"model {step.place} of {step.models}, {step.model}: {step.task}"
+        self._progress.update(self._task, description=words, completed=step.done, total=step.total)
+
+    def _start(self, *columns: Any, often: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(file=self._stream)
+        self._progress = Progress(*columns, console=console, transient=True, refresh_per_second=often)
+        self._progress.start()
 
     def _begin(self, event: PhaseStarted) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         if self._progress is None:
             columns = (
@@ -53,8 +75,7 @@ class Bar:
                 TransferSpeedColumn(),
                 TimeRemainingColumn(),
             )
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=8)
-            self._progress.start()
+            self._start(*columns, often=8)
         elif self._task is not None:
             self._progress.update(self._task, visible=False)
         self._task = self._progress.add_task(event.name, total=event.nbytes)
@@ -65,43 +86,4 @@ class Bar:
             if self._progress is not None:
                 self._progress.stop()
                 self._progress = self._task = None
-
-
-class ScoringBar:
-    """Draws on standard error which model answers which task, and the time left for all of them."""
-
-    def __init__(self) -> None:
-        self._stream = sys.stderr  # not what others put in its place while they are kept quiet
-        self._progress: Any = None
-        self._task: Any = None
-
-    def __call__(self, step: Step) -> None:
-        """Shows how far scoring is."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            console = Console(file=self._stream)
-            self._progress = Progress(*columns, console=console, transient=True, refresh_per_second=4)
-            self._progress.start()
-            self._task = self._progress.add_task("", total=step.total)
-        words = f"model {step.place} of {step.models}, {step.model}: {step.task}"
-        self._progress.update(self._task, description=words, completed=step.done, total=step.total)
-
-    def pause(self) -> None:
-        """Takes the bar off the screen until the next step."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-@contextlib.contextmanager
-def scoring_bar() -> Iterator[ScoringBar | None]:
-    """A bar for scoring if standard error is a terminal."""
-    bar = ScoringBar() if sys.stderr.isatty() else None
-    try:
-        yield bar
-    finally:
-        if bar is not None:
-            bar.pause()
+                self._scoring = False

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from safemerge_recipes.evaluation.harness import Tell
 from safemerge_recipes.evaluation.suite import Suite
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Where scoring is: the `place`-th of `models` models, and prompts done of all, over all models and tasks."""
-
-    model: str
-    place: int
-    models: int
-    task: str
-    done: int
-    total: int
-
-
-Listener = Callable[[Step], None]
+from safemerge_recipes.events import Listener, Step
 
 
 @dataclass(frozen=True, slots=True)

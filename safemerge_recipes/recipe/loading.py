@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os.path
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class LoadedRecipe:
     path: Path
     directory: Path
     text: str
+    overrides: tuple[str, ...] = ()
 
     def resolve(self, path: str) -> Path:
         """The absolute form of a path written in the recipe; `~` is the home folder."""
@@ -121,7 +123,7 @@ def load_recipe(
     """The checked recipe of a YAML file.
 
     Args:
-        path: The file.
+        path: The file, or `-` for standard input, whose relative paths start at the current folder.
         overrides: `KEY=VALUE` texts, applied in order. Keys are joined by dots, list positions are numbers,
             and values are YAML. A selector of a gate takes the place of the file's; another `merge.method`
             forgets the file's keys that it does not use.
@@ -131,6 +133,8 @@ def load_recipe(
     Raises:
         RecipeError: the file cannot be read, or with every problem in it, a line each.
     """
+    if str(path) == "-":
+        return parse_recipe(_standard_input(), STANDARD_INPUT, overrides, metrics=metrics, methods=methods)
     path = Path(path)
     return parse_recipe(_read(path), path, overrides, metrics=metrics, methods=methods)
 
@@ -170,7 +174,23 @@ def parse_recipe(
     if reader.problems:
         ordered = sorted(reader.problems, key=lambda problem: problem[0])
         raise RecipeError("\n".join(dict.fromkeys(f"{place}: {message}" for _, place, message in ordered)))
-    return LoadedRecipe(recipe, path, directory, text)
+    return LoadedRecipe(recipe, path, directory, text, tuple(overrides))
+
+
+STANDARD_INPUT = Path("standard input")
+"""Where a recipe comes from that was given as `-`."""
+
+
+def _standard_input() -> str:
+    try:
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(f"{STANDARD_INPUT}: found more than {MAX_BYTES} bytes; expected a recipe")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{STANDARD_INPUT}: not UTF-8 at byte {error.start}; expected a YAML text file") from None
+    except (OSError, ValueError, AttributeError) as error:  # closed, or there is none
+        raise RecipeError(f"{STANDARD_INPUT}: cannot be read: {error}") from None
 
 
 def _read(path: Path, what: str = "a recipe file", kin: str = "*.y*ml") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -11,17 +12,24 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """The user's cache for this program; safe to delete at any time."""
+    """The user's cache for this program; safe to delete at any time.
+
+    Raises:
+        FileNotFoundError: the user has no home folder, as in some containers, and SAFEMERGE_CACHE is not set.
+    """
     root = os.environ.get("SAFEMERGE_CACHE")
     if root:
         return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safemerge-recipes"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "safemerge-recipes"
+    except RuntimeError:
+        raise FileNotFoundError(errno.ENOENT, "no home folder; set SAFEMERGE_CACHE", "cache") from None
 
 
 def remember(kind: str, key: str, value: Any) -> None:
     """Stores a small JSON value under a key; failing to is no error."""
-    path = _entry(kind, key)
     try:
+        path = _entry(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:

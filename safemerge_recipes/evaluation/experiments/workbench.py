@@ -23,8 +23,9 @@ from safemerge_recipes.evaluation.scoring import conditions, graph_subject, scor
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
 from safemerge_recipes.events import Listener
-from safemerge_recipes.pipeline import Prepared, as_source, build, decide, load, measurer_of, prepare, resolve
+from safemerge_recipes.pipeline import Prepared, as_source, build, decide, measurer_of, prepare, resolve
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.load import load, vary
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
@@ -89,7 +90,7 @@ class Bench:
 
     def load(self, overrides: Sequence[str] = ()) -> LoadedRecipe:
         """The recipe with further overrides. Raises RecipeError when one is wrong."""
-        return load(self.path, (*self.overrides, *overrides))
+        return vary(self.loaded, overrides)
 
     def plan(self, overrides: Sequence[str] = ()) -> Plan:
         """The plan of the recipe with further overrides; measures nothing twice.

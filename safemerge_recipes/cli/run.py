@@ -1,0 +1,109 @@
+"""`run`, `plan`, `validate`, `schema` and `plugins`: a recipe from its text to the merged model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from safemerge_recipes import api
+from safemerge_recipes.cli.options import (
+    DeviceOption,
+    ExecutorOption,
+    JsonOption,
+    MemoryOption,
+    OutputOption,
+    RecipeArgument,
+    SetOption,
+    VersionOption,
+    WorkersOption,
+)
+from safemerge_recipes.cli.streams import console, watched, write_json, write_line
+from safemerge_recipes.errors import RecipeError
+
+
+def run(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and decide, print the plan, write nothing.")
+    ] = False,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+    executor: ExecutorOption = "local",
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished output.")] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Write the fine-tuned model where the gate merges nothing.")
+    ] = False,
+    no_evaluate: Annotated[
+        bool, typer.Option("--no-evaluate", help="Merge only, even if the recipe evaluates.")
+    ] = False,
+    version: VersionOption = False,
+) -> None:
+    """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
+    if executor != "local":
+        raise RecipeError(f"--executor {executor}: not available; expected local")
+    if dry_run:
+        return plan(recipe, set_, json_, device, workers, max_memory)
+    from safemerge_recipes.report.terminal import print_result
+
+    with watched(json_) as listener:
+        result = api.run(
+            api.load_recipe(recipe, set_ or ()), output,
+            force=force, allow_empty=allow_empty, evaluate=not no_evaluate,
+            device=device, workers=workers, max_memory=max_memory, on_event=listener,
+        )  # fmt: skip
+    if json_:
+        write_json(result.as_json())
+    print_result(result.plan.plan_json(), result.as_json(), console(json_))
+    return None
+
+
+def plan(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Measure and decide, print the plan, write nothing (the same as run --dry-run)."""
+    from safemerge_recipes.report.terminal import print_plan
+
+    with watched(json_) as listener:
+        loaded = api.load_recipe(recipe, set_ or ())
+        found = api.plan(loaded, device=device, workers=workers, max_memory=max_memory, on_event=listener)
+    if json_:
+        write_json(found.plan_json())
+    else:
+        print_plan(found.plan_json(), console(json_))
+
+
+def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Check a recipe's text: every problem at once, with its line. Opens no source."""
+    loaded = api.load_recipe(recipe, set_ or ())
+    rules = len(loaded.recipe.rules)
+    write_line(f"{loaded.path}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    write_line(json.dumps(api.schema(), indent=2))
+
+
+def plugins(json_: JsonOption = False) -> None:
+    """List the metrics, selectors and merge methods that recipes may name, and where each comes from."""
+    entries = api.registered()
+    if json_:
+        return write_json([one for one in entries if one["target"]])
+    width = max(len(one["name"]) for one in entries if one["target"])
+    for kind in dict.fromkeys(one["kind"] for one in entries):
+        write_line(f"{kind}:")
+        for one in entries:
+            if one["kind"] == kind:
+                write_line(f"  {one['name']:<{width}}  {one['origin']}  {one['target']}".rstrip())
+    return None

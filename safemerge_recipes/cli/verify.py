@@ -1,0 +1,39 @@
+"""`verify`: whether an output is what was written, and whether its arithmetic is right."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safemerge_recipes import api
+from safemerge_recipes.cli.options import DeviceOption, JsonOption, MemoryOption, WorkersOption
+from safemerge_recipes.cli.streams import watched, write_json
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The output to check.", show_default=False)],
+    deep: Annotated[bool, typer.Option("--deep", help="Compute every tensor again from the sources.")] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="Compute only N tensors again; implies --deep.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Which N.")] = 0,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+) -> None:
+    """Check an output against its manifest and plan: hashes, index, headers, and with --deep the arithmetic."""
+    with watched(json_) as listener:
+        result = api.verify(
+            folder, deep=deep, sample=sample, seed=seed,
+            device=device, workers=workers, max_memory=max_memory, on_event=listener,
+        )  # fmt: skip
+    if json_:
+        write_json(result)
+    again = f", {result['recomputed']} tensors computed again" if deep or sample is not None else ""
+    sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+    for heading, key in (("checked", "checked"), ("not checked", "unchecked")):
+        sys.stderr.write("".join(f"  {heading}: {line}\n" for line in result[key]))
