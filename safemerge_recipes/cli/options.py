@@ -31,9 +31,7 @@ VersionOption = Annotated[
 ]
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(
-        metavar="RECIPE", help="The recipe, a YAML file; - for standard input.", show_default=False, allow_dash=True
-    ),
+    typer.Argument(help="The recipe, a YAML file; - for standard input.", show_default=False, allow_dash=True),
 ]
 SetOption = Annotated[
     list[str] | None,

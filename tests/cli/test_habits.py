@@ -1,4 +1,7 @@
-"""What people expect of any program: -h, -o, --version, `-`, completion, pipes that close, streams that are closed."""
+"""What people expect of any program: -h, -o, --version, `-`, completion, pipes that close, streams that are closed.
+
+Guards `cli.options`, `cli.streams`, `cli.run`.
+"""
 
 from __future__ import annotations
 

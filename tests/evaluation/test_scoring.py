@@ -1,6 +1,6 @@
 """Scores of finished outputs, recipes and models, as commands give them and keep them.
 
-Guards `evaluation.answers`, `evaluation.compare`, `evaluation.scores`, `report.scores`.
+Guards `cli.scores`, `evaluation.answers`, `evaluation.compare`, `evaluation.scores`, `report.scores`.
 """
 
 import base64

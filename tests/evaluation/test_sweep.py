@@ -1,3 +1,8 @@
+"""Sweeps and probes: grids, choices, controls, the bench and what is drawn of them.
+
+Guards `cli.experiments`.
+"""
+
 import itertools
 import json
 import re

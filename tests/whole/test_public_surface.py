@@ -1,4 +1,7 @@
-"""`import safemerge_recipes`: the promised names, what they do, and what importing them costs."""
+"""`import safemerge_recipes`: the promised names, what they do, and what importing them costs.
+
+Guards `planning.load`.
+"""
 
 from __future__ import annotations
 

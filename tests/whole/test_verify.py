@@ -1,4 +1,7 @@
-"""`safemerge verify` accepts what a run wrote and nothing else."""
+"""`safemerge verify` accepts what a run wrote and nothing else.
+
+Guards `cli.verify`.
+"""
 
 from __future__ import annotations
 
