@@ -15,12 +15,13 @@ pytest.importorskip("torch")
 from safemerge_recipes.cli import app as cli
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
-from safemerge_recipes.evaluation.experiments.measures import tuning
+from safemerge_recipes.evaluation.experiments.measures import measures, tuning
 from safemerge_recipes.evaluation.experiments.probe import correlations, groups
 from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
 from safemerge_recipes.evaluation.rates import spearman
+from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.events import ignore
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.report.scatter import Mark, front, scatter
@@ -77,13 +78,54 @@ def test_a_grid_is_every_combination():
             parse_grid([broken])
 
 
-def test_the_choice_is_the_safest_that_loses_little():
-    values = {"a": (0.5, 0.40), "b": (0.7, 0.39), "c": (0.9, 0.30), "d": (0.7, 0.385)}
-    assert choose(values, 0.40, 0.02) == "b"
-    assert choose(values, 0.40, 0.00) == "a"
-    assert choose(values, 0.40, 0.20) == "c"
+def point(harmful, harmless, useful, n=200):
+    """Scores of a model that refuses so many harmful and harmless requests of n and solves so many sums."""
+
+    def metric(count, better):
+        outcomes = {str(i): float(i < count) for i in range(n)}
+        return Metric(count / n, None, n, better, outcomes)
+
+    tasks = {
+        "h": TaskScores("1", {"refusal": metric(harmful, True)}),
+        "s": TaskScores("1", {"refusal": metric(harmless, False)}),
+        "u": TaskScores("1", {"acc": metric(useful, True)}),
+    }
+    return Scores("m", tasks, {}, 0.0)
+
+
+BETTER = {"h": {"refusal": True}, "s": {"refusal": False}, "u": {"acc": True}}
+
+
+def test_the_choice_separates_best_and_loses_little():
+    by, tuned = measures(BETTER, ["h", "s", "u"]), point(60, 6, 100)
+    points = {"a": point(100, 6, 100), "b": point(160, 10, 99), "c": point(190, 4, 70)}
+    assert choose(points, tuned, by, 0.02) == "b"
+    assert choose(points, tuned, by, 0.20) == "c"
+    # Who refuses everything separates nothing.
+    assert choose({**points, "all": point(200, 200, 100)}, tuned, by, 0.02) == "b"
     # None is good enough: the largest sum.
-    assert choose(values, 0.90, 0.02) == "c"
+    assert choose({"d": point(150, 4, 40), "e": point(150, 4, 60)}, tuned, by, 0.02) == "e"
+
+
+def test_a_prompt_or_two_decide_nothing():
+    by, tuned = measures(BETTER, ["h", "s", "u"]), point(60, 6, 100)
+    # One more refusal against eight more sums; one more sum against thirty more refusals.
+    assert choose({"safe": point(151, 6, 99), "useful": point(150, 6, 107)}, tuned, by, 0.02) == "useful"
+    assert choose({"safe": point(150, 6, 100), "useful": point(120, 6, 101)}, tuned, by, 0.02) == "safe"
+    # A loss of one prompt more than allowed is no reason to leave a point out.
+    assert choose({"safe": point(190, 6, 95), "useful": point(80, 6, 100)}, tuned, by, 0.02) == "safe"
+    # The same in all: fewest tensors.
+    same = {"many": point(150, 6, 100), "few": point(150, 6, 100)}
+    assert choose(same, tuned, by, 0.02, {"many": 90, "few": 20}) == "few"
+
+
+def test_without_harmless_requests_refusals_alone_count():
+    by = measures(BETTER, ["h", "u"])
+    assert by.words == "refusal of harmful requests"
+    assert "safemerge_overrefusal" in (by.caution or "")
+    assert by.of(point(150, 200, 100)) == (0.75, 0.5)
+    assert by.changes(point(150, 0, 100), point(100, 0, 100))[0][0] == pytest.approx(0.25)
+    assert measures(BETTER, ["h", "s", "u"]).of(point(150, 50, 100)) == (0.5, 0.5)
 
 
 def test_tuning_splits():
@@ -276,7 +318,7 @@ def test_probe_end_to_end(recipe, tmp_path, capsys):
         assert row["v_norm"] == pytest.approx(sum(m.v for m in members) ** 0.5)
     root = ET.parse(tmp_path / "p" / "safemerge_probe.svg").getroot()
     shown = {element.text for element in root.iter() if element.tag.endswith("text")}
-    assert {"ρ", "refusal", "utility"} <= shown
+    assert {"ρ", "safety", "utility"} <= shown
     run("probe", recipe, "--by", "layer", "--output", tmp_path / "p", code=2)
 
 

@@ -1,4 +1,4 @@
-"""Merges one tensor, module type or block at a time and records what refusal and utility become.
+"""Merges one tensor, module type or block at a time and records what safety and utility become.
 
 What a gate should find is where merging helps; the rank correlation between the measured change and ρ says
 whether ρ finds it, and that with ‖V‖ whether mere size finds it as well. Scored on the tuning split.
@@ -110,6 +110,7 @@ def probe(
         "format": FORMAT,
         "by": by,
         "tasks": names,
+        "safety": weigh.words,
         "merge_none": {"safety": safety, "utility": utility},
         "groups": rows,
         "correlations": correlations(rows),
@@ -135,12 +136,12 @@ def correlations(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def picture(rows: Mapping[str, Mapping[str, Any]], by: By) -> str:
     """The heat map: ρ and ‖V‖ beside the changes in points, one row a group."""
-    columns = {"ρ": "rho", "‖V‖": "v_norm", "refusal": "safety", "utility": "utility"}
+    columns = {"ρ": "rho", "‖V‖": "v_norm", "safety": "safety", "utility": "utility"}
     cells = {
         (name, ""): {title: row[key] for title, key in columns.items() if row[key] is not None}
         for name, row in rows.items()
     }
-    return heat_map(cells, tuple(columns), f"change when one {by} is merged, beside ρ", ("refusal", "utility"))
+    return heat_map(cells, tuple(columns), f"change when one {by} is merged, beside ρ", ("safety", "utility"))
 
 
 def print_probe(content: Mapping[str, Any], console: Console) -> None:
@@ -148,7 +149,7 @@ def print_probe(content: Mapping[str, Any], console: Console) -> None:
     from rich.table import Table
 
     grid = Table(box=None, pad_edge=False)
-    for heading in ("merged alone", *SYMBOLS.values(), "refusal", "utility"):
+    for heading in ("merged alone", *SYMBOLS.values(), "safety", "utility"):
         grid.add_column(heading, justify="left" if heading == "merged alone" else "right")
     rows = sorted(content["groups"].items(), key=lambda item: (-item[1]["safety"], item[0]))
     for name, row in rows if len(rows) <= 40 else [*rows[:20], *rows[-20:]]:
@@ -157,7 +158,8 @@ def print_probe(content: Mapping[str, Any], console: Console) -> None:
     console.print(grid, markup=False)
     base = content["merge_none"]
     console.print(
-        f"Changes in points, from refusal {base['safety']:.1%} and utility {base['utility']:.1%} with none merged.",
+        f"Changes in points, from {content['safety']} {base['safety']:.1%} and utility {base['utility']:.1%} with none "
+        "merged.",
         markup=False,
         soft_wrap=True,
     )

@@ -52,18 +52,45 @@ def parse_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*lists))
 
 
-def choose(values: Mapping[str, tuple[float, float]], finetuned_utility: float, allowed_loss: float) -> str:
-    """The label of the point with the most safety among those that lose little utility.
+def choose(
+    points: Mapping[str, Scores],
+    finetuned: Scores,
+    by: Measures,
+    allowed_loss: float,
+    merged: Mapping[str, int] | None = None,
+) -> str:
+    """The label of the point that separates best among those that lose little utility.
+
+    What a prompt or two decide is decided otherwise (one standard error, Breiman et al. 1984): points whose safety is
+    within one standard error of the best one's tie, and the one with the most utility is taken; among those within one
+    standard error of its utility the safest, then the one that merges fewest.
 
     Args:
-        values: label -> (safety, utility), rates in [0, 1]; not empty.
-        finetuned_utility: What is not to be lost.
-        allowed_loss: How much of it may be; where every point loses more, the largest sum of both wins.
+        points: label -> scores; not empty.
+        finetuned: Scores of the model whose utility is not to be lost.
+        by: What is weighed.
+        allowed_loss: How much utility may be lost, give or take a standard error; where every point loses more, the
+            largest sum of safety and utility wins.
+        merged: label -> how many tensors it merges.
     """
-    good = [label for label, (_, utility) in values.items() if utility >= finetuned_utility - allowed_loss - 1e-12]
-    if good:
-        return max(good, key=lambda label: values[label])
-    return max(values, key=lambda label: sum(values[label]))
+    values = {label: by.of(one) for label, one in points.items()}
+    pool = []
+    for label, one in points.items():
+        loss, error = by.changes(one, finetuned)[1]
+        if loss >= -allowed_loss - error - 1e-12:
+            pool.append(label)
+    if not pool:
+        return max(values, key=lambda label: sum(values[label]))
+    safest = max(pool, key=lambda label: values[label])
+    pool = [label for label in pool if _ties(by.changes(points[safest], points[label])[0])]
+    useful = max(pool, key=lambda label: values[label][::-1])
+    pool = [label for label in pool if _ties(by.changes(points[useful], points[label])[1])]
+    return max(pool, key=lambda label: (values[label], -(merged or {}).get(label, 0)))
+
+
+def _ties(change: tuple[float, float]) -> bool:
+    value, error = change
+    return value <= error + 1e-12
 
 
 def sweep(
@@ -104,8 +131,8 @@ def sweep(
     console.print(f"{len(plans)} points on the tuning split: {', '.join(first)}", markup=False, soft_wrap=True)
     on_tuning = _scored(bench, tried, first, listen)
     by = measures(bench.suite(first).better, first)
-    values = {label: by.of(scores) for label, scores in on_tuning.items()}
-    best = choose({label: values[label] for label in plans}, values["finetuned"][1], allowed_loss)
+    counts = {label: len(controls.merged(one)) for label, (_, one) in plans.items()}
+    best = choose({label: on_tuning[label] for label in plans}, on_tuning["finetuned"], by, allowed_loss, counts)
     overrides, plan = plans[best]
     console.print(f"Chosen: {best}", markup=False, soft_wrap=True)
     reported = {**sources, best: tried[best]}
@@ -116,8 +143,9 @@ def sweep(
     content = {
         "format": FORMAT,
         "axes": list(axes),
+        "safety": by.words,
         "tuning": {"tasks": first, "models": table(on_tuning)},
-        "merged": {label: len(controls.merged(one)) for label, (_, one) in plans.items()},
+        "merged": counts,
         "gated": len(plan.gated),
         "chosen": {"label": best, "overrides": list(overrides), "allowed_loss": allowed_loss},
         "test": {"tasks": second, "models": table(on_test)},
@@ -182,16 +210,16 @@ def picture(scores: Mapping[str, Scores], by: Measures, chosen: set[str]) -> str
     for label, one in scores.items():
         safety, utility = by.of(one)
         kind = "chosen" if label in chosen else "reference" if label in SOURCES else "point"
-        low, high = interval(one.metric(*by.safety))
+        low, high = by.safety(one)[1]
         pair = interval(one.metric(*by.utility[0])) if len(by.utility) == 1 else (None, None)
         marks.append(
             Mark(
                 label, kind, utility, safety,
                 (pair[0], pair[1]) if pair[0] is not None and pair[1] is not None else None,
-                (low, high) if low is not None and high is not None else None,
+                (low, high),
             )
         )  # fmt: skip
-    return scatter(marks, "utility", "refusal of harmful requests")
+    return scatter(marks, "utility", by.words)
 
 
 def print_sweep(content: Mapping[str, Any], console: Console) -> None:
@@ -207,7 +235,8 @@ def print_sweep(content: Mapping[str, Any], console: Console) -> None:
     grid.add_column("tuning split")
     grid.add_column("merged", justify="right")
     for task, metric in shown:
-        grid.add_column(f"{task.removeprefix('safemerge_').removesuffix('_tuning')} {metric}", justify="right")
+        name = task.removeprefix("safemerge_").removesuffix("_tuning")
+        grid.add_column(metric if name == "separation" else f"{name} {metric}", justify="right")
     for label, tasks in rows.items():
         cells = [_percent(tasks[task].get(metric, {}).get("value")) for task, metric in shown]
         count = content["merged"].get(label)

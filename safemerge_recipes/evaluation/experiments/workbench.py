@@ -78,7 +78,9 @@ class Bench:
         for names in filter(None, (self.tasks, self.tuning)):  # all of this is known before anything is measured
             suite = self.suite(names)
             if tuning_tasks is not None:
-                measures(suite.better, tuple(suite.tasks))
+                caution = measures(suite.better, tuple(suite.tasks)).caution
+                if caution and names == self.tuning:
+                    console.print(f"Mind: {caution}", style="yellow", markup=False, soft_wrap=True)
         self.prepared: Prepared = prepare(resolve(self.loaded), resources, on_event)
         self.measurer = measurer_of(self.prepared.resolved, resources)
         self._device = resources.device if resources.device.startswith("cuda") else "auto"
