@@ -38,10 +38,11 @@ from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_o
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.side_files import copy_side_files
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.digests import file_digest
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.storage.workers import Resources, run_parallel
 

@@ -32,8 +32,9 @@ from safemerge_recipes.pipeline import carry_out, decide, prepare, resolve
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.family import open_family
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.digests import Digests
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.weights.algebra import Stored, Weight

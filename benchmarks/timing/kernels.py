@@ -24,8 +24,9 @@ from benchmarks.timing.run import RESULTS, machine
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Apply, Sum, Tools
 from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.layout import Slot
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight

@@ -27,7 +27,9 @@ from safemerge_recipes.sources.checkpoint import same_bytes
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import KEY_PREFIX, WEIGHTS_FILE
-from safemerge_recipes.storage.arena import Arena, Reader, torch_dtype
+from safemerge_recipes.storage.arena import Arena, torch_dtype
+from safemerge_recipes.storage.dtypes import BY_TORCH_NAME
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef, header_bytes
 from safemerge_recipes.tensor_names import is_block_matrix
 from safemerge_recipes.weights.algebra import Stored, Weight, exact
@@ -337,9 +339,6 @@ def write_adapter(
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}, writer.parts.notes
 
 
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
 def _serialized(tensors: Mapping[str, torch.Tensor]) -> bytes:
     import torch
 
@@ -348,7 +347,7 @@ def _serialized(tensors: Mapping[str, torch.Tensor]) -> bytes:
         if not bool(tensor.isfinite().all()):
             raise SourceError(f"{name}: NaN or infinite values; expected finite weights in the sources")
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        dtype = _NAMES[str(tensor.dtype).removeprefix("torch.")]
+        dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
         entries[name] = (dtype, tuple(tensor.shape), at, at + len(content))
         at += len(content)
         data.append(content)

@@ -24,26 +24,14 @@ from safemerge_recipes.pipeline import Prepared, as_source
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.sources.family import ROLES
 from safemerge_recipes.sources.side_files import copy_side_files, side_files
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena, torch_dtype
+from safemerge_recipes.storage.dtypes import DTYPES
 from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.storage.layout import INDEX_FILE
+from safemerge_recipes.storage.reader import Reader
 
 if TYPE_CHECKING:
     import torch
-
-# Any dtype a checkpoint may hold; those that torch's arithmetic lacks are only copied.
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 
 
 class LiveModel:
@@ -118,7 +106,7 @@ class LiveModel:
         name, prefix = task.slot.name, getattr(self.model, "base_model_prefix", "")
         for known in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if known in self._all:
-                fits = tuple(self._all[known].shape) == task.slot.shape and task.slot.dtype in _DTYPES
+                fits = tuple(self._all[known].shape) == task.slot.shape and DTYPES[task.slot.dtype].torch is not None
                 return fits, self._own.get(known)
         return False, None
 
@@ -166,7 +154,7 @@ class LiveModel:
 
         if not held:
             return
-        values = torch.frombuffer(held, dtype=getattr(torch, _DTYPES[task.slot.dtype]))
+        values = torch.frombuffer(held, dtype=torch_dtype(task.slot.dtype))
         with torch.no_grad():
             target.copy_(values.reshape(task.slot.shape))
 

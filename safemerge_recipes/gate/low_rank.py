@@ -15,7 +15,8 @@ import numpy as np
 
 from safemerge_recipes.gate.moments import Moments, with_null
 from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.matrix import THIN_BLOCK, Streamed, square_sum
 from safemerge_recipes.weights.numpy_rows import PlainRows, add_product, dot, is_plain, plain_factors, wide

@@ -16,7 +16,8 @@ from safemerge_recipes.gate import low_rank as thin
 from safemerge_recipes.gate.exact import dense
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.gate.sketch import deflated
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.directions import energy_inside
 from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK, Streamed

@@ -19,8 +19,9 @@ from safemerge_recipes.gate.measure import measure
 from safemerge_recipes.gate.memory import measure_memory
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.sources.family import Family
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cache import recall, remember
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.workers import SLACK, Resources, StoppedError, fit_workers, run_parallel
 from safemerge_recipes.weights.algebra import Weight, describe
 from safemerge_recipes.weights.numpy_rows import one_blas_thread

@@ -13,9 +13,10 @@ from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools, Work
 from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
 from safemerge_recipes.methods.threshold import Bracket, Trim, trims
 from safemerge_recipes.storage.cut import ranges
+from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
-from safemerge_recipes.storage.safetensors import DTYPE_BITS, TensorRef
+from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights import compiled as native
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
@@ -43,7 +44,7 @@ def fits(work: Work, dtype: str) -> bool:
 
 def memory(work: Sum | Apply, slot: Slot, block: int) -> int:
     """Bytes for work that `fits`, with blocks of `block` elements: as stored and as written, factors and strips."""
-    width = sum(DTYPE_BITS[ref.dtype] // 8 for ref in _stored(work)) + DTYPE_BITS[slot.dtype] // 8
+    width = sum(itemsize(ref.dtype) for ref in _stored(work)) + itemsize(slot.dtype)
     factors = 4 * sum(weight.memory(block) for weight in _weights(work))
     columns = slot.shape[-1] if slot.shape else 1
     strips = 3 * 4 * native.strip(columns if any(map(has_factors, _weights(work))) else None)
@@ -75,7 +76,7 @@ class _Blocks:
         largest = max((last - first for first, last in self.ranges), default=0)
         self.refs = _stored(work)
         self.raw = [
-            arena.array(f"raw {number}", largest * (DTYPE_BITS[ref.dtype] // 8), np.uint8)
+            arena.array(f"raw {number}", largest * itemsize(ref.dtype), np.uint8)
             for number, ref in enumerate(self.refs)
         ]
         self.merge = native.Merge()
@@ -87,7 +88,7 @@ class _Blocks:
         rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
         self.scratch = arena.array("strips", 3 * native.strip(self.columns if rows else None), np.float32)
         self.found = arena.array("found", largest if isinstance(work, Apply) else 0, np.float32)
-        self.out = arena.array("out", largest * (DTYPE_BITS[dtype] // 8), np.uint8)
+        self.out = arena.array("out", largest * itemsize(dtype), np.uint8)
 
     def _point(self, place: native.Sum, weight: Weight) -> None:
         stored = [(float(c), operand.ref) for c, operand in weight if isinstance(operand, Stored)]
@@ -112,7 +113,7 @@ class _Blocks:
             check(stop)
             count = last - first
             for ref, raw in zip(self.refs, self.raw, strict=True):
-                width = DTYPE_BITS[ref.dtype] // 8
+                width = itemsize(ref.dtype)
                 self.reader.read_bytes(ref.path, ref.offset + first * width, raw[: count * width].data)
             for place, left in self._left:
                 place.left = left + first // self.columns * place.rank * 4
@@ -157,7 +158,7 @@ def rounded(
     b = _Blocks(work, slot, tools)
     if isinstance(work, Apply):
         _prepare(b, work.kernel, slot.name, math.prod(slot.shape), stop)
-    bad, width = (ctypes.c_int64 * 2)(), DTYPE_BITS[slot.dtype] // 8
+    bad, width = (ctypes.c_int64 * 2)(), itemsize(slot.dtype)
     for first, count in b(stop):
         b.compiled.sm_merge(b.merge, first, count, b.out.ctypes.data, b.scratch.ctypes.data, bad)
         if bad[0]:

@@ -21,9 +21,9 @@ from safemerge_recipes.methods.transforms import Project, SvdK
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.cut import largest
+from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
-from safemerge_recipes.storage.safetensors import FLOAT_DTYPES
 from safemerge_recipes.weights.algebra import Stored, Weight, describe
 
 __all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "task_memory"]

@@ -20,8 +20,8 @@ from safemerge_recipes.planning.outcome import check_v, findings
 from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
-from safemerge_recipes.sources.model_config import OUT_DTYPES
-from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
+from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of, module_type
 
 AT_ONCE = 8
@@ -176,7 +176,7 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
     """
     names = list(family.inventory)
     policies = _policies(recipe, names)
-    wanted = OUT_DTYPES.get(recipe.output.dtype or "")
+    wanted = BY_TORCH_NAME.get(recipe.output.dtype or "")
     scopes = {p.rule: compile_patterns(p.gate.scope) if p.gate.scope else None for p in recipe.policies()}
     outlooks = []
     for name, ref in family.inventory.items():

@@ -16,8 +16,9 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.model_config import setting
+from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
-from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, MAX_VALUES, TensorRef, check_values, read_header
+from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
 
 MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""

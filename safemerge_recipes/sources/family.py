@@ -16,13 +16,14 @@ from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.checkpoint import Checkpoint, open_checkpoint, same_bytes
 from safemerge_recipes.sources.locate import Folder, locate
 from safemerge_recipes.sources.masks import open_masks
-from safemerge_recipes.sources.model_config import OUT_DTYPES, setting
+from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
 from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
-from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Stored, Weight
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -197,7 +198,7 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
         role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model))
         for role, model in models.items()
     }
-    fitted = reconcile(sides, recipe.vocabulary, OUT_DTYPES.get(recipe.output.dtype or ""))
+    fitted = reconcile(sides, recipe.vocabulary, BY_TORCH_NAME.get(recipe.output.dtype or ""))
     models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
     _check_dtypes(models, fitted.inventory)
     found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]

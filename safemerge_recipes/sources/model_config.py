@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
+from safemerge_recipes.storage.dtypes import DTYPES, FLOAT_DTYPES
+
 
 class Removed(Enum):
     """The value of an edit that takes a key away."""
@@ -20,10 +22,6 @@ class Removed(Enum):
 
 REMOVED = Removed.REMOVED
 DTYPE_KEYS = ("dtype", "torch_dtype")
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""What config.json calls the dtypes of weights."""
-OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""What a recipe calls the dtypes that it may ask for, and what safetensors does."""
 _SCALAR = r'(?:true|false|null|-?\d+|"(?:[^"\\]|\\.)*")'
 
 
@@ -48,10 +46,10 @@ def dtype_edits(config: Mapping[str, Any], nbytes: Mapping[str, int]) -> dict[st
         config: the model's config.json.
         nbytes: bytes of the float weights by safetensors dtype; the greatest part decides.
     """
-    known = {dtype: count for dtype, count in nbytes.items() if dtype in DTYPE_NAMES}
+    known = {dtype: count for dtype, count in nbytes.items() if dtype in FLOAT_DTYPES}
     if not known:
         return {}
-    name = DTYPE_NAMES[max(known, key=lambda dtype: known[dtype])]
+    name = DTYPES[max(known, key=lambda dtype: known[dtype])].torch
     said = {key for part in _parts(config) for key in DTYPE_KEYS if part.get(key) not in (None, name)}
     return {key: name for key in DTYPE_KEYS if key in said}
 

@@ -29,7 +29,8 @@ from safemerge_recipes.sources.vocabulary import (
     rows_of,
     same_tokenizer,
 )
-from safemerge_recipes.storage.safetensors import FLOAT_DTYPES, TensorRef
+from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
+from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.tensor_names import block_of
 from safemerge_recipes.weights.algebra import Weight
 

@@ -54,3 +54,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_bytes(file: int, view: memoryview, at: int) -> None:
+    """Writes all of `view` at byte `at`; short writes are continued."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file, view[done:], at + done)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.dtypes import DTYPES, itemsize
 from safemerge_recipes.storage.safetensors import TensorRef
-
-# dtype -> (unsigned integer of its width, bits of +infinity, bits of -infinity). A float is NaN or infinite
-# exactly if all bits of its exponent are set, so among positive numbers such values are the largest integers
-# from +infinity on, and among negative ones those from -infinity on.
-_BITS: Mapping[str, tuple[str, int, int]] = {
-    "F64": ("u8", 0x7FF0000000000000, 0xFFF0000000000000),
-    "F32": ("u4", 0x7F800000, 0xFF800000),
-    "F16": ("u2", 0x7C00, 0xFC00),
-    "BF16": ("u2", 0x7F80, 0xFF80),
-}
 
 
 def non_finite(data: memoryview, dtype: str) -> int:
@@ -25,13 +16,17 @@ def non_finite(data: memoryview, dtype: str) -> int:
         data: whole elements, little-endian.
         dtype: their safetensors dtype.
     """
-    if dtype not in _BITS or not len(data):
+    positive = DTYPES[dtype].infinity
+    if positive is None or not len(data):
         return 0
     import numpy as np
 
-    kind, positive, negative = _BITS[dtype]
-    unsigned = np.frombuffer(data, dtype=f"<{kind}")
-    signed = unsigned.view(f"<{kind.replace('u', 'i')}")
+    # A float is NaN or infinite exactly if all bits of its exponent are set, so among positive numbers such values
+    # are the largest integers from +infinity on, and among negative ones those from -infinity on.
+    width = itemsize(dtype)
+    negative = positive + (1 << 8 * width - 1)
+    unsigned = np.frombuffer(data, dtype=f"<u{width}")
+    signed = unsigned.view(f"<i{width}")
     if unsigned.max() < negative and signed.max() < positive:
         return 0
     return int((unsigned >= negative).sum() + (signed >= positive).sum())

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safemerge_recipes.storage.safetensors import DTYPE_BITS, header_bytes
+from safemerge_recipes.storage.dtypes import DTYPES
+from safemerge_recipes.storage.safetensors import header_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,7 +52,7 @@ class Layout:
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor."""
-    bits = DTYPE_BITS[dtype]
+    bits = DTYPES[dtype].bits
     for size in shape:
         bits *= size
     return bits // 8

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.dtypes import DTYPES
 
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
@@ -26,16 +27,6 @@ MAX_DIMENSION = 2**40
 """Largest dimension of a tensor accepted, be the tensor empty or not."""
 MAX_VALUES = 1_500_000
 """Most arrays, objects and keys a header or JSON file may hold: what its parsed form costs is bounded by them."""
-
-DTYPE_BITS: Mapping[str, int] = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
-    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F4": 4,
-}  # fmt: skip
-"""Bits of one element of each dtype the format knows."""
-
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-"""The dtypes that may take part in a merge; all others can only be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +87,14 @@ def _ref(path: str, start: int, name: str, entry: object) -> TensorRef:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} must hold exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 16 or not all(_natural(n) and n <= MAX_DIMENSION for n in shape):
         raise ValueError(f"{name!r} has an impossible shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
         raise ValueError(f"{name!r} has impossible offsets")
     nbytes = offsets[1] - offsets[0]
-    if nbytes * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+    if nbytes * 8 != math.prod(shape) * DTYPES[dtype].bits:
         raise ValueError(f"{name!r} of shape {shape} and dtype {dtype} does not take {nbytes} bytes")
     return TensorRef(path, start + offsets[0], nbytes, dtype, tuple(shape))
 

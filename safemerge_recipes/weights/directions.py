@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.matrix import Streamed, panel_width, square_sum
 from safemerge_recipes.weights.spectrum import NEGLIGIBLE, SMALL, Leading, leading, leading_of_gram

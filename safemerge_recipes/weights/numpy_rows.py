@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from safemerge_recipes.storage.arena import Arena, Reader
-from safemerge_recipes.storage.safetensors import DTYPE_BITS, FLOAT_DTYPES, TensorRef
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.dtypes import FLOAT_DTYPES, itemsize
+from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 
@@ -44,7 +46,7 @@ class PlainRows:
         size = self._step * self.columns
         self._sum = arena.array("sum", size, self.dtype)
         self._raw = [
-            arena.array(f"raw {number}", size * DTYPE_BITS[ref.dtype] // 8, np.uint8)
+            arena.array(f"raw {number}", size * itemsize(ref.dtype), np.uint8)
             for number, (_, ref) in enumerate(self._terms)
         ]
         self._term = arena.array("term", size, self.dtype)
@@ -64,7 +66,7 @@ class PlainRows:
             rows = slice(first, min(first + self._step, self.rows))
             count = (rows.stop - first) * self.columns
             for (_, ref), raw in zip(self._terms, self._raw, strict=True):
-                width = DTYPE_BITS[ref.dtype] // 8
+                width = itemsize(ref.dtype)
                 at = ref.offset + first * self.columns * width
                 self._reader.read_bytes(ref.path, at, raw[: count * width].data)
             total = self._sum[:count]
@@ -77,7 +79,7 @@ class PlainRows:
     def _add_up(self, total: np.ndarray) -> None:
         for number, ((coefficient, ref), raw) in enumerate(zip(self._terms, self._raw, strict=True)):
             into = self._term[: len(total)] if number else total
-            widen(raw[: len(total) * DTYPE_BITS[ref.dtype] // 8], ref.dtype, into)
+            widen(raw[: len(total) * itemsize(ref.dtype)], ref.dtype, into)
             if coefficient != 1:
                 into *= coefficient
             if number:
@@ -93,7 +95,7 @@ def widen(raw: np.ndarray, dtype: str, into: np.ndarray) -> None:
     elif dtype == "BF16":
         into[...] = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
-        into[...] = raw.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype])
+        into[...] = raw.view(f"<f{itemsize(dtype)}")
 
 
 def load(reader: Reader, ref: TensorRef) -> np.ndarray:

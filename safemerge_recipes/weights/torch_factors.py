@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Blend, Factored, LowRank, Weight
 from safemerge_recipes.weights.draw import Draw

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cut import ranges
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.operands import Fused, LowRankStack, Rescaled, Rows, Transposed
 from safemerge_recipes.weights.torch_factors import load

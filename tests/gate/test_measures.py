@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from safemerge_recipes.gate.measure import measure
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from tests.fixtures import reference

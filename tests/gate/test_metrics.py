@@ -13,7 +13,8 @@ from safemerge_recipes.gate import measure as measuring
 from safemerge_recipes.gate.decide import METRICS
 from safemerge_recipes.gate.measure import measure
 from safemerge_recipes.gate.moments import Moments
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.weights import directions
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight

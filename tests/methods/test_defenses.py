@@ -294,7 +294,7 @@ def test_mask_values_that_mean_nothing_are_refused(tmp_path, value, mask, messag
 
 def refuse_reading(monkeypatch) -> None:
     """From here on, reading tensor data is a failure of the test."""
-    from safemerge_recipes.storage.arena import Reader
+    from safemerge_recipes.storage.reader import Reader
 
     def fail(*args, **kwargs):
         raise AssertionError("tensor data was read")
@@ -482,7 +482,7 @@ def test_the_published_procedure(family):
 
 def test_the_merged_factors_are_pefts(family):
     """Not only their product: A and B themselves, so a written adapter is PEFT's."""
-    from safemerge_recipes.storage.arena import Reader
+    from safemerge_recipes.storage.reader import Reader
     from safemerge_recipes.weights.torch_factors import joined_factors
 
     prepared = prepare_recipe(family.root, recipe_text(ADAPTERS, ALWAYS, "{space: factors, alpha: 0.6}"))

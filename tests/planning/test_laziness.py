@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from safemerge_recipes.storage.arena import Reader
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from tests.fixtures.gated_family import ROLES, Family
 

@@ -25,9 +25,10 @@ from safemerge_recipes.events import ignore
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools
 from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cut import BLOCK
 from safemerge_recipes.storage.layout import Slot
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.verification import verify

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safemerge_recipes.storage.arena import Arena, Reader
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from safemerge_recipes.weights.operands import Fused, LowRankStack, Rescaled, Rows, Transposed, member, transposed

@@ -26,10 +26,12 @@ from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.base import Copy, Tools
 from safemerge_recipes.planning.graph import Graph, Task
-from safemerge_recipes.storage.arena import Arena, Reader, write_bytes
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.files import write_bytes
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.layout import Layout
 from safemerge_recipes.storage.read_ahead import AHEAD, ahead
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.workers import Resources, StoppedError, check, run_parallel
 
 HASH_CHUNK = 1 << 21
