@@ -325,6 +325,9 @@ def write_adapter(
     with Reader() as reader:
         writer = AdapterWriter(plan, family, graph, reader, memory)
         for task in graph.tasks:
+            if task.slot.dtype == "F16" and not isinstance(task.work, Copy) and not plan.recipe.output.allow_overflow:
+                for _ in on_torch.rounded(task.work, task.slot, Tools(reader, Arena(), 0), threading.Event(), False):
+                    pass  # what a model with this adapter could not hold is refused here as it would be there
             writer.add(task.slot.name)
             on_event(BytesDone(task.slot.nbytes))
         tensors, config = writer.finish()

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from safemerge_recipes.errors import PlanError
+from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.storage.arena import Arena
 
 Item = TypeVar("Item")
@@ -102,42 +102,64 @@ def run_parallel(
     """Does `work` on every item, in order of start, each worker with an arena of its own.
 
     `light` promises that the work does not use torch, which takes longer to load than much of it takes to do.
-    The first error stops the others at their next block (`stop` is set) and is raised here; Ctrl-C likewise.
+    An error stops the others at their next block (`stop` is set) and is raised here; Ctrl-C likewise. Of several bad
+    sources the first in the order of items is named, however many workers there are: those before it are finished.
     """
-    queue = deque(items)
-    errors: list[BaseException] = []
+    queue = deque(enumerate(items))
+    errors: dict[int, BaseException] = {}
+    active: set[int] = set()
+    lock = threading.Lock()
+
+    def over(number: int, error: BaseException | None = None) -> None:
+        with lock:
+            active.discard(number)
+            if error is not None:
+                errors[number] = error
+            if errors and not (isinstance(errors[min(errors)], SourceError) and any(n < min(errors) for n in active)):
+                stop.set()
 
     def worker() -> None:
-        arena = Arena(device)
         try:
             with _settings(device) if not light else nullcontext():
-                while not stop.is_set():
+                arena = Arena(device)
+                while not stop.is_set() and not errors:
+                    with lock:
+                        if not queue:  # another worker was faster
+                            return
+                        number, item = queue.popleft()
+                        active.add(number)
                     try:
-                        item = queue.popleft()
-                    except IndexError:  # another worker was faster
-                        return
-                    work(item, arena)
-        except StoppedError:
-            return
-        except BaseException as error:  # handed to the caller below, whatever it is
-            errors.append(error)
-            stop.set()
+                        work(item, arena)
+                    except StoppedError:
+                        return over(number)
+                    except BaseException as error:  # handed to the caller below, whatever it is
+                        return over(number, error)
+                    over(number)
+        except BaseException as error:  # of the settings: no item is to blame
+            over(-1, error)
 
     before = _threads() if not light else 0
     threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))]
     try:
         for thread in threads:
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # fewer do the same
+                if thread is threads[0]:
+                    raise PlanError("the system starts no more threads; raise `ulimit -u`, or stop others") from None
+                threads = threads[: threads.index(thread)]
+                break
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)
     except BaseException:
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         raise
     finally:
         if not light:
             _threads(before)
     if errors:
-        raise errors[0]
+        raise errors[min(errors)]

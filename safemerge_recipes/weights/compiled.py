@@ -108,7 +108,8 @@ def tiled(right: np.ndarray) -> np.ndarray:
 
     rank, columns = right.shape
     padded = np.zeros((rank, -(-columns // TILE) * TILE), np.float32)
-    padded[:, :columns] = right
+    with np.errstate(over="ignore"):  # what does not fit float32 is refused where it is merged
+        padded[:, :columns] = right
     return np.ascontiguousarray(padded.reshape(rank, -1, TILE).swapaxes(0, 1))
 
 

@@ -507,3 +507,23 @@ def test_the_output_of_a_renamed_fine_tune_loads_without_missing_keys(tmp_path, 
 def test_factors_and_models_of_the_family_are_what_the_tests_take_them_for():
     assert random_factors(1, 2).keys() == {f"model.layers.{i}.{module}" for i in range(BLOCKS) for module in MATRICES}
     assert len(random_model(1)) == 2 + 1 + BLOCKS * (len(MATRICES) + 2)
+
+
+def test_a_scale_beyond_float32_is_one_message(tmp_path, family):
+    write_adapter(tmp_path / "adapter", family.finetuned_factors, 1)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 1e300}))
+    with pytest.raises(SourceError, match="lora_alpha is '1e\\+300'"):
+        prepare_recipe(
+            tmp_path, f"sources: {{aligned: {family.root}/aligned, finetuned: adapter}}\ngate: {{never: true}}\n"
+        )
+
+
+@pytest.mark.parametrize("form", ["full", "adapter"])
+def test_an_adapter_that_float16_cannot_hold_is_refused_in_either_format(tmp_path, form):
+    family = make_family(tmp_path / "family", torch.float16)
+    write_adapter(tmp_path / "over", {k: (a * 1e3, b * 1e3) for k, (a, b) in family.finetuned_factors.items()}, 8)
+    sources = "{aligned: family/aligned, finetuned: over, safety: family/safety-adapter}"
+    rest = f"output: {{format: {form}}}\n"
+    with pytest.raises(SourceError, match="do not fit F16"):
+        run_recipe(tmp_path, f"sources: {sources}\ngate: {{always: true}}\nmerge: {MERGE}\n{rest}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.storage.workers import run_parallel
 
 
@@ -25,3 +26,43 @@ def test_an_error_stops_all_and_is_raised(kind: type[BaseException], light: bool
         run_parallel(list(range(1000)), work, 1, "cpu", stop, light=light)
     assert done == [0]
     assert stop.is_set()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_the_first_of_several_bad_sources_is_named_whatever_the_workers(workers: int) -> None:
+    """The later one fails at once, the earlier one only when the later one has."""
+    failed = threading.Event()
+
+    def work(item: int, arena: Any) -> None:
+        if item == 0:
+            failed.wait(1)
+            raise SourceError("the first")
+        if item == 1:
+            failed.set()
+            raise SourceError("the second")
+
+    for _ in range(5):
+        failed.clear()
+        with pytest.raises(SourceError, match="the first"):
+            run_parallel(list(range(8)), work, workers, "cpu", threading.Event(), light=True)
+
+
+def test_fewer_threads_than_wanted_do_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done: list[int] = []
+    allowed = 2
+    run_parallel(list(range(50)), lambda item, arena: done.append(item), 6, "cpu", threading.Event(), light=True)
+    assert sorted(done) == list(range(50))
+    started.clear()
+    allowed = 0
+    with pytest.raises(PlanError, match="no more threads"):
+        run_parallel([1], lambda item, arena: None, 6, "cpu", threading.Event(), light=True)

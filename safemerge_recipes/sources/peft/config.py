@@ -18,6 +18,8 @@ from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.checkpoint import read_object
 
 CONFIG_FILE = "adapter_config.json"
+MAX_SCALE = 1e30
+"""Greatest s of s·B·A; float32 ends eight powers of ten above."""
 MAX_EXPRESSIONS = 200
 """Most regular expressions a config's table may hold."""
 
@@ -169,8 +171,10 @@ class AdapterConfig:
             scale = float(alpha) / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
         except (TypeError, ValueError, OverflowError):
             scale = math.nan
-        if isinstance(alpha, bool | str) or not math.isfinite(scale):
-            raise SourceError(f"{self.path}: {module}: lora_alpha is {str(alpha)[:40]!r}; expected a number")
+        if isinstance(alpha, bool | str) or not abs(scale) <= MAX_SCALE:
+            raise SourceError(
+                f"{self.path}: {module}: lora_alpha is {str(alpha)[:40]!r}; expected a number, at most {MAX_SCALE:g} r"
+            )
         return scale
 
     def token_indices(self, module: str) -> tuple[int, ...]:
