@@ -68,7 +68,7 @@ class Resolved:
         return self.loaded.recipe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prepared:
     """Everything that is decided before the first byte is written."""
 
@@ -108,6 +108,17 @@ class Prepared:
             "warnings": list(self.plan.warnings),
             "tensors": [tensor.as_json() for tensor in self.plan.tensors],
         }
+
+    def __repr__(self) -> str:
+        counts = self.plan.summary()
+        found = f"{counts['merged']} of {counts['gated']} gated tensors merge, {counts['tensors']} in all"
+        return f"<plan of {self.resolved.loaded.path.name}: {found}>"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows the plan: a table by module type, and ρ by block as a picture."""
+        from safemerge_recipes.report.notebook import plan_html
+
+        return plan_html(self.plan_json())
 
 
 @dataclass(frozen=True, slots=True)
