@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.executors.threads import execute
+from safemerge_recipes.engine.executor import Executor
+from safemerge_recipes.engine.executors.threads import LOCAL
 from safemerge_recipes.engine.folder import (
     PICTURES,
     PLAN_FILE,
@@ -26,8 +27,9 @@ from safemerge_recipes.engine.folder import (
     working_folder,
 )
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
+from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
-from safemerge_recipes.engine.resume import finished, reusable, unseal
+from safemerge_recipes.engine.resume import finished, reusable
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.events import Listener, PhaseStarted, ignore
 from safemerge_recipes.planning.graph import ENGINE, Graph, build_graph, check_merges, task_memory
@@ -313,6 +315,7 @@ def carry_out(
     *,
     force: bool = False,
     allow_empty: bool = False,
+    executor: Executor = LOCAL,
 ) -> Result:
     """Writes the output folder.
 
@@ -321,6 +324,7 @@ def carry_out(
         output: the folder to write.
         digests: hashes the inputs; begun as early as may be, since it takes long.
         on_event: is told what goes on.
+        executor: does the work.
         force: replace a finished output; go on with an interrupted run although its inputs changed.
         allow_empty: write the fine-tuned model once more where nothing is merged.
 
@@ -338,7 +342,7 @@ def carry_out(
     _check_apart(prepared, output)
     try:
         with working_folder(output, force, lambda folder: reusable(folder, prepared.graph)):
-            result = _write(prepared, part, output, digests, on_event, force)
+            result = _write(prepared, part, output, digests, on_event, force, executor)
             publish(part, output, force)
     except KeyboardInterrupt:
         raise WriteError(f"stopped; {part} keeps what is done, the same command goes on from there") from None
@@ -353,23 +357,22 @@ def carry_out(
     return replace(result, timings={**result.timings, "total": time.perf_counter() - started})
 
 
-def _write(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool) -> Result:
+def _write(
+    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool, executor: Executor
+) -> Result:
     if prepared.recipe.output.format == "adapter":
         return _write_adapter(prepared, part, output, digests, on_event)
     graph, header = prepared.graph, _header(prepared)
     check_unchanged(prepared.identities)
-    done = finished(part, graph, header, force)
+    store = LocalStore(part, graph.layout)
+    done = finished(part, store, graph, header, force)
     keys = {task.slot.name: task.key for task in graph.tasks}
     journal = Journal(part / JOURNAL_FILE, header, {name: (keys[name], digest) for name, digest in done.items()})
     try:
         keep_only(part, {name for file in graph.layout.files for name in (file, f"{file}.part")})
-        unseal(part, graph.layout)
         on_event(PhaseStarted("write", graph.bytes_written))
         started = time.perf_counter()
-        sealed = execute(
-            graph, part, prepared.resources, done, journal,
-            allow_overflow=prepared.recipe.output.allow_overflow, on_event=on_event,
-        )  # fmt: skip
+        sealed = executor.run(graph, store, prepared.resources, done, journal, on_event)
         written = time.perf_counter()
         index = graph.layout.index_bytes()
         if index is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import tempfile
 import threading
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.executors.threads import produce, region_digest
 from safemerge_recipes.engine.folder import DOCUMENTS, MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.engine.manifest import (
     Manifest,
@@ -28,11 +26,12 @@ from safemerge_recipes.engine.manifest import (
     sha256_of,
     versions,
 )
+from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, beside_of, prepare, resolve
-from safemerge_recipes.planning.graph import ENGINE, Copy, Task
+from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
@@ -258,21 +257,19 @@ def _recompute(
     on_event(PhaseStarted("again", sum(task.slot.nbytes for task in tasks)))
     problems: list[str] = []
     stop = threading.Event()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        with Reader() as reader:
+    with Reader() as reader:
 
-            def work(task: Task, arena: Arena) -> None:
-                digest = _digest(task, nowhere, reader, arena, prepared, stop)
-                on_event(BytesDone(task.slot.nbytes))
-                if digest != manifest.tensors[task.slot.name][1]:
-                    file = prepared.graph.layout.files[task.slot.shard]
-                    problems.append(f"{file}: {task.slot.name}: computed again from the sources, it has other bytes")
+        def work(task: Task, arena: Arena) -> None:
+            tools = Tools(reader, arena, room_of(task, prepared.resources.share))
+            pieces = produce(task, tools, stop, allow_overflow=prepared.graph.allow_overflow)
+            digest = digest_of(pieces)
+            on_event(BytesDone(task.slot.nbytes))
+            if digest != manifest.tensors[task.slot.name][1]:
+                file = prepared.graph.layout.files[task.slot.shard]
+                problems.append(f"{file}: {task.slot.name}: computed again from the sources, it has other bytes")
 
-            light = not any(task.needs_torch for task in tasks)
-            run_parallel(tasks, work, prepared.resources.workers, prepared.resources.device, stop, light=light)
-    finally:
-        os.close(nowhere)
+        light = not any(task.needs_torch for task in tasks)
+        run_parallel(tasks, work, prepared.resources.workers, prepared.resources.device, stop, light=light)
     if problems:
         written = manifest_record(folder).get("versions")
         if written != versions():
@@ -300,22 +297,7 @@ def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, on_
     return [tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"]
 
 
-def _digest(
-    task: Task, nowhere: int, reader: Reader, arena: Arena, prepared: Prepared, stop: threading.Event
-) -> str | None:
-    if isinstance(task.work, Copy):
-        ref = task.work.source
-        source = os.open(ref.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return region_digest(source, ref.offset, ref.nbytes)
-        finally:
-            os.close(source)
-    room = room_of(task, prepared.resources.share)
-    allow = prepared.recipe.output.allow_overflow
-    return produce(task, Tools(reader, arena, room), nowhere, stop, allow_overflow=allow)
-
-
-def digest_of(identity: FileIdentity) -> str:
+def sha256_of_source(identity: FileIdentity) -> str:
     """A source's sha256 from its bytes alone: what was remembered of it proves nothing here."""
     found = file_digest(identity, use_cache=False)
     assert found is not None  # nothing stops it
@@ -324,7 +306,7 @@ def digest_of(identity: FileIdentity) -> str:
 
 def _inputs(prepared: Prepared, manifest: Manifest) -> Iterator[str]:
     """Sources that are not those of the run."""
-    digests = {one.path: digest_of(one) for one in prepared.identities}
+    digests = {one.path: sha256_of_source(one) for one in prepared.identities}
     owners = {f"sources.{role}": (role, model.files) for role, model in prepared.family.models.items()}
     for place, (role, paths) in {**owners, "merge.mask": ("mask", prepared.family.mask_files)}.items():
         for path in paths:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.executors.threads import execute, produce
+from safemerge_recipes.engine.executors.threads import Threads
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
+from safemerge_recipes.engine.local_store import LocalStore
+from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import choose
 from safemerge_recipes.evaluation.quiet import quiet
+from safemerge_recipes.events import ignore
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.pipeline import Prepared, as_source
 from safemerge_recipes.planning.graph import Graph, Task
@@ -124,29 +126,24 @@ class LiveModel:
         if not all(fits for fits, _ in targets):
             self._rewrite(graph)
         else:
-            with Reader() as reader, tempfile.TemporaryFile() as scratch:
+            with Reader() as reader:
                 arena = Arena()
                 for task, (_, target) in zip(changed, targets, strict=True):
                     # From here until the copy is done the tensor is neither the old one nor the new one.
                     self._held.pop(task.slot.name, None)
                     if target is not None:
-                        self._patch(target, self._bytes(task, reader, arena, scratch.fileno()), task)
+                        self._patch(target, self._bytes(task, reader, arena), task)
                     self._held[task.slot.name] = task.key
         self.patched = len(changed)
 
-    def _bytes(self, task: Task, reader: Reader, arena: Arena, file: int) -> bytearray:
+    def _bytes(self, task: Task, reader: Reader, arena: Arena) -> bytearray:
         """The bytes the engine writes for a task."""
-        at_start = replace(task, slot=replace(task.slot, offset=0))
+        held, at = bytearray(task.slot.nbytes), 0
+        tools = Tools(reader, arena, self.prepared.resources.memory)
         allow = self.prepared.recipe.output.allow_overflow
-        room = self.prepared.resources.memory
-        produce(at_start, Tools(reader, arena, room), file, threading.Event(), allow_overflow=allow)
-        held = bytearray(task.slot.nbytes)
-        view, done = memoryview(held), 0
-        while done < len(held):
-            got = os.preadv(file, [view[done:]], done)
-            if not got:
-                raise CheckError(f"{task.slot.name}: the temporary file ended early; is the disk full?")
-            done += got
+        for piece in produce(task, tools, threading.Event(), allow_overflow=allow):
+            held[at : at + len(piece)] = piece
+            at += len(piece)
         return held
 
     def _patch(self, target: torch.Tensor, held: bytearray, task: Task) -> None:
@@ -163,8 +160,8 @@ class LiveModel:
             folder = Path(scratch)
             with_journal = Journal(folder / JOURNAL_FILE, {}, {})
             try:
-                allow = self.prepared.recipe.output.allow_overflow
-                execute(graph, folder, self.prepared.resources, {}, with_journal, allow_overflow=allow)
+                store = LocalStore(folder, graph.layout)
+                Threads().run(graph, store, self.prepared.resources, {}, with_journal, ignore)
             finally:
                 with_journal.close()
             index = graph.layout.index_bytes()

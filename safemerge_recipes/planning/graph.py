@@ -59,6 +59,15 @@ class Graph:
 
     layout: Layout
     tasks: tuple[Task, ...]
+    allow_overflow: bool = False
+    """Whether infinities may be written where the output dtype cannot hold a value."""
+
+    def by_file(self) -> list[tuple[int, tuple[Task, ...]]]:
+        """(number of a file, its tasks in the order of its bytes), for every file that holds a tensor."""
+        found: dict[int, list[Task]] = {}
+        for task in self.tasks:
+            found.setdefault(task.slot.shard, []).append(task)
+        return [(shard, tuple(sorted(tasks, key=lambda t: t.slot.offset))) for shard, tasks in sorted(found.items())]
 
     @property
     def bytes_read(self) -> int:
@@ -197,7 +206,7 @@ def build_graph(
         native = device == "cpu" and fits(work, tensor.dtype)
         key = _key(tensor, work, identity, origin, "cpu" if native else device.partition(":")[0])
         tasks.append(Task(layout.slots[tensor.name], work, key, native))
-    return Graph(layout, tuple(tasks))
+    return Graph(layout, tuple(tasks), plan.recipe.output.allow_overflow)
 
 
 def task_memory(task: Task) -> int:

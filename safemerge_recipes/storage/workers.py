@@ -155,7 +155,7 @@ def run_parallel(
     except BaseException:
         stop.set()
         for thread in threads:
-            if thread.ident is not None:
+            if thread.ident is not None:  # Ctrl-C may come between two starts
                 thread.join()
         raise
     finally:

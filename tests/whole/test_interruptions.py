@@ -1,6 +1,6 @@
 """Runs are killed, starved of disk and fed failing disks; the same command always ends in the same bytes.
 
-Guards `engine.resume`.
+Guards `engine.resume`, `engine.seal` and `engine.local_store`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 
 import pytest
 
-from safemerge_recipes.engine.executors import threads as execute
+from safemerge_recipes.engine.executors.threads import Threads
 from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, locked
 from safemerge_recipes.engine.journal import JOURNAL_FILE
+from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.storage import arena
 from tests.fixtures.program import WarmProgram, digests, finish, run, spawn
 from tests.fixtures.sharded_family import make_family, write_recipe
@@ -302,9 +303,9 @@ def test_an_input_that_changed_since_the_interruption_is_refused(start, family, 
 def test_an_input_that_changes_between_plan_and_write_is_refused(tmp_path, monkeypatch, moment):
     recipe = make_family(tmp_path / "models")
     changed = tmp_path / "models" / "aligned" / "model-00001-of-00003.safetensors"
-    from safemerge_recipes import pipeline as module
+    from safemerge_recipes import pipeline
 
-    name = "carry_out" if moment == "before" else "execute"
+    module, name = (pipeline, "carry_out") if moment == "before" else (Threads, "run")
     real = getattr(module, name)
 
     def meddled(*args, **kwargs):
@@ -419,9 +420,7 @@ def test_short_writes_are_continued(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [0, 5, 9])
 def test_a_read_error_while_writing_keeps_what_is_done(family, tmp_path, monkeypatch, after):
     recipe, expected, _ = family
-    from safemerge_recipes import pipeline as module
-
-    real, execute_ = arena.Reader.read_bytes, module.execute
+    real, execute = arena.Reader.read_bytes, Threads.run
     calls = [0]
 
     def read(self, path, offset, view):
@@ -433,10 +432,10 @@ def test_a_read_error_while_writing_keeps_what_is_done(family, tmp_path, monkeyp
     def meddled(*args, **kwargs):
         with monkeypatch.context() as patch:
             patch.setattr(arena.Reader, "read_bytes", read)
-            return execute_(*args, **kwargs)
+            return execute(*args, **kwargs)
 
     with monkeypatch.context() as outer:
-        outer.setattr(module, "execute", meddled)
+        outer.setattr(Threads, "run", meddled)
         code, _, err = run("run", recipe, "--output", tmp_path / "out", "--workers", "1")
     assert code == 5
     assert "Input/output error" in err
@@ -465,18 +464,18 @@ def test_a_read_error_of_the_disk_itself_is_told_with_file_and_byte(family, tmp_
 
 def test_bytes_that_change_under_the_writer_are_noticed(family, tmp_path, monkeypatch):
     recipe, expected, _ = family
-    real = execute.Sealer.finished
+    real = Sealer.finished
     struck = []
 
     def finished(self, name, digest):
         if digest is not None and not struck:
             struck.append(name)
-            slot = self.files.layout.slots[name]
-            os.pwrite(self.files.descriptors[slot.shard], b"\x01\x02", slot.offset)
+            slot = self.store.layout.slots[name]
+            self.store.write(slot.shard, slot.offset, memoryview(b"\x01\x02"))
         real(self, name, digest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute.Sealer, "finished", finished)
+        patch.setattr(Sealer, "finished", finished)
         code, _, err = run("run", recipe, "--output", tmp_path / "out")
     assert code == 5
     assert struck[0] in err

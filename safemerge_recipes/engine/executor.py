@@ -1,0 +1,56 @@
+"""The executor protocol: carries out a graph somewhere, into a store. It knows no recipe, no gate and no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from safemerge_recipes.engine.journal import Journal
+from safemerge_recipes.engine.store import Store
+from safemerge_recipes.events import Listener
+from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.storage.workers import Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What was written.
+
+    Attributes:
+        files: name -> sha256 of every weight file.
+        tensors: name -> xxh3 of the bytes of every tensor.
+    """
+
+    files: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+
+class Executor(Protocol):
+    """Does all tasks of a graph, in any order and place: tasks share no data, and each has bytes and offset fixed."""
+
+    def run(
+        self,
+        graph: Graph,
+        store: Store,
+        resources: Resources,
+        done: Mapping[str, str | None],
+        journal: Journal,
+        on_event: Listener,
+    ) -> Sealed:
+        """Writes every tensor that is not `done` into the store and seals every file.
+
+        Args:
+            graph: the work.
+            store: where the bytes go; opened and closed here.
+            resources: what may be used.
+            done: tensors already there from an earlier run, with the digest that their bytes must have, if known.
+            journal: notes every finished tensor, in this process alone.
+            on_event: is told bytes, tensors and files as they are done.
+
+        Raises:
+            PlanError: there is no room for the output.
+            ReadError: a source failed while being read.
+            SourceError: a source ended early, or holds values that are not finite.
+            WriteError: writing failed; the same call goes on where it stopped.
+        """

@@ -1,0 +1,145 @@
+"""The store of a local or mounted folder: `.part` files of full size from the start, renamed when they are sealed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safemerge_recipes.errors import PlanError, WriteError
+from safemerge_recipes.storage.files import sync_folder, write_bytes
+from safemerge_recipes.storage.layout import Layout
+from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.safetensors import TensorRef
+
+_WRITE = 2
+"""SYNC_FILE_RANGE_WRITE of Linux."""
+
+
+def _system_call(name: str, *arguments: type[ctypes._SimpleCData[int]]) -> Callable[..., int] | None:
+    """A function of the C library that Python does not offer, where there is one."""
+    found = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if found is not None:
+        found.argtypes = arguments
+    return found
+
+
+_start_writing = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class LocalStore:
+    """The `Store` of a folder, which exists.
+
+    Writers take turns at a file, as the kernel lets one at a time write to it and has the others spin.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        self._turns = [threading.Lock() for _ in layout.files]
+        self._files: dict[int, int] = {}
+
+    @property
+    def place(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    def _working(self, shard: int) -> Path:
+        return self.folder / f"{self.layout.files[shard]}.part"
+
+    def _left(self, shard: int) -> Path | None:
+        """The file of an earlier run, sealed or not, if it has this layout's size and opening bytes."""
+        header = self.layout.headers[shard]
+        for path in (self._working(shard), self.folder / self.layout.files[shard]):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size == self.layout.sizes[shard]:
+                with open(path, "rb") as file:
+                    return path if file.read(len(header)) == header else None
+        return None
+
+    def list(self) -> frozenset[int]:
+        """See `Store`."""
+        return frozenset(shard for shard in range(len(self.layout.files)) if self._left(shard) is not None)
+
+    def open(self) -> None:
+        """See `Store`. Raises PlanError when the disk has no room for all of it."""
+        self.close()
+        for shard, name in enumerate(self.layout.files):
+            if (self.folder / name).exists() and not self._working(shard).exists():
+                os.rename(self.folder / name, self._working(shard))
+        self._check_room()
+        try:
+            for shard in range(len(self.layout.files)):
+                self._files[shard] = self._made(shard)
+        except OSError as error:
+            self.close()
+            raise PlanError(f"{self.folder}: {error.strerror}; free some space or choose another --output") from None
+
+    def _check_room(self) -> None:
+        """A full disk shows now, before anything is computed; nothing is reserved, as that slows writing down."""
+        there = 0
+        for shard, size in enumerate(self.layout.sizes):
+            with contextlib.suppress(FileNotFoundError):
+                there += min(size, os.stat(self._working(shard)).st_blocks * 512)
+        disk = os.statvfs(self.folder)
+        needed, free = sum(self.layout.sizes) - there, disk.f_bavail * disk.f_frsize
+        if needed > free:
+            raise PlanError(
+                f"{self.folder}: {needed} bytes are needed, {free} are free; free some space or choose another --output"
+            )
+
+    def _made(self, shard: int) -> int:
+        file = os.open(self._working(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(file, self.layout.sizes[shard])
+            write_bytes(file, memoryview(self.layout.headers[shard]), 0)
+        except OSError:
+            os.close(file)
+            raise
+        return file
+
+    def write(self, shard: int, offset: int, view: memoryview) -> None:
+        """See `Store`."""
+        with self._turns[shard]:
+            write_bytes(self._files[shard], view, offset)
+
+    def copy(self, shard: int, offset: int, ref: TensorRef, reader: Reader) -> Iterator[int]:
+        """See `Store`. Inside the kernel where it can."""
+        return reader.copy_bytes(ref.path, ref.offset, ref.nbytes, self._files[shard], offset)
+
+    def read_back(self, shard: int, offset: int, view: memoryview) -> None:
+        """See `Store`."""
+        file, done = self._reading(shard), 0
+        while done < len(view):
+            got = os.preadv(file, [view[done:]], offset + done)
+            if not got:
+                raise WriteError("a weight file became shorter while it was written; is another program changing it?")
+            done += got
+
+    def _reading(self, shard: int) -> int:
+        """The open file, or what an earlier run left of it."""
+        if shard not in self._files:
+            self._files[shard] = os.open(self._left(shard) or self._working(shard), os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def flush(self, shard: int, start: int, end: int) -> None:
+        """See `Store`."""
+        if _start_writing is not None:
+            _start_writing(self._files[shard], start, end - start, _WRITE)
+
+    def seal(self, shard: int) -> None:
+        """See `Store`: flushed, then renamed."""
+        os.fsync(self._files[shard])
+        os.rename(self._working(shard), self.folder / self.layout.files[shard])
+
+    def commit(self) -> None:
+        """See `Store`."""
+        sync_folder(self.folder)
+
+    def close(self) -> None:
+        """See `Store`."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
