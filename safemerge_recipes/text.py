@@ -56,12 +56,34 @@ def figure(value: float | None, digits: int = 3) -> str:
         return "–"
     if 1000 <= abs(value) < 1e9:
         return grouped(round(value))
-    return f"{value:.{digits}g}"
+    return _minus(f"{value:.{digits}g}")
 
 
 def fixed(value: float | None, places: int = 3) -> str:
     """A number with so many decimals; a dash for none."""
-    return "–" if value is None else f"{value:.{places}f}"
+    return "–" if value is None else _minus(f"{value:.{places}f}")
+
+
+def percent(rate: float | None, places: int | None = 1) -> str:
+    """A rate, where 1 is all, as `93.0 %`, without trailing zeros where `places` is None; a dash for none."""
+    if rate is None:
+        return "–"
+    return f"{figure(100 * rate) if places is None else fixed(100 * rate, places)} %"
+
+
+def points(difference: float | None) -> str:
+    """A difference of two rates in percentage points, signed: `+38.7`, `−1.2`; a dash for none."""
+    return "–" if difference is None else _minus(f"{100 * difference:+.1f}")
+
+
+def signed(value: float | None) -> str:
+    """A difference with its sign, to three significant digits; a dash for none."""
+    return "–" if value is None else f"{'+' if value > 0 else ''}{figure(value)}"
+
+
+def _minus(digits: str) -> str:
+    """The number with a minus sign for its hyphen, but for that of an exponent."""
+    return f"−{digits[1:]}" if digits.startswith("-") else digits
 
 
 def size(value: object) -> str:

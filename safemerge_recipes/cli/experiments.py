@@ -50,7 +50,8 @@ def sweep(
             tuning_tasks=tasks_of(tuning_tasks), limit=limit, seeds=seeds, allowed_loss=allowed_loss,
             device=device, on_event=listener,
         )  # fmt: skip
-    from safemerge_recipes.evaluation.experiments.sweep import CHOSEN_FILE, PICTURE_FILE, print_sweep
+    from safemerge_recipes.evaluation.experiments.sweep import CHOSEN_FILE, PICTURE_FILE
+    from safemerge_recipes.report.terminal_scores import print_sweep
 
     if json_:
         write_json(content)
@@ -76,7 +77,8 @@ def probe(
             recipe, by, output, overrides=set_ or (), tasks=tasks_of(tasks), limit=limit, only=only,
             device=device, on_event=listener,
         )  # fmt: skip
-    from safemerge_recipes.evaluation.experiments.probe import PICTURE_FILE, print_probe
+    from safemerge_recipes.evaluation.experiments.probe import PICTURE_FILE
+    from safemerge_recipes.report.terminal_scores import print_probe
 
     if json_:
         write_json(content)

@@ -30,7 +30,7 @@ def evaluate(
     device: DeviceOption = "auto",
 ) -> None:
     """Score a model folder, or a recipe's finished output beside its sources; put the scores into its report."""
-    from safemerge_recipes.evaluation.scoring import print_table, print_verdicts
+    from safemerge_recipes.report.terminal_scores import print_scores
 
     with watched(json_) as listener:
         model = api.load_recipe(target, set_ or ()) if api.is_recipe(target) else target
@@ -39,9 +39,7 @@ def evaluate(
         )
     if json_:
         write_json(content)
-    print_table(content, console(json_))
-    if model is target:
-        print_verdicts(content, console(json_))
+    print_scores(content, console(json_))
 
 
 def compare(
@@ -62,7 +60,7 @@ def compare(
     device: DeviceOption = "auto",
 ) -> None:
     """Score models on the same prompts and say, with paired tests, where they differ."""
-    from safemerge_recipes.evaluation.scoring import print_table, print_verdicts
+    from safemerge_recipes.report.terminal_scores import print_scores
 
     with watched(json_) as listener:
         content = api.compare(
@@ -70,8 +68,7 @@ def compare(
         )
     if json_:
         write_json(content)
-    print_table(content, console(json_))
-    print_verdicts(content, console(json_))
+    print_scores(content, console(json_))
 
 
 def report(

@@ -29,7 +29,7 @@ from safemerge_recipes.pipeline import Prepared, as_source, documents, provenanc
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
-from safemerge_recipes.report.scores import read_verdicts
+from safemerge_recipes.text import fixed, points
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,7 +242,7 @@ def headline(comparisons: Sequence[Difference]) -> list[str]:
 
 def _change(own: Mapping[tuple[str, str], Difference], task: str) -> str:
     j, curve = own[task, "separation"], own.get((task, "auroc"))
-    told = f"J {100 * j.reference_value:.1f} → {100 * j.value:.1f} ({_points(j)})"
+    told = f"J {fixed(100 * j.reference_value, 1)} → {fixed(100 * j.value, 1)} ({_points(j)})"
     if curve is not None:
         told += f", AUROC {curve.reference_value:.3f} → {curve.value:.3f}"
     better = j.detected and j.difference > 0
@@ -263,35 +263,7 @@ def _change(own: Mapping[tuple[str, str], Difference], task: str) -> str:
 
 
 def _points(d: Difference) -> str:
-    return f"{100 * d.difference:+.1f} points, {100 * d.low:+.1f} to {100 * d.high:+.1f}"
-
-
-def print_verdicts(content: Mapping[str, Any], console: Console) -> None:
-    """Prints what changed, then every comparison in words."""
-    for told in content["headline"]:
-        console.print(told, style="bold", markup=False, soft_wrap=True)
-    for told in read_verdicts(content):
-        console.print(told, markup=False, soft_wrap=True)
-
-
-def print_table(content: Mapping[str, Any], console: Console) -> None:
-    """Prints every task and metric, a line a model, with 95 % intervals."""
-    models = content["models"]
-    width = max(map(len, models), default=0)
-    for task, metric in dict.fromkeys((t, m) for tasks in models.values() for t in tasks for m in tasks[t]):
-        console.print(f"{task}: {metric}", style="bold", markup=False)
-        for model, tasks in models.items():
-            entry = tasks.get(task, {}).get(metric)
-            if entry is not None:
-                console.print(f"  {model:<{width}}  {_cell(entry)}", markup=False, soft_wrap=True)
-
-
-def _cell(entry: Mapping[str, Any]) -> str:
-    if entry["value"] is None:
-        return "no value"
-    if entry["low"] is None:
-        return f"{entry['value']:.3f}  n = {entry['n']}"
-    return f"{entry['value']:>6.1%}  {100 * entry['low']:.1f} to {100 * entry['high']:.1f}  n = {entry['n']}"
+    return f"{points(d.difference)} points, {points(d.low)} to {points(d.high)}"
 
 
 def score_output(
@@ -345,7 +317,6 @@ def score_output(
         scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)
         console.print(f"Scored {name} in {scores[name].seconds:.0f} s", markup=False)
     content = document(scores, REFERENCES, MERGED)
-    print_verdicts(content, console)
     attach(output, content, answers.lines(scores), prepared.plan_json(), provenance_of(prepared))
     return content
 

@@ -14,6 +14,7 @@ from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.rates import Interval, holm, mcnemar, mean_interval, paired_rates, sign_flip
 from safemerge_recipes.evaluation.scores import Metric, Scores
 from safemerge_recipes.evaluation.separation import Sides, auroc, auroc_change, separation, separation_change, sides
+from safemerge_recipes.text import percent, points
 
 MARGIN = 0.05
 """A difference below this is none that matters: five points."""
@@ -58,8 +59,8 @@ class Difference:
     def verdict(self) -> str:
         """The finding in words, with the numbers it rests on."""
         numbers = (
-            f"{self.value:.1%} against {self.reference_value:.1%}, n={self.n}, difference "
-            f"{100 * self.difference:+.1f} points, 95 % CI {100 * self.low:+.1f} to {100 * self.high:+.1f}, "
+            f"{percent(self.value)} against {percent(self.reference_value)}, n={self.n}, difference "
+            f"{points(self.difference)} points, 95 % CI {points(self.low)} to {points(self.high)}, "
             f"p{_p(self.p_holm)} after Holm"
         )
         if self.equivalent:

@@ -99,7 +99,7 @@ def grid(view: Overview) -> Grid:
     return Grid(rows, labels, left)
 
 
-def _every(count: int, most: int) -> int:
+def every(count: int, most: int) -> int:
     """The step between labels so that at most about `most` are shown."""
     return next((step for step in (1, 2, 4, 5, 8, 10, 16, 20, 40) if count <= step * most), max(1, count // most))
 
@@ -141,7 +141,7 @@ def _panel(kind: str, row: list[Cell], blocks: tuple[str, ...], top: float) -> s
             rule(left, y(value), width - right, y(value), "g"),
             words(left - 6, y(value) + 3.5, label, "t", "end"),
         ]
-    for column in range(0, len(blocks), _every(len(blocks), 8)):
+    for column in range(0, len(blocks), every(len(blocks), 8)):
         parts.append(words(x(column), lower + 15, blocks[column], "t", "middle"))
     for class_, of in (("null", lambda line: line.rho_null), ("tau", lambda line: line.tau_rho)):
         runs = [
@@ -188,7 +188,7 @@ def heat_map(cells: Grid) -> str:
     width = left + step * len(cells.blocks)
     top = heat_top(cells)
     parts = []
-    for column in range(0, len(cells.blocks), _every(len(cells.blocks), 32)):
+    for column in range(0, len(cells.blocks), every(len(cells.blocks), 32)):
         parts.append(words(left + (column + 0.5) * step, upper - 7, cells.blocks[column], "t", "middle"))
     for index, (kind, row) in enumerate(cells.rows.items()):
         y = upper + index * height

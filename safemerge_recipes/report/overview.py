@@ -1,7 +1,7 @@
 """A plan as reports see it: plain JSON in, tensors with their thresholds, grouped by block and module type.
 
 Reads the content of safemerge_plan.json and lets missing or odd values pass as missing: a report never fails
-for what it cannot show. Knows no output format and no engine.
+for what it cannot show. Knows no output format and no engine; `sentences` puts it into words.
 """
 
 from __future__ import annotations
@@ -10,36 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from safemerge_recipes.recipe.builtins import SELECTORS
 from safemerge_recipes.recipe.patterns import compile_patterns
 from safemerge_recipes.tensor_names import block_of, module_type
-from safemerge_recipes.text import clean, count, figure, grouped, number, things
-
-SYMBOLS: Mapping[str, str] = {"rho": "ρ", "rho_ratio": "ρ/ρ₀", "norm_ratio": "‖Δf‖/‖V‖"}
-"""Metrics that have a symbol."""
-
-FORMULAS: Mapping[str, str] = {
-    "linear": "αΔf + (1−α)Δs",
-    "slerp": "Δf to Δs on the sphere, t = 1−α",
-    "replace": "Δs",
-    "drop": "0",
-    "task_arithmetic": "λf·Δf + λs·Δs",
-    "project": "CΔf",
-    "add_safety_vector": "Δf + γV",
-}
-"""Methods whose Δ is short to write."""
-
-_SELECTORS = (
-    "tau",
-    "at_most",
-    "lowest",
-    "fraction",
-    "random",
-    "complement",
-    "names",
-    "names_file",
-    "always",
-    "never",
-)
+from safemerge_recipes.text import clean, count, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +34,10 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One tensor of the plan. `kind` is its module type, `block` its place among the blocks, if in any."""
+    """One tensor of the plan. `kind` is its module type, `block` its place among the blocks, if in any.
+
+    `ruled` says that a rule has a selector, metric or direction of its own for it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -80,6 +57,7 @@ class Line:
     alpha: float | None
     source: str
     threshold: Threshold | None
+    ruled: bool
 
     @property
     def ratio(self) -> float | None:
@@ -146,15 +124,15 @@ class Overview:
 
 def read_plan(plan: Mapping[str, Any]) -> Overview:
     """The overview of a plan's JSON."""
-    recipe = _mapping(plan.get("recipe"))
-    raw = [_mapping(line) for line in _sequence(plan.get("tensors"))]
+    recipe = mapping(plan.get("recipe"))
+    raw = [mapping(line) for line in sequence(plan.get("tensors"))]
     names = [str(line.get("name", "")) for line in raw]
     places, labels = _blocks(names)
     limits = _thresholds(recipe, names)
     gated = [bool(line.get("metric")) or line.get("action") == "merge" for line in raw]
     stacks = {_stack(name) for name, inside in zip(names, gated, strict=True) if inside and name in places}
     lines = tuple(
-        _line(line, name, inside, places.get(name), limits.get(name), len(stacks) > 1)
+        _line(line, name, inside, places.get(name), limits[name], len(stacks) > 1)
         for line, name, inside in zip(raw, names, gated, strict=True)
     )
     return Overview(
@@ -163,16 +141,18 @@ def read_plan(plan: Mapping[str, Any]) -> Overview:
         recipe=recipe,
         lines=lines,
         blocks=labels,
-        warnings=tuple(clean(text, 1000) for text in _sequence(plan.get("warnings"))),
-        summary=_mapping(plan.get("summary")),
+        warnings=tuple(clean(text, 1000) for text in sequence(plan.get("warnings"))),
+        summary=mapping(plan.get("summary")),
     )
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def mapping(value: object) -> Mapping[str, Any]:
+    """The mapping, or an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _sequence(value: object) -> Sequence[Any]:
+def sequence(value: object) -> Sequence[Any]:
+    """The list, or an empty one for anything else."""
     return value if isinstance(value, (list, tuple)) else ()
 
 
@@ -189,12 +169,17 @@ def _blocks(names: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
 
 
 def _line(
-    raw: Mapping[str, Any], name: str, gated: bool, block: int | None, limit: Threshold | None, stacked: bool
+    raw: Mapping[str, Any],
+    name: str,
+    gated: bool,
+    block: int | None,
+    limit: tuple[Threshold | None, bool],
+    stacked: bool,
 ) -> Line:
     kind = clean(module_type(name), 60)
     return Line(
         name=clean(name),
-        shape=tuple(count(n) for n in _sequence(raw.get("shape"))),
+        shape=tuple(count(n) for n in sequence(raw.get("shape"))),
         dtype=clean(raw.get("dtype"), 20),
         merged=raw.get("action") == "merge",
         gated=gated,
@@ -210,7 +195,8 @@ def _line(
         method=clean(raw.get("method"), 100),
         alpha=number(raw.get("alpha")),
         source=clean(raw.get("source"), 20),
-        threshold=limit if gated else None,
+        threshold=limit[0] if gated else None,
+        ruled=limit[1],
     )
 
 
@@ -219,25 +205,27 @@ def _line(
 
 def selector(gate: Mapping[str, Any]) -> tuple[str, Any]:
     """The selector that a gate, or a rule's change of one, gives; ("", None) without any."""
-    return next(((key, gate[key]) for key in _SELECTORS if gate.get(key) is not None), ("", None))
+    return next(((key, gate[key]) for key in SELECTORS if gate.get(key) is not None), ("", None))
 
 
-def _threshold(gate: Mapping[str, Any], above: bool) -> Threshold | None:
+def threshold_of(gate: Mapping[str, Any], above: bool) -> Threshold | None:
+    """The number that a gate compares its metric with; None where it ranks, draws or names."""
     key, value = selector(gate)
     if key == "complement":
-        key, value = selector(_mapping(value))
+        key, value = selector(mapping(value))
     limit = number(value)
     return Threshold(key, limit, above) if key in ("tau", "at_most") and limit is not None else None
 
 
-def _thresholds(recipe: Mapping[str, Any], names: Sequence[str]) -> dict[str, Threshold | None]:
-    """The threshold of each tensor: that of the first rule that matches, else the recipe's."""
-    gate = _mapping(recipe.get("gate"))
-    found: dict[str, Threshold | None] = {}
-    for rule in map(_mapping, _sequence(recipe.get("rules"))):
-        change = _mapping(rule.get("gate"))
+def _thresholds(recipe: Mapping[str, Any], names: Sequence[str]) -> dict[str, tuple[Threshold | None, bool]]:
+    """The threshold of each tensor, that of the first rule that matches, else the recipe's; whether it is a rule's."""
+    gate = mapping(recipe.get("gate"))
+    found: dict[str, tuple[Threshold | None, bool]] = {}
+    for rule in map(mapping, sequence(recipe.get("rules"))):
+        change = mapping(rule.get("gate"))
         above = (change.get("direction") or gate.get("direction")) == "above"
-        limit = _threshold(change if selector(change)[0] else gate, above)
+        limit = threshold_of(change if selector(change)[0] else gate, above)
+        own = bool(selector(change)[0] or change.get("metric") or change.get("direction"))
         patterns = rule.get("tensors") or ()
         try:
             matcher = compile_patterns(patterns)
@@ -245,94 +233,6 @@ def _thresholds(recipe: Mapping[str, Any], names: Sequence[str]) -> dict[str, Th
             continue
         for name in names:
             if name not in found and matcher(name):
-                found[name] = limit
-    default = _threshold(gate, gate.get("direction") == "above")
-    return {name: found.get(name, default) for name in names}
-
-
-def symbol(metric: object) -> str:
-    """How a metric is written."""
-    return SYMBOLS.get(str(metric), clean(metric, 40))
-
-
-def criterion(gate: Mapping[str, Any]) -> str:
-    """What a gate selects, such as `where ρ < 0.35`; empty where it does not say."""
-    key, value = selector(gate)
-    metric, above = symbol(gate.get("metric") or "rho"), gate.get("direction") == "above"
-    end = "highest" if above else "lowest"
-    per = " of each module type" if gate.get("per") == "module" else ""
-    if key in ("tau", "at_most"):
-        limit = _threshold(gate, above)
-        return f"where {metric} {limit.sign} {figure(limit.value)}" if limit else ""
-    if key == "lowest":
-        return f"the {count(value)} {end} in {metric}{per}"
-    if key == "fraction":
-        return f"the {figure((number(value) or 0) * 100)} % {end} in {metric}{per}"
-    if key == "random":
-        return f"drawn at random (seed {count(_mapping(value).get('seed'))})"
-    if key == "complement":
-        inner = criterion({"metric": gate.get("metric"), "direction": gate.get("direction"), **_mapping(value)})
-        return f"all but those {inner}"
-    return {
-        "names": "as named in the recipe",
-        "names_file": "as named in a file",
-        "always": "without a condition",
-    }.get(key, "")
-
-
-def criteria(recipe: Mapping[str, Any]) -> list[str]:
-    """What the recipe's gate selects, then what those of its rules select that differ."""
-    gate = _mapping(recipe.get("gate"))
-    found = {criterion(gate): None}
-    common = {key: value for key, value in gate.items() if key not in _SELECTORS}
-    for rule in map(_mapping, _sequence(recipe.get("rules"))):
-        change = _mapping(rule.get("gate"))
-        if selector(change)[0]:
-            found[criterion({**common, **change})] = None
-    return [text for text in found if text]
-
-
-def method_words(view: Overview, method: str) -> str:
-    """A method and its α, such as `linear, α = 0.8`, or `linear, α from 0.7 to 0.8` where rules differ."""
-    alphas = sorted(
-        {line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None}
-    )
-    if not alphas:
-        return method
-    if len(alphas) == 1:
-        return f"{method}, α = {figure(alphas[0])}"
-    return f"{method}, α from {figure(alphas[0])} to {figure(alphas[-1])}"
-
-
-def method_link(method: str) -> str | None:
-    """The address of a method's source, if known; never made from outside text."""
-    from safemerge_recipes.recipe.builtins import METHODS
-
-    row = METHODS.get(method)
-    return (row.link or None) if row else None
-
-
-def sentence(view: Overview, done: bool) -> str:
-    """What is merged, or was, in one sentence."""
-    gated = view.gated
-    merged = sum(line.merged for line in gated)
-    verb = ("was merged" if merged == 1 else "were merged") if done else ("merges" if merged == 1 else "merge")
-    if not gated:
-        verb = "was" if done else "is"
-        return f"None of the {things(len(view.lines), 'tensor')} is gated; nothing {verb} merged."
-    known = criteria(view.recipe)
-    why = f", {known[0]}" if known else ""
-    more = f", or by rule {known[1]}" if len(known) == 2 else ", or by rules" if known[1:] else ""
-    rest = len(view.lines) - merged
-    return (
-        f"{grouped(merged)} of {things(len(gated), 'gated tensor')} {verb}{why}{more}; "
-        f"the other {things(rest, 'tensor')} keep{'s' if rest == 1 else ''} {kept_from(view)}."
-    )
-
-
-def kept_from(view: Overview) -> str:
-    """Whose values the kept tensors have."""
-    words = {"finetuned": "fine-tuned", "aligned": "aligned", "safety": "safety"}
-    roles = dict.fromkeys(line.source or "finetuned" for line in view.lines if not line.merged)
-    named = [words.get(role, role) for role in roles] or ["fine-tuned"]
-    return f"the {' or '.join(named)} value{'s' if len(view.lines) > 1 else ''}"
+                found[name] = (limit, own)
+    default = threshold_of(gate, gate.get("direction") == "above")
+    return {name: found.get(name, (default, False)) for name in names}

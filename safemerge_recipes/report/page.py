@@ -1,8 +1,9 @@
 """safemerge_report.html: one file that shows a plan, its scores and where everything came from.
 
-Plain data in, text out. The page loads nothing: style and script are inside, pictures are inline SVG, and its
-content policy allows no more. Without script everything is readable; script adds search, sorting and tips.
-All text from outside is escaped by `svg.text` and `svg.tag`; none of it enters the script or the style.
+Plain data in, text out, through the template `assets/report.html`. The page loads nothing: style and script are
+inside, pictures are inline SVG, and its content policy allows no more. Without script everything is readable;
+script adds the τ slider, search, sorting and tips. All text from outside is cleaned and escaped by the template's
+environment; none of it enters the script or the style.
 """
 
 from __future__ import annotations
@@ -11,24 +12,17 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.report import charts
-from safemerge_recipes.report.overview import (
-    FORMULAS,
-    Line,
-    Overview,
-    criteria,
-    method_link,
-    method_words,
-    read_plan,
-    sentence,
-)
-from safemerge_recipes.report.scores import interval, is_rate, read_scores, read_verdicts, shown
-from safemerge_recipes.report.svg import drawing, tag, text
+from safemerge_recipes.report import charts, scores, sentences
+from safemerge_recipes.report.licences import licence_note
+from safemerge_recipes.report.overview import Line, Overview, read_plan
+from safemerge_recipes.report.scores import Score
+from safemerge_recipes.report.svg import drawing, tag
+from safemerge_recipes.report.thresholds import drawn, thresholds
 from safemerge_recipes.text import (
+    clean,
     clean_lines,
     duration,
     figure,
@@ -36,14 +30,20 @@ from safemerge_recipes.text import (
     grouped,
     median,
     number,
+    percent,
     size,
     things,
 )
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 MAX_ROWS = 1500
 """Tensors in the table of decisions; the plan file has them all."""
-
-_PAPER = "https://arxiv.org/abs/2503.17239"
+MAX_KINDS = 4 * charts.MAX_KINDS
+"""Module types in the tables."""
+MAX_TESTS = 60
+"""Tests in the table."""
 
 
 def render_report(
@@ -58,380 +58,193 @@ def render_report(
     Args:
         plan: the content of safemerge_plan.json.
         scores: `{"models": {model: {task: {metric: {"value", "low", "high", "n"}}}}}`, 95 % intervals; with
-            `comparisons` also the tests in words.
+            `comparisons` also the paired tests.
         provenance: `sources` by role, `versions`, `recipe` (YAML text), `created`, `timings` (seconds).
         pictures: further sections, title to SVG file text; shown as images, so that nothing in them runs.
     """
     view = read_plan(plan)
-    origin = provenance if isinstance(provenance, Mapping) else {}
-    cells = charts.grid(view)
-    body = "\n".join(
-        part
-        for part in (
-            _head(view, origin),
-            _scores(scores),
-            _by_block(view, cells),
-            _heat(view, cells),
-            _ratios(cells),
-            _norms(cells),
-            *(_picture(title, svg) for title, svg in (pictures or {}).items()),
-            _kinds(view),
-            _decisions(view),
-            _provenance(origin),
-        )
-        if part
-    )
-    assets = files("safemerge_recipes.report") / "assets"
-    style = (assets / "report.css").read_text(encoding="utf-8")
-    script = (assets / "report.js").read_text(encoding="utf-8")
+    cells, choice = charts.grid(view), thresholds(view)
+    from markupsafe import Markup
+
+    style, script = _asset("report.css"), _asset("report.js")
     policy = (
         f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; "
         "form-action 'none'" + ("; img-src data:" if pictures else "")
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{text(view.name)} · SafeMERGE report</title>\n<style>{style}</style>\n</head>\n<body>\n"
-        f"{body}\n<script>{script}</script>\n</body>\n</html>\n"
+    return _environment().get_template("report.html").render(
+        policy=policy,
+        style=Markup(style),
+        script=Markup(script),
+        view=view,
+        facts=_facts(view),
+        scores=_score_groups(scores),
+        cells=cells,
+        choice=choice,
+        choice_drawn=Markup(drawn(choice, cells)) if choice else "",
+        panels=[Markup(panel) for panel in charts.panels(cells)],
+        heat=Markup(charts.heat_map(cells)) if cells.rows else "",
+        heat_scale=Markup(charts.heat_scale(cells)),
+        ratios=Markup(charts.ratios(cells)),
+        norms=Markup(charts.norms(cells)),
+        several=any(len(cell.lines) > 1 for row in cells.rows.values() for cell in row),
+        pictures=_pictures(pictures or {}),
+        kinds=_kinds(view),
+        decisions=_decisions(view),
+        **_tests(scores),
+        **_origin(provenance if isinstance(provenance, Mapping) else {}),
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    """Strict and escaping: a name that is missing is an error, and text from outside is cleaned on its way in."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("safemerge_recipes.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: (
+            clean(value, 2000) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters.update(
+        fixed=fixed, figure=figure, grouped=grouped, things=things, percent=percent, part=clean, size=size
+    )
+    environment.globals.update(
+        headline=scores.headline, shown=scores.shown, interval=scores.interval, task_title=scores.task_title,
+        sentence=sentences.sentence, chance=sentences.chance, criteria=sentences.criteria,
+        symbol=sentences.symbol, methods=sentences.methods, mark=_mark, licence_note=licence_note,
+    )  # fmt: skip
+    return environment
+
+
+def _asset(name: str) -> str:
+    return (files("safemerge_recipes.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _digest(content: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
-def _section(name: str, title: str, note: str, *content: str) -> str:
-    """A section with its heading; `note` is HTML of ours."""
-    head = tag("h2", text(title), id=f"{name}-title")
-    return tag(
-        "section",
-        head + (tag("p", note, class_="note") if note else "") + "".join(content),
-        aria_labelledby=f"{name}-title",
-    )
+def _mark(kind: str) -> Any:
+    """The sign of a legend."""
+    from markupsafe import Markup
+
+    drawn = {
+        "merged": tag("circle", cx=16.0, cy=8.0, r=6.0, class_="m"),
+        "kept": tag("circle", cx=16.0, cy=8.0, r=6.0, class_="k"),
+        "tau": tag("line", x1=0.0, y1=8.0, x2=32.0, y2=8.0, class_="tau"),
+        "null": tag("line", x1=0.0, y1=8.0, x2=32.0, y2=8.0, class_="null"),
+    }
+    return Markup(drawing(32, 16, "", drawn[kind]))
 
 
-# Top of the page
-
-
-def _head(view: Overview, origin: Mapping[str, Any]) -> str:
-    gated = view.gated
+def _facts(view: Overview) -> list[tuple[str, str, str]]:
+    gated, summary = view.gated, view.summary
     merged = sum(line.merged for line in gated)
-    summary = view.summary
-    facts = [("merged", grouped(merged), f"of {grouped(len(gated))} gated")]
-    facts.append(("kept by the gate", grouped(len(gated) - merged), ""))
-    facts.append(("not gated", grouped(len(view.lines) - len(gated)), ""))
+    facts = [
+        ("merged", grouped(merged), f"of {grouped(len(gated))} gated"),
+        ("kept by the gate", grouped(len(gated) - merged), ""),
+        ("not gated", grouped(len(view.lines) - len(gated)), ""),
+    ]
     if number(summary.get("bytes_written")):
         facts.append(("written", size(summary["bytes_written"]), ""))
     if number(summary.get("peak_memory")):
         facts.append(("peak memory", size(summary["peak_memory"]), "projected"))
-    shown_facts = "".join(
-        tag(
-            "div",
-            tag("dt", text(label)) + tag("dd", text(value) + (" " + tag("small", text(more)) if more else "")),
-        )
-        for label, value, more in facts
-    )
-    parts = [tag("p", "SafeMERGE report", class_="eyebrow"), tag("h1", text(view.name))]
-    if view.description:
-        parts.append(tag("p", text(view.description, 2000)))
-    parts.append(tag("p", text(sentence(view, True)), class_="lead"))
-    parts.append(_method(view))
-    parts.append(tag("dl", shown_facts, class_="facts"))
-    if view.warnings:
-        parts.append(
-            tag(
-                "ul",
-                "".join(tag("li", text(warning, 1000)) for warning in view.warnings[:50]),
-                class_="warnings",
-            )
-        )
-    return tag("header", "".join(parts))
+    return facts
 
 
-def _method(view: Overview) -> str:
-    methods = view.methods()
-    if not methods:
-        return ""
-    shown_methods = []
-    for method in methods[:8]:
-        label = method_words(view, method)
-        link = method_link(method)
-        name = tag("a", text(label), href=link, rel="noreferrer") if link else text(label)
-        phrase = FORMULAS.get(method, "")
-        shown_methods.append(name + (f" (the update becomes {text(phrase)})" if phrase else ""))
-    return tag("p", f"Method: {'; '.join(shown_methods)}.", class_="note")
+def _score_groups(given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Tasks and metrics with a row a model; those that only complete another come last, behind a fold."""
+    from markupsafe import Markup
 
-
-# Pictures
-
-
-def _key(mark: str, label: str) -> str:
-    return tag("li", drawing(32, 16, "", mark) + text(label))
-
-
-_MERGED = '<circle cx="16" cy="8" r="6" class="m"/>'
-_KEPT = '<circle cx="16" cy="8" r="6" class="k"/>'
-_TAU = '<line x1="0" y1="8" x2="32" y2="8" class="tau"/>'
-_NULL = '<line x1="0" y1="8" x2="32" y2="8" class="null"/>'
-
-
-def _legend(*items: str) -> str:
-    return tag("ul", "".join(items), class_="legend")
-
-
-def _left_out(cells: charts.Grid) -> str:
-    if not cells.left_out:
-        return ""
-    amount = text(things(cells.left_out, "tensor"))
-    return f" {amount} in further blocks or module types are not drawn; the plan file has them."
-
-
-def _by_block(view: Overview, cells: charts.Grid) -> str:
-    drawn = charts.panels(cells)
-    if not drawn:
-        note = "No ρ was measured: the recipe names no base model, or its gate does not need one."
-        return _section("rho", "ρ by block", note) if view.gated else ""
-    rules = [text(words) for words in criteria(view.recipe)]
-    note = (
-        "ρ = cos(VVᵀΔf, Δf) tells how much of a tensor’s update Δf lies where alignment changed the weights "
-        "(V = aligned − base). ρ₀ is what an update unrelated to V would show; it depends on shape and "
-        "spectrum, so compare ρ with ρ₀ before comparing module types."
-        + (f" Merged: {'; by rule: '.join(rules)}." if rules else "")
-        + (
-            " Where a block has several tensors of a type, the dot is their median, filled if at least half "
-            "merge, on a line from the least to the greatest."
-            if any(len(cell.lines) > 1 for row in cells.rows.values() for cell in row)
-            else ""
-        )
-        + _left_out(cells)
-    )
-    keys = [_key(_MERGED, "merged"), _key(_KEPT, "kept")]
-    if any(line.tau_rho is not None for line in view.gated):
-        keys.append(_key(_TAU, "threshold τ"))
-    if any(line.rho_null is not None for line in view.gated):
-        keys.append(_key(_NULL, "ρ₀"))
-    return _section("rho", "ρ by block", note, _legend(*keys), tag("div", "".join(drawn), class_="panels"))
-
-
-def _heat(view: Overview, cells: charts.Grid) -> str:
-    if not cells.rows:
-        return ""
-    keys = [_key(_MERGED, "merged")]
-    if view.measured:
-        keys.append(tag("li", charts.heat_scale(cells)))
-    title = "ρ over the whole model" if view.measured else "Merged over the whole model"
-    note = "Blocks from left to right." + _left_out(cells)
-    return _section("heat", title, note, _legend(*keys), tag("div", charts.heat_map(cells), class_="scroll"))
-
-
-def _ratios(cells: charts.Grid) -> str:
-    drawn = charts.ratios(cells)
-    if not drawn:
-        return ""
-    note = (
-        "ρ divided by its null ρ₀: at 1 an update lies where alignment changed the weights just as much as "
-        "an unrelated one would, below 1 less, above 1 more. Within a row the first block is at the top. The "
-        "grey band is where the threshold lies."
-    )
-    keys = [_key(_MERGED, "merged"), _key(_KEPT, "kept"), _key(_NULL, "ρ = ρ₀")]
-    return _section("ratio", "Against chance: ρ/ρ₀", note, _legend(*keys), drawn)
-
-
-def _norms(cells: charts.Grid) -> str:
-    drawn = charts.norms(cells)
-    if not drawn:
-        return ""
-    note = (
-        "How much fine-tuning moved each tensor (‖Δf‖) beside how much alignment had moved it (‖V‖). Both "
-        "axes are logarithmic."
-    )
-    return _section("norms", "Norms", note, _legend(_key(_MERGED, "merged"), _key(_KEPT, "kept")), drawn)
-
-
-# Tables
-
-
-def _table(heads: Sequence[tuple[str, str]], rows: str, **attributes: object) -> str:
-    top = "".join(tag("th", text(label), scope="col", class_=class_ or None) for label, class_ in heads)
-    return tag("table", tag("thead", tag("tr", top)) + tag("tbody", rows), **attributes)
-
-
-def _scores(scores: Mapping[str, Any] | None) -> str:
-    groups = read_scores(scores)
-    if not groups:
-        return ""
-    rows = []
-    for label, members in groups.items():
-        rate = is_rate(members)
+    found = []
+    for label, members in scores.read_scores(given).items():
+        rate = scores.is_rate(members)
         ends = [v for row in members for v in (row.value, row.low, row.high) if v is not None]
         low, high = (0.0, 1.0) if rate else (min(0.0, *ends), max(0.0, *ends))
         better = {True: "higher is better", False: "lower is better", None: ""}[members[0].higher_is_better]
-        head = text(label) + (" " + tag("small", better) if better else "")
-        rows.append(tag("tr", tag("th", head, scope="rowgroup", colspan=5), class_="first"))
-        for row in members:
-            rows.append(
-                tag(
-                    "tr",
-                    tag("td", text(row.model), class_="model best" if row.model == "merged" else "model")
-                    + tag("td", charts.score_bar(row, rate, low, high), class_="dots")
-                    + tag("td", text(shown(row.value, rate)), class_="n")
-                    + tag("td", text(interval(row, rate) or "–"), class_="n")
-                    + tag("td", text("–" if row.n is None else grouped(row.n)), class_="n wide-only"),
-                )
-            )
-    scale = "Lines are 95 % intervals; percentages are drawn from 0 to 100."
-    heads = [("model", ""), ("", "dots"), ("value", "n"), ("95 % interval", "n"), ("examples", "n wide-only")]
-    table = _table(heads, "".join(rows), class_="scores")
-    return _section("scores", "Scores", scale, tag("div", table, class_="scroll"), _tests(scores))
+        rows: list[tuple[Score, Any]] = [(row, Markup(charts.score_bar(row, rate, low, high))) for row in members]
+        folded = scores.is_secondary(members[0].metric)
+        found.append({"label": label, "better": better, "rate": rate, "rows": rows, "folded": folded})
+    return found
 
 
-def _tests(scores: Mapping[str, Any] | None) -> str:
-    told = read_verdicts(scores, 60)
-    if not told:
-        return ""
-    head = tag("p", "Tests are paired by prompt, with Holm's correction over all of them.", class_="note")
-    return head + tag("ul", "".join(tag("li", text(one, 1000)) for one in told), class_="tests")
+def _tests(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    tests = scores.read_tests(given)
+    more = len(tests) - MAX_TESTS
+    return {
+        "verdict": scores.headline(given),
+        "separated": scores.separations(given),
+        "tests": tests[:MAX_TESTS],
+        "more_tests": more if more > 0 else 0,
+        "cautions": scores.read_cautions(given)[:MAX_TESTS],
+    }
 
 
-def _picture(title: str, svg: str) -> str:
-    source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-    name = re.sub(r"[^a-z]+", "-", title.lower())
-    # Not `tag`, which cuts attributes short: base64 needs no escaping.
-    return _section(name, title, "", f'<div class="scroll"><img alt="{text(title)}" src="{source}"></div>')
+def _pictures(given: Mapping[str, str]) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    return [
+        {
+            "title": title,
+            "name": re.sub(r"[^a-z]+", "-", title.lower()),
+            "source": Markup(f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"),
+        }
+        for title, svg in given.items()
+    ]
 
 
-def _kinds(view: Overview) -> str:
+def _kinds(view: Overview) -> dict[str, Any]:
+    from markupsafe import Markup
+
     kinds = view.kinds()
-    if not kinds:
-        return ""
     rows = []
-    for kind, lines in list(kinds.items())[: 4 * charts.MAX_KINDS]:
+    for kind, lines in list(kinds.items())[:MAX_KINDS]:
         rho = [line.rho for line in lines if line.rho is not None]
         null = median([line.rho_null for line in lines if line.rho_null is not None])
         merged = sum(line.merged for line in lines)
         part = merged / len(lines)
         bar = drawing(
-            100, 10, f"{figure(100 * part)} %",
+            100, 10, percent(part, None),
             tag("rect", x=0.0, y=2.0, width=100.0, height=6.0, class_="rest"),
             tag("rect", x=0.0, y=2.0, width=100 * part, height=6.0, class_="share"),
         )  # fmt: skip
-        rows.append(
-            tag(
-                "tr",
-                tag("th", text(kind), scope="row")
-                + "".join(tag("td", text(grouped(n)), class_="n") for n in (merged, len(lines)))
-                + tag("td", bar, class_="bar")
-                + "".join(
-                    tag("td", fixed(x), class_="n")
-                    for x in (min(rho, default=None), median(rho), max(rho, default=None), null)
-                    if view.measured
-                ),
-            )
-        )
-    heads = [("module type", ""), ("merged", "n"), ("gated", "n"), ("", "bar")]
-    if view.measured:
-        heads += [("ρ min", "n"), ("median", "n"), ("max", "n"), ("median ρ₀", "n")]
-    more = len(kinds) - 4 * charts.MAX_KINDS
-    note = f"{things(more, 'further module type')} in the plan file." if more > 0 else ""
-    return _section("kinds", "By module type", note, tag("div", _table(heads, "".join(rows)), class_="scroll"))
+        spread = (min(rho, default=None), median(rho), max(rho, default=None), null)
+        rows.append({"kind": kind, "merged": merged, "gated": len(lines), "bar": Markup(bar), "rho": spread})
+    return {"rows": rows, "more": max(0, len(kinds) - MAX_KINDS)}
 
 
-def _decisions(view: Overview) -> str:
+def _decisions(view: Overview) -> Sequence[Line]:
+    """The tensors that are listed: all, or so many, gated ones first, as they are what one looks for."""
     lines = view.lines
-    if not lines:
-        return ""
-    note = "Every tensor of the output, in checkpoint order, with the reason for what happens to it."
-    if len(lines) > MAX_ROWS:
-        # Gated tensors first: they are what one looks for.
-        chosen = sorted(range(len(lines)), key=lambda i: (not lines[i].gated, i))[:MAX_ROWS]
-        lines = tuple(lines[i] for i in sorted(chosen))
-        note = (
-            f"{text(things(len(lines), 'tensor'))} of {text(grouped(len(view.lines)))}, gated ones first "
-            "to be listed; safemerge_plan.json holds them all."
-        )
-    figures = [("ρ", "n"), ("ρ₀", "n"), ("ρ/ρ₀", "n"), ("‖V‖", "n wide-only"), ("‖Δf‖", "n wide-only")]
-    heads = [
-        ("tensor", "name"),
-        ("shape", "wide-only"),
-        *(figures if view.measured else ()),
-        ("decision", ""),
-        ("reason", "why"),
-    ]
-    tools = (
-        '<div class="tools" id="tools" hidden>'
-        '<input type="search" placeholder="Search names and reasons" aria-label="Search">'
-        '<select aria-label="Decision"><option value="">all decisions</option>'
-        '<option value="m">merged</option><option value="k">kept by the gate</option>'
-        '<option value="f">not gated</option></select><output aria-live="polite"></output></div>'
-    )
-    table = _table(heads, "\n".join(_row(line, view.measured) for line in lines), id="decisions")
-    return _section("all", "Decisions", note, tools, tag("div", table, class_="scroll"))
+    if len(lines) <= MAX_ROWS:
+        return lines
+    chosen = sorted(range(len(lines)), key=lambda i: (not lines[i].gated, i))[:MAX_ROWS]
+    return tuple(lines[i] for i in sorted(chosen))
 
 
-def _row(line: Line, measured: bool) -> str:
-    action = "m" if line.merged else "k" if line.gated else "f"
-    label = {"m": "merge", "k": "keep", "f": "keep"}[action]
-    class_ = {"m": "act merge", "k": "act", "f": "act free"}[action]
-    taken = f" {line.source}" if line.source and line.source != "finetuned" else ""
-    shape = "×".join(map(str, line.shape))
-    figures = (
-        f'<td class="n">{fixed(line.rho)}</td><td class="n">{fixed(line.rho_null)}</td>'
-        f'<td class="n">{fixed(line.ratio, 2)}</td><td class="n wide-only">{figure(line.norm_v)}</td>'
-        f'<td class="n wide-only">{figure(line.norm_delta)}</td>'
-    )
-    return (
-        f'<tr data-a="{action}"><td class="code name">{text(line.name, 160)}</td>'
-        f'<td class="wide-only shape">{text(shape)} {text(line.dtype)}</td>{figures if measured else ""}'
-        f'<td class="{class_}">{label}{text(taken)}</td><td class="why">{text(line.reason, 200)}</td></tr>'
-    )
+def _origin(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Sources, versions and times as far as they are known."""
+    from markupsafe import escape
 
-
-# Where it came from
-
-
-def _provenance(origin: Mapping[str, Any]) -> str:
-    parts = []
-    sources = origin.get("sources")
-    if isinstance(sources, Mapping) and sources:
-        rows = []
-        for role, source in list(sources.items())[:20]:
-            known = source if isinstance(source, Mapping) else {"label": source}
-            cells = "".join(
-                tag(
-                    "td",
-                    text(known.get(key) or "–", 300),
-                    class_="code" if key in ("label", "revision") else None,
-                )
-                for key in ("label", "kind", "revision", "license")
-            )
-            rows.append(tag("tr", tag("th", text(role, 40), scope="row") + cells))
-        heads = [("role", ""), ("source", ""), ("kind", ""), ("revision", ""), ("licence", "")]
-        parts.append(tag("h3", "Sources") + tag("div", _table(heads, "".join(rows)), class_="scroll"))
-    facts = []
-    versions, timings = origin.get("versions"), origin.get("timings")
-    if isinstance(versions, Mapping) and versions:
-        facts.append(
-            "Versions: " + ", ".join(f"{text(k, 60)} {text(v, 60)}" for k, v in list(versions.items())[:40]) + "."
-        )
-    if isinstance(timings, Mapping):
-        known_times = [
-            f"{text(k, 60)} {text(duration(v))}" for k, v in list(timings.items())[:40] if number(v) is not None
-        ]
-        if known_times:
-            facts.append("Time: " + ", ".join(known_times) + ".")
-    if origin.get("created"):
-        facts.append(f"Made {text(origin['created'], 60)}.")
-    parts += [tag("p", fact, class_="note") for fact in facts]
-    if origin.get("recipe"):
-        recipe = tag("pre", tag("code", escape(clean_lines(origin["recipe"]))), tabindex=0)
-        parts.append(tag("h3", "Recipe") + recipe)
-        parts.append(tag("p", "To repeat it: <code>safemerge-run safemerge_recipe.yaml</code>", class_="note"))
-    footer = tag(
-        "footer",
-        "Made with safemerge-recipes. Method: "
-        + tag("a", "SafeMERGE, arXiv 2503.17239", href=_PAPER, rel="noreferrer")
-        + ".",
-    )
-    return (_section("origin", "Provenance", "", *parts) if parts else "") + footer
+    given, versions, timings = origin.get("sources"), origin.get("versions"), origin.get("timings")
+    sources = {
+        str(role): source if isinstance(source, Mapping) else {"label": source}
+        for role, source in (list(given.items())[:20] if isinstance(given, Mapping) else ())
+    }
+    versions = dict(list(versions.items())[:40]) if isinstance(versions, Mapping) else {}
+    timings = list(timings.items())[:40] if isinstance(timings, Mapping) else []
+    return {
+        "sources": sources,
+        "source_heads": [
+            h for h in ("label", "kind", "revision", "license") if any(s.get(h) for s in sources.values())
+        ],
+        "versions": versions,
+        "timings": [(name, duration(value)) for name, value in timings if number(value) is not None],
+        "created": origin.get("created"),
+        "recipe": escape(clean_lines(origin["recipe"])) if origin.get("recipe") else "",  # with its line breaks
+    }

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safemerge_recipes.text import clean, figure, number
+from safemerge_recipes.text import clean, figure, fixed, number, percent, points, signed
 
+MAX_SENTENCES = 6
+"""Pairs of models whose separation is told."""
 ORDER = ("base", "aligned", "finetuned", "safety", "merged")
 """Models in the order in which they are shown; others follow."""
 
@@ -64,29 +66,177 @@ def _score(model: object, task: object, metric: object, entry: object) -> Score 
     )  # fmt: skip
 
 
-def read_verdicts(scores: Mapping[str, Any] | None, most: int | None = None) -> list[str]:
-    """The paired tests in words, and what about the scores may not be comparable; beyond `most`, how many."""
-    given: Mapping[str, Any] = scores if isinstance(scores, Mapping) else {}
-    rows, cautions = given.get("comparisons"), given.get("cautions")
-    found = [
-        f"{clean(row.get('model'), 80)} against {clean(row.get('reference'), 80)}, {clean(row.get('task'), 80)}, "
-        f"{clean(row.get('metric'), 80)}: {clean(row.get('verdict'))}"
-        for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, Mapping)
-    ]
-    found += [f"Mind: {clean(one)}" for one in (cautions if isinstance(cautions, list) else ())]
-    return found if most is None or len(found) <= most else [*found[:most], f"{len(found) - most} more"]
+@dataclass(frozen=True, slots=True)
+class Test:
+    """One paired test of a model against a reference. Figures that a file does not hold are None."""
+
+    model: str
+    reference: str
+    task: str
+    metric: str
+    n: int | None
+    value: float | None
+    reference_value: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    better: bool | None
+    detected: bool | None
+    equivalent: bool
+    verdict: str
+
+    @property
+    def rate(self) -> bool:
+        """Whether the values are rates, so that their difference is told in points."""
+        if self.metric == "auroc":
+            return False
+        return all(x is None or abs(x) <= 1 for x in (self.value, self.reference_value, self.difference))
+
+    @property
+    def secondary(self) -> bool:
+        """Whether it tests a metric that only completes another."""
+        return is_secondary(self.metric)
+
+    @property
+    def beside(self) -> bool:
+        """Whether it says nothing that a headline needs: it completes another metric, or is J by another measure."""
+        return self.secondary or self.metric == "auroc"
+
+    @property
+    def change(self) -> str:
+        """The difference as it is printed."""
+        return points(self.difference) if self.rate else signed(self.difference)
+
+    @property
+    def between(self) -> str:
+        """Its 95 % interval as it is printed; empty where unknown."""
+        if self.low is None or self.high is None:
+            return ""
+        ends = (points(x) if self.rate else signed(x) for x in (self.low, self.high))
+        return " to ".join(ends)
+
+    @property
+    def chance(self) -> str:
+        """The corrected p as it is printed."""
+        return "< 0.001" if self.p is not None and self.p < 0.001 else fixed(self.p)
+
+    @property
+    def finding(self) -> str:
+        """What was found, in a word or two; the whole verdict where the file holds no figures."""
+        if self.detected is None or self.difference is None:
+            return self.verdict
+        if self.equivalent:
+            return "equivalent"
+        if not self.detected:
+            return "no difference detected"
+        word = "higher" if self.difference > 0 else "lower"
+        return word if self.better is None else f"{word}: {'better' if self.better else 'worse'}"
+
+    @property
+    def words(self) -> str:
+        """The test in one sentence."""
+        return f"{self.model} against {self.reference}, {self.task}, {self.metric}: {self.verdict}"
+
+
+def read_tests(scores: Mapping[str, Any] | None) -> list[Test]:
+    """The paired tests of a scores file, in its order."""
+    rows = scores.get("comparisons") if isinstance(scores, Mapping) else None
+    return [_test(row) for row in (rows if isinstance(rows, list) else ()) if isinstance(row, Mapping)]
+
+
+def _test(row: Mapping[str, Any]) -> Test:
+    difference, higher, n = number(row.get("difference")), row.get("higher_is_better"), number(row.get("n"))
+    detected = row.get("detected")
+    p = number(row.get("p_holm"))
+    return Test(
+        clean(row.get("model"), 80), clean(row.get("reference"), 80),
+        clean(row.get("task"), 80), clean(row.get("metric"), 80),
+        int(n) if n is not None else None,
+        number(row.get("value")), number(row.get("reference_value")), difference,
+        number(row.get("low")), number(row.get("high")), p,
+        (difference > 0) == higher if isinstance(higher, bool) and difference else None,
+        detected if isinstance(detected, bool) else None, row.get("equivalent") is True, clean(row.get("verdict")),
+    )  # fmt: skip
+
+
+def read_cautions(scores: Mapping[str, Any] | None) -> list[str]:
+    """What about the scores may not be comparable."""
+    found = scores.get("cautions") if isinstance(scores, Mapping) else None
+    return [clean(one) for one in (found if isinstance(found, list) else ())]
+
+
+def is_secondary(metric: str) -> bool:
+    """Whether a metric only completes another, as compliance and degenerate answers do refusals."""
+    return metric.partition(",")[0] in ("compliance", "degenerate")
+
+
+def task_title(task: str) -> str:
+    """A task as people call it: ours without their prefix."""
+    ours = task.removeprefix("safemerge_").removesuffix("_tuning")
+    return {"overrefusal": "over-refusal"}.get(ours, ours.replace("_", " ") if ours != task else task)
+
+
+def headline(scores: Mapping[str, Any] | None) -> str:
+    """The verdict in one line: what the paired tests found of the merged model against the fine-tuned one.
+
+    Empty without scores. A difference that was not detected is called that, not equality.
+    """
+    tests = [t for t in read_tests(scores) if (t.model, t.reference) == ("merged", "finetuned")]
+    main = [t for t in tests if not t.beside and t.detected is not None and t.difference is not None]
+    if not main:
+        rows = (row for rows in read_scores(scores).values() for row in rows)
+        told = [f"{task_title(r.task)} {shown(r.value, 0 <= r.value <= 1)}" for r in rows
+                if r.model == "merged" and not is_secondary(r.metric)]  # fmt: skip
+        return _sentence([*told[:4], "not tested against the fine-tuned model"]) if told else ""
+    several = len({t.task for t in main}) < len(main)
+    changed, same, unchanged = [], [], []
+    for test in main:
+        title, metric = task_title(test.task), clean(test.metric.partition(",")[0], 40)
+        if metric == "separation":
+            title = "separation of harmful from harmless"
+        elif several and metric != title and sum(t.task == test.task for t in main) > 1:
+            title += f" {metric}"
+        if test.equivalent:
+            unchanged.append(title)
+        elif test.detected:
+            worse = " (worse)" if test.better is False else ""
+            changed.append(f"{title} {test.change}{' points' if test.rate else ''}{worse}")
+        else:
+            same.append(title)
+    if unchanged:
+        changed.append(f"{' and '.join(dict.fromkeys(unchanged))} unchanged within five points")
+    if same:
+        changed.append(f"no change detected in {' or '.join(dict.fromkeys(same))}")
+    return _sentence(changed)
+
+
+def separations(scores: Mapping[str, Any] | None) -> list[str]:
+    """What a scores file says of how well each model tells harmful from harmless, a sentence a pair of models."""
+    found = scores.get("headline") if isinstance(scores, Mapping) else None
+    told = [clean(one) for one in (found if isinstance(found, list) else ())]
+    return [text[:1].upper() + text[1:] for text in told if text][:MAX_SENTENCES]
+
+
+def _sentence(parts: list[str]) -> str:
+    text = ", ".join(parts)
+    return text[:1].upper() + text[1:]
 
 
 def is_rate(rows: list[Score]) -> bool:
-    """Whether all values and intervals lie in [0, 1], and so read as percentages; J (`separation`) may be negative."""
+    """Whether all values and intervals lie in [0, 1], and so read as percentages; J (`separation`) may be negative.
+
+    AUROC is read as a number between 0 and 1.
+    """
+    if any(row.metric == "auroc" for row in rows):
+        return False
     least = -1 if all(row.metric == "separation" for row in rows) else 0
     return all(least <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)
 
 
 def shown(value: float, rate: bool) -> str:
     """A value as it is printed."""
-    return f"{100 * value:.1f} %" if rate else figure(value, 4)
+    return percent(value) if rate else figure(value, 4)
 
 
 def interval(row: Score, rate: bool) -> str:
@@ -94,5 +244,5 @@ def interval(row: Score, rate: bool) -> str:
     if row.low is None or row.high is None:
         return ""
     if rate:
-        return f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+        return f"{fixed(100 * row.low, 1)} to {fixed(100 * row.high, 1)}"
     return f"{figure(row.low, 4)} to {figure(row.high, 4)}"

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.report.overview import Line, Overview, method_words, read_plan, sentence
-from safemerge_recipes.report.scores import interval, is_rate, read_scores, shown
+from safemerge_recipes.report.console import Page, cut
+from safemerge_recipes.report.overview import Line, Overview, read_plan
+from safemerge_recipes.report.sentences import chance, methods, sentence
+from safemerge_recipes.report.terminal_scores import score_lines
 from safemerge_recipes.text import (
     clean,
     count,
@@ -26,55 +28,16 @@ from safemerge_recipes.text import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-MAX_WIDTH = 100
 MAX_KINDS = 24
 """Module types listed one by one; what is beyond is summed up."""
 CHART_ROWS = 9
-AXIS = 24
-"""Columns of the small ρ axis beside each module type."""
-
-_ASCII = str.maketrans(
-    {
-        "ρ": "rho", "₀": "0", "τ": "tau", "α": "alpha", "Δ": "D", "λ": "lambda", "γ": "gamma", "‖": "|",
-        "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "●": "o", "│": "|", "─": "-", "┊": "!",
-        "×": "x", "┄": "-", "\N{NO-BREAK SPACE}": " ",
-    }
-)  # fmt: skip
-
-
-class _Page:
-    """Lines on a console: `words` are ours and may be styled, everything is literal text."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.width = max(40, min(console.width, MAX_WIDTH))
-        self.plain = console.options.ascii_only
-
-    def line(self, text: str = "", style: str = "") -> None:
-        """One paragraph, wrapped to the page."""
-        from rich.text import Text
-
-        self.console.print(Text(self.fit(text), style=style, overflow="fold"), width=self.width, highlight=False)
-
-    def marks(self, text: str, styles: Mapping[str, str]) -> None:
-        """One line of a chart, each mark in its style."""
-        from rich.text import Text
-
-        line = Text(self.fit(text), no_wrap=True, overflow="crop")
-        for mark, style in styles.items():
-            line.highlight_words([self.fit(mark)], style)
-        self.console.print(line, width=self.width, highlight=False)
-
-    def fit(self, text: str) -> str:
-        """The text in characters that the output can hold."""
-        if not self.plain:
-            return text
-        return text.translate(_ASCII).encode("ascii", "backslashreplace").decode("ascii")
+AXIS = (12, 24)
+"""Least and most columns of the small ρ axis beside each module type; names come first."""
 
 
 def print_plan(plan: Mapping[str, Any], console: Console) -> None:
     """Prints what a plan decides, why, and what carrying it out will take."""
-    page, view = _Page(console), read_plan(plan)
+    page, view = Page(console), read_plan(plan)
     _head(page, view, done=False)
     _body(page, view)
     summary = view.summary
@@ -93,13 +56,14 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
     Args:
         plan: the content of safemerge_plan.json.
         result: `output` (folder), `bytes_written` (bytes), `seconds` or `timings` with a `total`,
-            `peak_memory` (bytes), `resumed` (tensors that were there already), `scores`; each may be absent.
+            `peak_memory` (bytes), `resumed` (tensors that were there already), `scores`, `warnings` (what is not
+            in the plan, such as licences that differ); each may be absent.
         console: where to print.
     """
-    page, view = _Page(console), read_plan(plan)
+    page, view = Page(console), read_plan(plan)
     _head(page, view, done=True)
     _body(page, view)
-    _scores(page, result.get("scores"))
+    score_lines(page, result.get("scores"))
     timings = result.get("timings")
     seconds = number(result.get("seconds", timings.get("total") if isinstance(timings, Mapping) else None))
     written = number(result.get("bytes_written", view.summary.get("bytes_written")))
@@ -112,29 +76,33 @@ def print_result(plan: Mapping[str, Any], result: Mapping[str, Any], console: Co
         facts.append(f"{things(count(result['resumed']), 'tensor')} from an earlier run")
     if result.get("output"):
         page.line(f"Wrote {clean(result['output'], 1000)}", "bold")
+    for warning in result.get("warnings") or ():
+        page.line(f"Warning: {clean(warning, 1000)}", "yellow")
     if facts:
         page.line(("  " if result.get("output") else "Wrote ") + ", ".join(facts))
 
 
-def _head(page: _Page, view: Overview, done: bool) -> None:
+def _head(page: Page, view: Overview, done: bool) -> None:
     page.line(view.name, "bold")
     if view.description:
         page.line(clean(view.description, 600))
     page.line()
     page.line(sentence(view, done))
-    methods = view.methods()
-    if methods:
-        page.line("Method: " + "; ".join(method_words(view, method) for method in methods[:8]) + ".")
+    if named := [label for label, _, _ in methods(view)]:
+        page.line(f"Method: {'; '.join(named)}.")
     page.line()
 
 
-def _body(page: _Page, view: Overview) -> None:
+def _body(page: Page, view: Overview) -> None:
     kinds = view.kinds()
     if kinds:
         _kinds(page, view, kinds)
         page.line()
     if view.measured and any(line.block is not None and line.rho is not None for line in view.gated):
         _chart(page, view)
+        page.line()
+    if told := chance(view):
+        page.line(told, "yellow")
         page.line()
     for text in view.warnings[:10]:
         page.line(f"Warning: {text}", "yellow")
@@ -154,13 +122,13 @@ def _top(view: Overview) -> float:
     return next((top for top in (0.04, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0) if top >= most), most)
 
 
-def _axis(lines: list[Line], top: float) -> str:
-    """min to max of ρ as a line, its median, τ and the median of ρ₀, on `AXIS` columns from 0 to `top`."""
+def _axis(lines: list[Line], top: float, columns: int) -> str:
+    """min to max of ρ as a line, its median, τ and the median of ρ₀, on so many columns from 0 to `top`."""
     rhos = [line.rho for line in lines if line.rho is not None]
-    cells = [" "] * AXIS
+    cells = [" "] * columns
 
     def at(value: float) -> int:
-        return max(0, min(AXIS - 1, round(value / top * (AXIS - 1))))
+        return max(0, min(columns - 1, round(value / top * (columns - 1))))
 
     if rhos:
         for column in range(at(min(rhos)), at(max(rhos)) + 1):
@@ -176,47 +144,47 @@ def _axis(lines: list[Line], top: float) -> str:
     return "".join(cells)
 
 
-def _kinds(page: _Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
+def _kinds(page: Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
+    """A line a module type: how many merge, and where ρ is measured its median and its spread on an axis.
+
+    Names take what they need before the axis is drawn wide.
+    """
     rows = list(kinds.items())
-    shown_rows, rest = rows[:MAX_KINDS], rows[MAX_KINDS:]
-    measured, top = view.measured, _top(view)
-    # The figures beside the name take 19 columns, with ρ another 8 + AXIS + 2.
-    room = page.width - 19 - (10 + AXIS if measured else 0)
-    label = max(8, min(room, max(len("module type"), *(len(kind) for kind, _ in shown_rows))))
-    head = f"{'module type':<{label}}  merge  gated"
-    if measured:
-        head += f"  median  0{figure(top, 2):>{AXIS - 1}}"
-    page.line(head, "dim")
-    for kind, lines in shown_rows:
-        page.marks(_row(_cut(kind, label), lines, label, measured, top), {"●": "bold", "┊": "yellow", "×": "dim"})
+    listed, rest = rows[:MAX_KINDS], rows[MAX_KINDS:]
+    wanted = max(len("module type"), *(len(kind) for kind, _ in listed))
+    figures = [
+        ("merge", lambda lines: str(sum(line.merged for line in lines))),
+        ("gated", lambda lines: str(len(lines))),
+    ]
+    if view.measured:
+        figures.append(("median", lambda lines: fixed(median([x for line in lines if (x := line.rho) is not None]))))
+    room = page.width - sum(2 + len(head) for head, _ in figures)
+    axis = max(AXIS[0], min(AXIS[1], room - 2 - wanted)) if view.measured else 0
+    label, top = max(8, min(room - (2 + axis if axis else 0), wanted)), _top(view)
+
+    def row(kind: str, lines: list[Line], drawn: bool = True) -> str:
+        text = f"{cut(kind, label):<{label}}" + "".join(f"  {of(lines):>{len(head)}}" for head, of in figures)
+        return f"{text}  {_axis(lines, top, axis)}" if axis and drawn else text
+
+    head = f"{'module type':<{label}}" + "".join(f"  {head}" for head, _ in figures)
+    page.line(head + (f"  0{figure(top, 2):>{axis - 1}}" if axis else ""), "dim")
+    for kind, lines in listed:
+        page.marks(row(kind, lines), {"●": "bold", "┊": "yellow", "×": "dim"})
     if rest:
-        lines = [line for _, members in rest for line in members]
-        page.marks(_row(f"{len(rest)} others", lines, label, measured, top), {"●": "bold"})
+        others = [line for _, members in rest for line in members]
+        page.marks(row(f"{len(rest)} others", others), {"●": "bold"})
     if len(rows) > 1:
-        page.line(_row("all", view.gated, label, False, top).rstrip(), "bold")
-    free = len(view.lines) - len(view.gated)
-    if free:
+        page.line(row("all", view.gated, drawn=False), "bold")
+    if free := len(view.lines) - len(view.gated):
         page.line(f"{'not gated':<{label}}  {'–':>5}  {free:>5}", "dim")
-    if measured:
+    if view.measured:
         page.line("ρ: ● median, ─ min to max, ┊ τ, × ρ₀ (an update unrelated to V)", "dim")
-
-
-def _row(kind: str, lines: list[Line], label: int, measured: bool, top: float) -> str:
-    text = f"{kind:<{label}}  {sum(line.merged for line in lines):>5}  {len(lines):>5}"
-    if not measured:
-        return text
-    middle = median([line.rho for line in lines if line.rho is not None])
-    return f"{text}  {fixed(middle):>6}  {_axis(lines, top)}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"…{text[len(text) - width + 1 :]}"
 
 
 # By block
 
 
-def _chart(page: _Page, view: Overview) -> None:
+def _chart(page: Page, view: Overview) -> None:
     """Per block: ρ from min to max with its median; τ dotted. Blocks share columns where they must."""
     gated = [line for line in view.gated if line.block is not None and line.rho is not None]
     total = len(view.blocks)
@@ -250,25 +218,3 @@ def _chart(page: _Page, view: Overview) -> None:
     first, last = clean(view.blocks[0], 12), clean(view.blocks[-1], 12)
     gap = max(1, (columns - 1) * wide + 1 - len(first))
     page.line("      " + (first if total == 1 else f"{first}{last:>{gap}}"), "dim")
-
-
-# Scores
-
-
-def _scores(page: _Page, scores: object) -> None:
-    """One line a model and metric: the value and its 95 % interval."""
-    groups = read_scores(scores if isinstance(scores, Mapping) else None)
-    if not groups:
-        return
-    width = max(10, *(len(row.model) for rows in groups.values() for row in rows))
-    width = min(width, page.width - 40)
-    for label, rows in groups.items():
-        rate = is_rate(rows)
-        page.line(label, "bold")
-        for row in rows:
-            between = interval(row, rate)
-            text = f"  {_cut(row.model, width):<{width}}  {shown(row.value, rate):>8}"
-            text += f"  {between:<14}" if between else " " * 16
-            page.line((text + (f"  n = {count(row.n)}" if row.n is not None else "")).rstrip())
-    page.line("Intervals are 95 %.", "dim")
-    page.line()

@@ -27,7 +27,7 @@ def test_compare_pairs_by_prompt_whatever_the_order():
     assert (d.n, d.value, d.reference_value, d.difference) == (100, 0.6, 0.1, pytest.approx(0.5))
     assert d.p == pytest.approx(scipy_stats.binomtest(0, 50).pvalue)
     assert d.low < 0.5 < d.high
-    assert d.verdict.startswith("higher, which is better (60.0% against 10.0%, n=100, difference +50.0 points")
+    assert d.verdict.startswith("higher, which is better (60.0 % against 10.0 %, n=100, difference +50.0 points")
     assert result.cautions == ()
 
 
@@ -45,7 +45,7 @@ def test_a_small_difference_is_not_called_equality():
     first, second = rows(*range(30), n=64), rows(*range(33), n=64)
     d = compare({"a": scores(first), "b": scores(second)}, "a").differences[0]
     assert not d.detected
-    assert d.verdict.startswith("no difference detected (51.6% against 46.9%, n=64")
+    assert d.verdict.startswith("no difference detected (51.6 % against 46.9 %, n=64")
     assert "95 % CI" in d.verdict
 
 

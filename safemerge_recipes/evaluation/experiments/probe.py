@@ -24,7 +24,7 @@ from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.tensor_names import block_of, module_type
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 FORMAT = 1
 PROBE_FILE = "safemerge_probe.json"
@@ -142,33 +142,3 @@ def picture(rows: Mapping[str, Mapping[str, Any]], by: By) -> str:
         for name, row in rows.items()
     }
     return heat_map(cells, tuple(columns), f"change when one {by} is merged, beside ρ", ("safety", "utility"))
-
-
-def print_probe(content: Mapping[str, Any], console: Console) -> None:
-    """Prints the groups from the largest gain in safety to the largest loss, and the correlations."""
-    from rich.table import Table
-
-    grid = Table(box=None, pad_edge=False)
-    for heading in ("merged alone", *SYMBOLS.values(), "safety", "utility"):
-        grid.add_column(heading, justify="left" if heading == "merged alone" else "right")
-    rows = sorted(content["groups"].items(), key=lambda item: (-item[1]["safety"], item[0]))
-    for name, row in rows if len(rows) <= 40 else [*rows[:20], *rows[-20:]]:
-        numbers = ["-" if row[key] is None else f"{row[key]:.3f}" for key in SYMBOLS]
-        grid.add_row(name, *numbers, f"{100 * row['safety']:+.1f}", f"{100 * row['utility']:+.1f}")
-    console.print(grid, markup=False)
-    base = content["merge_none"]
-    console.print(
-        f"Changes in points, from {content['safety']} {base['safety']:.1%} and utility {base['utility']:.1%} with none "
-        "merged.",
-        markup=False,
-        soft_wrap=True,
-    )
-    for one in content["correlations"]:
-        name = SYMBOLS[one["metric"]]
-        if one["spearman"] is None:
-            console.print(f"{name} and {one['change']}: no correlation to compute (n = {one['n']})", markup=False)
-        else:
-            console.print(
-                f"{name} and {one['change']}: Spearman {one['spearman']:+.2f}, p = {one['p']:.3f}, n = {one['n']}",
-                markup=False,
-            )

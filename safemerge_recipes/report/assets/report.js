@@ -25,6 +25,70 @@
   document.addEventListener("pointerover", point);
   document.addEventListener("click", point);
 
+  // Another threshold: what each position of the slider would merge, counted from the marks' own values.
+  const chooser = document.getElementById("chooser");
+  if (chooser) {
+    const { low, high, step, chosen, key, above } = chooser.dataset;
+    const [slider, told] = [chooser.querySelector("input"), chooser.querySelector("output")];
+    const [line, button] = [chooser.querySelector("code"), chooser.querySelector("button")];
+    const merges = above === "1"
+      ? (key === "at_most" ? (value, tau) => value >= tau : (value, tau) => value > tau)
+      : (key === "at_most" ? (value, tau) => value <= tau : (value, tau) => value < tau);
+    const rows = [...chooser.querySelectorAll("svg g.row")].map((row) => ({
+      sum: row.querySelector(".sum"),
+      cells: [...row.querySelectorAll("g[data-v]")].map((cell) => ({
+        values: cell.dataset.v.split(" ").filter(Boolean).map(Number),
+        settled: Number(cell.dataset.m),
+        all: Number(cell.dataset.n),
+        back: cell.querySelector(".rest"),
+        share: cell.querySelector(".share"),
+      })),
+    }));
+    const steps = Math.round((high - low) / step);
+    const short = (value) => Number(value.toPrecision(6));
+    const at = (position) => short(Number(low) + position * step);
+    const start = Math.round((Number(chosen || (Number(low) + Number(high)) / 2) - low) / step);
+    Object.assign(slider, { min: 0, max: steps, step: 1, value: start });
+    const draw = () => {
+      // The recipe's own τ need not lie on the slider's grid.
+      const tau = chosen && Number(slider.value) === start ? Number(chosen) : at(Number(slider.value));
+      let [merged, all] = [0, 0];
+      for (const { sum, cells } of rows) {
+        let [some, total] = [0, 0];
+        for (const cell of cells) {
+          const count = cell.settled + cell.values.reduce((sofar, value) => sofar + merges(value, tau), 0);
+          if (cell.share) {
+            const [top, height] = [Number(cell.back.getAttribute("y")), Number(cell.back.getAttribute("height"))];
+            cell.share.setAttribute("height", height * count / cell.all);
+            cell.share.setAttribute("y", top + height * (1 - count / cell.all));
+          }
+          some += count;
+          total += cell.all;
+        }
+        if (sum) sum.textContent = `${some} of ${total}`;
+        merged += some;
+        all += total;
+      }
+      told.textContent = `${tau}: ${merged} of ${all} gated tensors merge`;
+      line.textContent = `--set gate.${key}=${tau}`;
+      slider.setAttribute("aria-valuetext", told.textContent);
+      button.textContent = "Copy";
+    };
+    slider.addEventListener("input", draw);
+    button.addEventListener("click", async () => {
+      // A page from the disk may not be allowed to write the clipboard; the line is then selected instead.
+      try {
+        await navigator.clipboard.writeText(line.textContent);
+        button.textContent = "Copied";
+      } catch {
+        window.getSelection().selectAllChildren(line);
+        button.textContent = "Selected";
+      }
+    });
+    chooser.hidden = false;
+    draw();
+  }
+
   // The table: search, filter, sort.
   const table = document.getElementById("decisions");
   const tools = document.getElementById("tools");
@@ -57,7 +121,7 @@
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const sorted = rows.map(({ row }) => ({ row, word: key(row), value: parseFloat(key(row)) }));
+      const sorted = rows.map(({ row }) => ({ row, word: key(row), value: parseFloat(key(row).replace("−", "-")) }));
       const numeric = head.classList.contains("n");
       sorted.sort((a, b) => {
         if (!numeric) return (up ? 1 : -1) * a.word.localeCompare(b.word, undefined, { numeric: true });
