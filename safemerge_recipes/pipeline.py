@@ -39,10 +39,11 @@ from safemerge_recipes.planning.plan import Measure, Outlook, Plan, check_gates,
 from safemerge_recipes.planning.plugins import Registry, read_registry
 from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe
 from safemerge_recipes.recipe.model import Recipe, Role
+from safemerge_recipes.report.licences import licence_note
 from safemerge_recipes.sources.family import Family, open_family
-from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.masks import mask_path
-from safemerge_recipes.sources.side_files import copy_side_files, no_tokenizer, side_files, tokenizer_files
+from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
+from safemerge_recipes.sources.side_files import copy_side_files, no_tokenizer, only_tokenizer, side_files
 from safemerge_recipes.storage.digests import Digests, InputDigest, remember_digest
 from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
@@ -132,6 +133,7 @@ class Result:
         plan: what was carried out.
         files: sha256 of each weight file, by name.
         timings: seconds of each phase, and their `total`.
+        bytes_written: bytes of the weight files, and of an adapter's config.
         resumed: tensors that were there from an earlier run.
         scores: the content of safemerge_scores.json where the output was scored.
     """
@@ -140,6 +142,7 @@ class Result:
     plan: Prepared
     files: Mapping[str, str]
     timings: Mapping[str, float]
+    bytes_written: int
     resumed: int
     scores: Mapping[str, Any] | None = None
 
@@ -147,7 +150,9 @@ class Result:
         """The run as plain data, as `run --json` prints it."""
         told = {
             "output": str(self.output),
-            "summary": self.plan.plan_json()["summary"],
+            "summary": {**self.plan.plan_json()["summary"], "bytes_written": self.bytes_written},
+            "bytes_written": self.bytes_written,
+            "warnings": [note] if (note := licence_note(provenance_of(self.plan)["sources"])) else [],
             "files": dict(self.files),
             "timings": dict(self.timings),
             "resumed": self.resumed,
@@ -384,15 +389,13 @@ def _write(
     tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
     plan = prepared.plan_json()
     timings = _document(prepared, part, output, plan, beside_of(prepared), inputs, sealed.files, tensors, timings)
-    return Result(output, prepared, sealed.files, timings, len(done))
+    return Result(output, prepared, sealed.files, timings, graph.bytes_written, len(done))
 
 
 def beside_of(prepared: Prepared) -> Mapping[str, Path]:
-    """Relative name -> source of the files that lie beside the weights; of an adapter, its own tokenizer alone."""
-    if prepared.recipe.output.format != "adapter":
-        return prepared.resolved.side_files
-    finetuned = prepared.family.models["finetuned"].folder
-    return tokenizer_files(finetuned.path) if finetuned.kind == "adapter" else {}
+    """Relative name -> source of the files that lie beside the weights; of an adapter, the tokenizer alone."""
+    files = prepared.resolved.side_files
+    return only_tokenizer(files) if prepared.recipe.output.format == "adapter" else files
 
 
 def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener) -> Result:
@@ -410,10 +413,11 @@ def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digest
     plan = prepared.plan_json()
     for line in plan["tensors"]:
         line.update(notes.get(line["name"], {}))
+    plan["summary"]["bytes_written"] = sum((part / name).stat().st_size for name in files)
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}
     timings = _document(prepared, part, output, plan, beside_of(prepared), inputs, files, {}, timings)
-    return Result(output, prepared, files, timings, 0)
+    return Result(output, prepared, files, timings, plan["summary"]["bytes_written"], 0)
 
 
 def _document(
@@ -433,38 +437,33 @@ def _document(
     check_unchanged(prepared.identities)
     copy_side_files(beside, part, prepared.family.config_edits)
     timings = {**prepared.timings, **timings}
-    for name, text in documents(plan, None, provenance_of(prepared), part).items():
+    provenance = provenance_of(prepared)
+    for name, text in documents(plan, None, provenance, part).items():
         write_file(part / name, text)
     labels: dict[str, tuple[list[str], str]] = {}
     for role, model in prepared.family.models.items():
         for file in model.files:
-            labels.setdefault(file, ([], _label(model.folder)))[0].append(role)
+            labels.setdefault(file, ([], origin(model.folder)[0]))[0].append(role)
     for file in prepared.family.mask_files:
         labels.setdefault(file, ([], Path(file).name))[0].append("mask")
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
         inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
     )  # fmt: skip
-    write_manifest(part, manifest)
+    write_manifest(part, manifest | {key: provenance[key] for key in ("sources", "pipeline_tag")})
     return timings
-
-
-def _label(folder: Folder) -> str:
-    """How an output names a source: a hub id, or the folder's own name without its place on this machine."""
-    return folder.label if folder.revision else folder.path.name
 
 
 def provenance_of(prepared: Prepared) -> dict[str, Any]:
     """What report and card say of the sources and versions. Holds no local path."""
-    sources = {
-        role: {
-            "label": _label(model.folder),
-            "kind": model.folder.kind,
-            "revision": model.folder.revision,
-        }
-        for role, model in prepared.family.models.items()
+    family = prepared.family
+    sources = sources_of(family, prepared.resolved.directory)
+    return {
+        "sources": sources,
+        "pipeline_tag": pipeline_tag(family.models["aligned"].checkpoint.config),
+        "versions": versions(),
+        "recipe": portable(dump_recipe(prepared.recipe), sources),
     }
-    return {"sources": sources, "versions": versions(), "recipe": dump_recipe(prepared.recipe)}
 
 
 def documents(

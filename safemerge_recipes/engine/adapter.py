@@ -27,6 +27,7 @@ from safemerge_recipes.sources.checkpoint import same_bytes
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import KEY_PREFIX, WEIGHTS_FILE
+from safemerge_recipes.sources.provenance import origin
 from safemerge_recipes.storage.arena import Arena, torch_dtype
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME
 from safemerge_recipes.storage.reader import Reader
@@ -261,10 +262,11 @@ class AdapterWriter:
                 parts.tensors[name] = tensor
         for module in {*saved, *(parts.ranks if bias == "lora_only" else ())}:
             self._complete(module, whole=module in saved)
+        base, revision = self.base()
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base(),
+            "base_model_name_or_path": base,
             "r": rank,
             "lora_alpha": rank,
             "rank_pattern": dict(sorted(other.items())),
@@ -280,7 +282,6 @@ class AdapterWriter:
             "fan_in_fan_out": any(name in self.family.input_first for name in parts.notes),
             "inference_mode": True,
         }
-        revision = self.family.models["aligned"].folder.revision
         if revision is not None:
             config["revision"] = revision
         return {f"{KEY_PREFIX}{name}": parts.tensors[name] for name in sorted(parts.tensors)}, config
@@ -294,12 +295,16 @@ class AdapterWriter:
             if disk in self.family.inventory and key not in self.parts.tensors:
                 self.parts.tensors[key] = self.load(self.family.inventory[disk])
 
-    def base(self) -> str:
-        """What the adapter's config calls the model it lies on: a hub id, or its folder's name, never its place."""
+    def base(self) -> tuple[str, str | None]:
+        """What the adapter's config calls the model it lies on, and its commit: a hub id, or a folder's full path.
+
+        PEFT takes a path relative to wherever the program runs, so only a full one can be found from elsewhere.
+        """
         aligned = self.family.models["aligned"]
         full = (m for m in self.family.models.values() if m.adapter is None and m.checkpoint is aligned.checkpoint)
         folder = next(full, aligned).folder
-        return folder.label if folder.revision else folder.path.name
+        name, revision = origin(folder)
+        return (name, revision) if revision else (str(folder.path.resolve()), None)
 
 
 def write_adapter(

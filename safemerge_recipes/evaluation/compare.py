@@ -31,6 +31,7 @@ from safemerge_recipes.evaluation.scoring import (
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import Suite, load_suite
 from safemerge_recipes.recipe.loading import load_recipe
+from safemerge_recipes.sources.provenance import portable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -248,27 +249,13 @@ def provenance_in(folder: Path) -> dict[str, Any]:
     try:
         manifest = manifest_record(folder)
         text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
-        given = load_recipe(folder / RECIPE_FILE).recipe.sources.roles()
-        sources = {}
-        for role, source in given.items():
-            label = str(source.model or source.adapter or source.location)
-            sources[role] = {
-                "label": label if source.revision else Path(label).name,
-                "kind": "adapter" if _is_adapter(folder, source) else "model",
-                "revision": source.revision,
-            }
-        return {"sources": sources, "versions": manifest["versions"], "recipe": text}
+        known = {key: manifest[key] for key in ("sources", "pipeline_tag")}
+        return {**known, "versions": manifest["versions"], "recipe": portable(text, known["sources"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckError(
             f"{folder}: no finished output of safemerge ({type(error).__name__}: {error}); expected {MANIFEST_FILE}, "
             f"{PLAN_FILE} and {RECIPE_FILE} there"
         ) from None
-
-
-def _is_adapter(folder: Path, source: Any) -> bool:
-    if source.adapter is not None:
-        return True
-    return source.location is not None and (folder / source.location / "adapter_config.json").exists()
 
 
 def render_again(folder: Path, results: Sequence[Path] = ()) -> None:

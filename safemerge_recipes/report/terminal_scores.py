@@ -138,8 +138,8 @@ def print_probe(content: Mapping[str, Any], console: Console) -> None:
     if left > 0:
         page.line(f"{things(left, 'group')} in between not shown.", "dim")
     page.line(
-        f"Changes in points, from {clean(content.get('safety', 'refusal'), 40)} {percent(base['safety'])} and utility {percent(base['utility'])} "
-        "with none merged."
+        f"Changes in points, from {clean(content.get('safety', 'refusal'), 40)} {percent(base['safety'])} "
+        f"and utility {percent(base['utility'])} with none merged."
     )
     for one in content["correlations"]:
         name = clean(symbols.get(one["metric"], one["metric"]), 40)

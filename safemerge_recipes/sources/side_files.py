@@ -116,6 +116,11 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return found
 
 
+def only_tokenizer(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of the side files that an adapter's folder needs, so that it loads by itself: its tokenizer."""
+    return {name: path for name, path in files.items() if _is_tokenizer(name) or name.startswith(_TOKENIZER_FOLDERS)}
+
+
 def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
     """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
 

@@ -5,9 +5,11 @@ Every write of a small file goes through here. Knows nothing of models, outputs 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +36,23 @@ def written(path: Path) -> Iterator[IO[bytes]]:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a small file that a stranger may have made: a plain file, and of no more than `limit` bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file (a pipe would wait for ever).
+        ValueError: it is larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "no plain file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: larger than {limit} bytes")
+    return content
 
 
 def write_file(path: Path, content: bytes | str) -> None:
