@@ -36,7 +36,8 @@ class Threshold:
 class Line:
     """One tensor of the plan. `kind` is its module type, `block` its place among the blocks, if in any.
 
-    `ruled` says that a rule has a selector, metric or direction of its own for it.
+    `rho_z` is ρ's distance from ρ₀ in spreads of unrelated updates, where that is known. `ruled` says that a
+    rule has a selector, metric or direction of its own for the tensor.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Line:
     value: float | None
     rho: float | None
     rho_null: float | None
+    rho_z: float | None
     norm_v: float | None
     norm_delta: float | None
     method: str
@@ -190,6 +192,7 @@ def _line(
         value=number(raw.get("value")),
         rho=number(raw.get("rho")),
         rho_null=number(raw.get("rho_null")),
+        rho_z=number(raw.get("rho_z")),
         norm_v=number(raw.get("norm_v")),
         norm_delta=number(raw.get("norm_delta")),
         method=clean(raw.get("method"), 100),

@@ -90,6 +90,7 @@ def render_report(
         pictures=_pictures(pictures or {}),
         kinds=_kinds(view),
         decisions=_decisions(view),
+        spread=any(line.rho_z is not None for line in view.gated),
         **_tests(scores),
         **_origin(provenance if isinstance(provenance, Mapping) else {}),
     )  # fmt: skip
@@ -213,8 +214,9 @@ def _kinds(view: Overview) -> dict[str, Any]:
             tag("rect", x=0.0, y=2.0, width=100.0, height=6.0, class_="rest"),
             tag("rect", x=0.0, y=2.0, width=100 * part, height=6.0, class_="share"),
         )  # fmt: skip
+        z = median([line.rho_z for line in lines if line.rho_z is not None])
         spread = (min(rho, default=None), median(rho), max(rho, default=None), null)
-        rows.append({"kind": kind, "merged": merged, "gated": len(lines), "bar": Markup(bar), "rho": spread})
+        rows.append({"kind": kind, "merged": merged, "gated": len(lines), "bar": Markup(bar), "rho": spread, "z": z})
     return {"rows": rows, "more": max(0, len(kinds) - MAX_KINDS)}
 
 

@@ -104,7 +104,12 @@ NEAR = 0.1
 
 
 def chance(view: Overview) -> str:
-    """What is to be said where every ρ, or nearly every one, sits on its ρ₀; else nothing."""
+    """What is to be said where every ρ, or nearly every one, sits on its ρ₀; else nothing.
+
+    Where a plan knows the spread of ρ₀, it judges that itself, among its warnings.
+    """
+    if any(line.rho_z is not None for line in view.gated):
+        return ""
     ratios = [line.ratio for line in view.gated if line.ratio is not None]
     near = sum(abs(ratio - 1) <= NEAR for ratio in ratios)
     if len(ratios) < 2 or near < 0.95 * len(ratios):

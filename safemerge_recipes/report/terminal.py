@@ -6,7 +6,7 @@ more. Text from outside is never read as markup. Knows no engine; `overview` rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.report.console import Page, cut
@@ -152,12 +152,15 @@ def _kinds(page: Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
     rows = list(kinds.items())
     listed, rest = rows[:MAX_KINDS], rows[MAX_KINDS:]
     wanted = max(len("module type"), *(len(kind) for kind, _ in listed))
-    figures = [
+    figures: list[tuple[str, Callable[[list[Line]], str]]] = [
         ("merge", lambda lines: str(sum(line.merged for line in lines))),
         ("gated", lambda lines: str(len(lines))),
     ]
+    spread = any(line.rho_z is not None for line in view.gated)
     if view.measured:
         figures.append(("median", lambda lines: fixed(median([x for line in lines if (x := line.rho) is not None]))))
+    if spread:
+        figures.append(("    z", lambda rows: fixed(median([z for line in rows if (z := line.rho_z) is not None]), 1)))
     room = page.width - sum(2 + len(head) for head, _ in figures)
     axis = max(AXIS[0], min(AXIS[1], room - 2 - wanted)) if view.measured else 0
     label, top = max(8, min(room - (2 + axis if axis else 0), wanted)), _top(view)
@@ -179,6 +182,8 @@ def _kinds(page: Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
         page.line(f"{'not gated':<{label}}  {'–':>5}  {free:>5}", "dim")
     if view.measured:
         page.line("ρ: ● median, ─ min to max, ┊ τ, × ρ₀ (an update unrelated to V)", "dim")
+    if spread:
+        page.line("z: median distance of ρ from ρ₀ in spreads; within ±2 chance does as well", "dim")
 
 
 # By block

@@ -1,4 +1,7 @@
-"""The model card: metadata that the hub reads, hostile names, what it may claim."""
+"""The model card: metadata that the hub reads, hostile names, what it may claim.
+
+Guards `report.markdown`, `report.metadata`, `report.licences`.
+"""
 
 from __future__ import annotations
 

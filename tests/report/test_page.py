@@ -1,4 +1,7 @@
-"""The report page: what it shows, hostile names, size, and missing parts."""
+"""The report page: what it shows, hostile names, size, and missing parts.
+
+Guards `report.charts`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The terminal's summary of a plan and of a run: what it shows, hostile names, narrow and plain terminals."""
+"""The terminal's summary of a plan and of a run: what it shows, hostile names, narrow and plain terminals.
+
+Guards `report.console`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from rich.console import Console
 from safemerge_recipes.report.card import render_card
 from safemerge_recipes.report.page import render_report
 from safemerge_recipes.report.terminal import print_plan, print_result
-from tests.fixtures.plans import HOSTILE, KINDS, RECIPE, SCORES, hostile, make_plan
+from safemerge_recipes.report.terminal_scores import print_scores
+from tests.fixtures.plans import HOSTILE, KINDS, RECIPE, SCORES, hostile, make_plan, paired
 
 
 def printed(call: Any, *args: Any, width: int = 80, encoding: str = "utf-8") -> str:
@@ -102,3 +106,26 @@ class TestTerminal:
         row = next(row for row in printed(print_plan, plan).splitlines() if row.startswith("self_attn.q_proj"))
         axis = row[-24:]
         assert [axis.index(mark) for mark in "┊●×"] == [round(x * 23) for x in (0.25, 0.5, 1.0)]
+
+    def test_at_60_columns_names_are_whole_and_the_axis_gives_way(self):
+        for spread in (False, True):
+            plan = make_plan(8)
+            for tensor in plan["tensors"]:
+                if tensor["metric"] and spread:
+                    tensor["rho_z"] = -12.34
+            text = printed(print_plan, plan, width=60)
+            rows = text.splitlines()
+            assert all(any(row.startswith(f"{kind} ") for row in rows) for kind in KINDS)
+            assert ("−12.3" in text) is spread
+            assert max(map(len, rows)) <= 60
+
+    def test_tests_are_told_after_the_scores_and_the_headline_before(self):
+        scores = {**SCORES, "comparisons": [paired(0.387), paired(-0.01, "gsm8k", "exact_match", detected=False)]}
+        for width in (60, 80):
+            text = printed(print_scores, scores, width=width)
+            assert text.startswith("Refusal +38.7 points, no change detected in gsm8k.\n")
+            row = next(row for row in text.splitlines() if "+38.7  " in row)
+            assert "p   0.003  higher: better" in row
+            assert "no difference detected" in text
+            assert "compliance" not in text
+            assert max(map(len, text.splitlines())) <= width

@@ -1,4 +1,7 @@
-"""What others see of an output: it loads as its card says, names its sources and licences, and tells no local path."""
+"""What others see of an output: it loads as its card says, names its sources and licences, and tells no local path.
+
+Guards `sources.provenance`.
+"""
 
 from __future__ import annotations
 
