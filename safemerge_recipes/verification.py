@@ -36,6 +36,7 @@ from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
+from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE
 from safemerge_recipes.sources.side_files import copy_side_files
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.digests import file_digest
@@ -346,6 +347,8 @@ def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
                 f"the recipe and its sources make it {str(line.get(wrong[0]))[:100]!r}"
             )
     now = json.loads(json.dumps(prepared.plan_json()))
+    if adapter:  # it tells what was written, which is known only then
+        now["summary"]["bytes_written"] = sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
     for key in ("tensors", "gated", "merged", "kept", "bytes_read", "bytes_written"):
         if not _same(now["summary"][key], stored.get("summary", {}).get(key)):
             yield f"{PLAN_FILE}: summary.{key} is {stored.get('summary', {}).get(key)}; expected {now['summary'][key]}"

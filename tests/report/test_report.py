@@ -53,11 +53,11 @@ def test_reports_need_no_torch():
 def test_45_000_tensors_take_seconds_and_megabytes():
     plan = make_plan(60, experts=248)
     assert len(plan["tensors"]) > 45_000
-    started = time.perf_counter()
+    started = time.process_time()
     content = render_report(plan, scores=SCORES, provenance=PROVENANCE)
     card = render_card(plan, scores=SCORES, provenance=PROVENANCE)
     text = printed(print_plan, plan)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     assert len(content.encode()) < 5_000_000
     assert len(card.encode()) < 50_000
     assert len(text.splitlines()) < 60
