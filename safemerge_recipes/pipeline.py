@@ -457,7 +457,7 @@ def _document(
 def provenance_of(prepared: Prepared) -> dict[str, Any]:
     """What report and card say of the sources and versions. Holds no local path."""
     family = prepared.family
-    sources = sources_of(family, prepared.resolved.directory)
+    sources = sources_of(family, prepared.resolved.loaded.directory)
     return {
         "sources": sources,
         "pipeline_tag": pipeline_tag(family.models["aligned"].checkpoint.config),

@@ -17,7 +17,10 @@ from tests.fixtures.plans import SCORES, paired
         ([paired(-0.2)], "Refusal −20.0 points (worse)"),
         ([paired(0.1, "safemerge_overrefusal", higher_is_better=False)], "Over-refusal +10.0 points (worse)"),
         ([paired(0.3), paired(0.2, metric="degenerate", higher_is_better=False)], "Refusal +30.0 points"),
-        ([paired(0.3), paired(0.2, metric="separation")], "Refusal +30.0 points, refusal separation +20.0 points"),
+        ([paired(0.3), paired(0.2, metric="separation"), paired(0.1, metric="auroc")],
+         "Refusal +30.0 points, separation of harmful from harmless +20.0 points"),
+        ([paired(0.3), paired(0.01, "gsm8k", detected=False) | {"equivalent": True}],
+         "Refusal +30.0 points, gsm8k unchanged within five points"),
         ([paired(0.3, detected=False), paired(0.0, "gsm8k", detected=False)], "No change detected in refusal or gsm8k"),
         ([paired(0.3) | {"reference": "aligned"}], "Refusal 93.0 %, over-refusal 7.0 %, gsm8k 26.8 %, "
          "not tested against the fine-tuned model"),
