@@ -20,7 +20,7 @@ from safemerge_recipes.engine.executors.threads import Threads
 from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, locked
 from safemerge_recipes.engine.journal import JOURNAL_FILE
 from safemerge_recipes.engine.seal import Sealer
-from safemerge_recipes.storage import arena
+from safemerge_recipes.storage import reader
 from tests.fixtures.program import WarmProgram, digests, finish, run, spawn
 from tests.fixtures.sharded_family import make_family, write_recipe
 
@@ -420,18 +420,18 @@ def test_short_writes_are_continued(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [0, 5, 9])
 def test_a_read_error_while_writing_keeps_what_is_done(family, tmp_path, monkeypatch, after):
     recipe, expected, _ = family
-    real, execute = arena.Reader.read_bytes, Threads.run
+    real, execute = reader.Reader.read_bytes, Threads.run
     calls = [0]
 
     def read(self, path, offset, view):
         calls[0] += 1
         if calls[0] > after:
-            raise arena.ReadError(f"{path}: byte {offset}: {os.strerror(errno.EIO)}; is the disk failing?")
+            raise reader.ReadError(f"{path}: byte {offset}: {os.strerror(errno.EIO)}; is the disk failing?")
         real(self, path, offset, view)
 
     def meddled(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(arena.Reader, "read_bytes", read)
+            patch.setattr(reader.Reader, "read_bytes", read)
             return execute(*args, **kwargs)
 
     with monkeypatch.context() as outer:
