@@ -400,7 +400,7 @@ def beside_of(prepared: Prepared) -> Mapping[str, Path]:
 
 def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener) -> Result:
     """An adapter is small: it is computed in memory and always written anew."""
-    from safemerge_recipes.engine.adapter import write_adapter
+    from safemerge_recipes.engine.adapter.write import write_adapter
 
     check_unchanged(prepared.identities)
     Journal(part / JOURNAL_FILE, _header(prepared), {}).close()

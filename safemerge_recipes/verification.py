@@ -281,7 +281,7 @@ def _recompute(
 
 def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, on_event: Listener) -> list[str]:
     """The same for an adapter, which is computed whole, into a folder that is then removed."""
-    from safemerge_recipes.engine.adapter import write_adapter
+    from safemerge_recipes.engine.adapter.write import write_adapter
 
     on_event(PhaseStarted("again", prepared.graph.bytes_written))
     with tempfile.TemporaryDirectory() as place:

@@ -1,7 +1,8 @@
 """Adapters and checkpoints of every kind mean what PEFT and transformers say they mean, or are refused by name.
 
-Guards `engine.adapter`, `sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`,
-`sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`.
+Guards `engine.adapter.config`, `engine.adapter.parts`, `engine.adapter.update`, `engine.adapter.write`,
+`sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`, `sources.vocabulary`,
+`sources.peft.config`, `sources.peft.keys`.
 """
 
 from __future__ import annotations

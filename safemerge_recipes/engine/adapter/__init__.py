@@ -1,0 +1,1 @@
+"""The merged update as a PEFT adapter on the aligned model, for `output.format: adapter`."""

@@ -1,0 +1,83 @@
+"""What a collected adapter says of itself: its keys as PEFT names them, and adapter_config.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.sources.peft.keys import KEY_PREFIX
+from safemerge_recipes.sources.provenance import origin
+
+if TYPE_CHECKING:
+    import torch
+
+
+from safemerge_recipes.engine.adapter.parts import Collector
+
+
+def finished(collected: Collector) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors by key, and the config."""
+    parts = collected.parts
+    if not parts.tensors and not parts.whole:
+        raise PlanError("output.format: adapter: the merged model is the aligned model; there is nothing to write")
+    rank = Counter(parts.ranks.values()).most_common(1)[0][0] if parts.ranks else 8
+    other = {module: own for module, own in parts.ranks.items() if own != rank}
+    saved, bias = [], "none"
+    for name, tensor in parts.whole.items():
+        module, _, kind = name.rpartition(".")
+        if module in parts.ranks:
+            bias = "lora_only"
+            parts.tensors[f"{module}.base_layer.{kind}"] = tensor
+        else:
+            saved.append(module)
+            parts.tensors[name] = tensor
+    for module in {*saved, *(parts.ranks if bias == "lora_only" else ())}:
+        _complete(collected, module, whole=module in saved)
+    base, revision = _base(collected)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": dict(sorted(other.items())),
+        "alpha_pattern": dict(sorted(other.items())),
+        "target_modules": sorted(parts.ranks),
+        "modules_to_save": sorted(set(saved)) or None,
+        "trainable_token_indices": parts.tokens or None,
+        "bias": bias,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": any(name in collected.family.input_first for name in parts.notes),
+        "inference_mode": True,
+    }
+    if revision is not None:
+        config["revision"] = revision
+    return {f"{KEY_PREFIX}{name}": parts.tensors[name] for name in sorted(parts.tensors)}, config
+
+
+def _complete(collected: Collector, module: str, whole: bool) -> None:
+    """PEFT wants all tensors of a saved module, and with bias: lora_only the biases of all adapted ones."""
+    known = next(
+        (disk for disk, name in collected.in_memory.items() if name.rpartition(".")[0] == module), f"{module}."
+    )
+    for kind in ("weight", "bias") if whole else ("bias",):
+        disk = f"{known.rpartition('.')[0]}.{kind}"
+        key = f"{module}.{kind}" if whole else f"{module}.base_layer.{kind}"
+        if disk in collected.family.inventory and key not in collected.parts.tensors:
+            collected.parts.tensors[key] = collected.load(collected.family.inventory[disk])
+
+
+def _base(collected: Collector) -> tuple[str, str | None]:
+    """What the adapter's config calls the model it lies on, and its commit: a hub id, or a folder's full path.
+
+    PEFT takes a path relative to wherever the program runs, so only a full one can be found from elsewhere.
+    """
+    aligned = collected.family.models["aligned"]
+    full = (m for m in collected.family.models.values() if m.adapter is None and m.checkpoint is aligned.checkpoint)
+    folder = next(full, aligned).folder
+    name, revision = origin(folder)
+    return (name, revision) if revision else (str(folder.path.resolve()), None)

@@ -1,0 +1,174 @@
+"""Collects an adapter tensor by tensor: factors where the update has them, rows or whole tensors elsewhere.
+
+Where the merged update is a sum of LoRA products it is written exactly, factors side by side; elsewhere the
+best approximation of the wanted rank is, and the plan says how much was lost. Tensors that are kept and are
+no LoRA products (norms, embeddings, biases) are carried over whole. Whatever PEFT could not express is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
+from safemerge_recipes.methods.kernels import Slerp
+from safemerge_recipes.planning.graph import Graph, Task
+from safemerge_recipes.planning.plan import Plan
+from safemerge_recipes.sources.checkpoint import same_bytes
+from safemerge_recipes.sources.family import Family
+from safemerge_recipes.storage.arena import Arena, torch_dtype
+from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.tensor_names import is_block_matrix
+from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.factors import recompress, truncate
+from safemerge_recipes.weights.operands import Rows
+from safemerge_recipes.weights.torch_factors import joined_factors
+
+if TYPE_CHECKING:
+    import torch
+
+
+from safemerge_recipes.engine.adapter.update import evaluated, refuse_unfit, slerp, thin, update_of, weights_of
+
+
+@dataclass(slots=True)
+class Parts:
+    """What is written, by key without prefix, and what the config says of it."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Collector:
+    """Collects the parts of the adapter, tensor by tensor."""
+
+    def __init__(self, plan: Plan, family: Family, graph: Graph, reader: Reader, memory: int) -> None:
+        self.plan, self.family, self.reader, self.memory = plan, family, reader, memory
+        self.tasks = {task.slot.name: task for task in graph.tasks}
+        self.rank = plan.recipe.output.rank
+        self.parts = Parts()
+        self.arena = Arena()
+        self.in_memory = {disk: name for model in family.models.values() for name, disk in model.translated}
+
+    def reference(self, name: str) -> Weight:
+        """The weight that the adapter will lie on: that of the full model underneath the aligned one."""
+        ref = self.family.models["aligned"].checkpoint.tensors.get(name)
+        if ref is None or ref.shape != self.family.inventory[name].shape:
+            raise PlanError(
+                f"output.format: adapter: {name} is not in the aligned model in this form (a head of its own, or "
+                "another vocabulary); say `format: full`"
+            )
+        return Weight.of(Stored(ref))
+
+    def module(self, name: str) -> str:
+        """The module's path in memory."""
+        return self.in_memory.get(name, name).rpartition(".")[0]
+
+    def add(self, name: str) -> None:
+        """Takes up one tensor of the output."""
+        task, reference = self.tasks[name], self.reference(name)
+        work = update_of(task.work, reference)
+        weights = weights_of(work)
+        if not weights:
+            return
+        base = reference.stored
+        if isinstance(task.work, Copy) and base is not None and same_bytes(task.work.source, base):
+            return
+        for weight in weights:
+            refuse_unfit(name, weight)
+        if isinstance(work, Apply) and isinstance(work.kernel, Slerp) and work.origin.is_zero and thin(*weights):
+            work = Sum(slerp(work, self.reader, self.arena))
+        if isinstance(work, Sum) and work.weight.low_rank:
+            self.exact(name, work.weight)
+        elif is_block_matrix(name, task.slot.shape):
+            self.approximate(name, task, work)
+        elif not self.tokens(name, task.work):
+            self.carry(name, task)
+
+    def exact(self, name: str, weight: Weight) -> None:
+        """A sum of LoRA products: factors side by side, or recompressed where that exceeds the wanted rank."""
+        import torch
+
+        pair = joined_factors(weight, self.reader, torch.float64, self.arena.device)
+        assert pair is not None
+        b, a = pair
+        lost = 0.0
+        if self.rank is not None and b.shape[1] > self.rank:
+            b, a, lost = recompress(b, a, self.rank)
+        self.write(name, b, a, lost)
+
+    def approximate(self, name: str, task: Task, work: Sum | Apply | Prepare) -> None:
+        """A dense update, truncated to the wanted rank."""
+        weights = weights_of(work)
+        if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
+            weights = tuple(weight for weight in weights if weight.low_rank)
+        own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
+        rank = self.rank or (sum(own) if thin(*weights) else 0)
+        if not rank:
+            raise PlanError(
+                f"output.format: adapter: {name}: its update has no small exact rank; say `output.rank`, "
+                "or `format: full`"
+            )
+        rows, columns = task.slot.shape
+        need = 4 * 4 * rows * columns
+        if need > self.memory:
+            raise PlanError(f"--max-memory: truncating {name} needs {need} bytes; raise it, or say `format: full`")
+        b, a, lost = truncate(evaluated(task, work, self.reader, self.arena), rank)
+        self.write(name, b, a, lost)
+
+    def write(self, name: str, b: torch.Tensor, a: torch.Tensor, lost: float) -> None:
+        """Factors of a layer's or an embedding's update, in the orientation that PEFT stores."""
+        module, rank = self.module(name), b.shape[1]
+        b, a = b.float(), a.float()
+        if name == self.family.embedding:
+            self.parts.embeddings.add(module)
+            self.parts.tensors[f"{module}.lora_embedding_A"] = b.T.contiguous()
+            self.parts.tensors[f"{module}.lora_embedding_B"] = a.T.contiguous()
+        else:
+            if name in self.family.input_first:
+                b, a = a.T, b.T
+            self.parts.tensors[f"{module}.lora_A.weight"] = a.contiguous()
+            self.parts.tensors[f"{module}.lora_B.weight"] = b.contiguous()
+        self.parts.ranks[module] = rank
+        self.parts.notes[name] = {"rank": rank, "lost_energy": lost}
+
+    def tokens(self, name: str, work: Work) -> bool:
+        """Trained rows of the embedding pass through; True if the tensor is nothing else."""
+        if not isinstance(work, Sum) or len(work.weight.terms) != 1:
+            return False
+        operand = work.weight.terms[0][1]
+        if not isinstance(operand, Rows) or len(operand.parts) != 2 or operand.parts[0] != self.reference(name):
+            return False
+        ref = operand.parts[1].stored
+        if ref is None:
+            return False
+        starts, at = [], 0
+        for part, first, count in operand.runs:
+            starts += [(first + i, at + i) for i in range(count)] if part == 1 else []
+            at += count
+        module = self.module(name)
+        self.parts.tokens[module] = [row for _, row in sorted(starts)]
+        self.parts.tensors[f"{module}.token_adapter.trainable_tokens_delta"] = self.load(ref)
+        return True
+
+    def load(self, ref: TensorRef) -> torch.Tensor:
+        """A stored tensor as it is."""
+        return self.reader.read(ref, 0, ref.numel, Arena(), "load").clone().view(ref.shape)
+
+    def carry(self, name: str, task: Task) -> None:
+        """A tensor that is carried over whole, rounded as the full output would have it."""
+        work = Sum(Weight.of(Stored(task.work.source))) if isinstance(task.work, Copy) else task.work
+        if name == self.family.embedding and self.family.models["aligned"].checkpoint.tied:
+            raise PlanError(
+                f"output.format: adapter: {name} changed and is tied to the head, which an adapter would untie; "
+                "say `format: full`"
+            )
+        self.parts.whole[self.in_memory.get(name, name)] = evaluated(task, work, self.reader, self.arena).to(
+            torch_dtype(task.slot.dtype)
+        )
