@@ -163,6 +163,11 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
     return None
 
 
+def _quantised(family: Family, name: str) -> str | None:
+    kind = family.quantised.get(name)
+    return f"a part of a quantised weight ({kind}), copied" if kind else None
+
+
 def _absent(family: Family, name: str) -> str | None:
     role = family.absent.get(name)
     return "only in aligned" if role == "finetuned" else f"sources.{role} does not have it" if role else None
@@ -181,12 +186,12 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
     outlooks = []
     for name, ref in family.inventory.items():
         policy = policies[name]
-        dtype = wanted if wanted and ref.dtype in FLOAT_DTYPES else ref.dtype
+        dtype = wanted if wanted and ref.dtype in FLOAT_DTYPES and name not in family.quantised else ref.dtype
         delta = family.delta("finetuned", name)
         if policy.keep is not None:
             outlook = Outlook(name, ref.shape, dtype, None, f"rules.{policy.rule}: keep {policy.keep}", policy.keep)
         else:
-            why = _scope(scopes[policy.rule], name, ref) or _absent(family, name)
+            why = _quantised(family, name) or _scope(scopes[policy.rule], name, ref) or _absent(family, name)
             if why is None and delta.is_zero and policy.gate.scope is None:
                 why = "fine-tuning did not change it"
             if why is None and policy.gate.metric not in metrics:

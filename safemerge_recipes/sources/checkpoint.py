@@ -16,7 +16,6 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.model_config import setting
-from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
 
@@ -119,44 +118,52 @@ def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]
             if not file.endswith(".safetensors"):
                 raise SourceError(f"{index}: names {file[:200]!r}; expected files that end in .safetensors")
         return files, weight_map
-    legacy = sorted(p.name for p in directory.glob("pytorch_model*.bin"))
-    if legacy:
-        raise SourceError(
-            f"{directory}: holds {legacy[0]}, a pickle, which can run code and is never loaded; expected safetensors. "
+    raise SourceError(f"{directory}: {_instead(directory)}")
+
+
+def _instead(directory: Path) -> str:
+    """What lies in a folder without safetensors of a known name, and the way out."""
+    names = sorted(path.name for path in directory.iterdir())
+    shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
+    if shards:
+        return (
+            f"holds {len(shards)} shards such as {shards[0]} and no {INDEX_FILE}, which says what belongs together; "
+            "download it again with the index, or load it with transformers and save_pretrained"
+        )
+    pickle = next(
+        (name for name in names if re.fullmatch(r"(pytorch_model|model|consolidated).*\.(bin|pth?)", name)), ""
+    )
+    if pickle:
+        return (
+            f"holds {pickle}, a pickle, which can run code and is never loaded; expected safetensors. "
             f'If you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\" "
             "and copy the tokenizer files"
         )
-    raise SourceError(f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors")
-
-
-_QUANTISED = (
-    (r".*\.weight_scale_inv", "FP8 by blocks: weight_scale_inv"),
-    (r".*\.weight_packed", "packed integers of compressed-tensors: weight_packed"),
-    (r".*\.qweight", "GPTQ or AWQ: qweight"),
-    (r".*_blocks", "MXFP4: _blocks and _scales"),
-    (r".*\.(absmax|quant_map|quant_state\..*)", "bitsandbytes 4-bit: quant_state"),
-    (r".*\.SCB", "bitsandbytes 8-bit: SCB"),
-    (r".*\.weight_scale", "scaled weights: weight_scale"),
-)
-
-
-def quantised(tensors: Mapping[str, TensorRef]) -> str | None:
-    """How a checkpoint's weights are quantised, told by the tensors alone; None for plain weights."""
-    for pattern, kind in _QUANTISED:
-        first = next((name for name in tensors if re.fullmatch(pattern, name)), None)
-        if first is not None:
-            return f"{kind}, first {first}"
-    odd = next((n for n, ref in tensors.items() if n.endswith(".weight") and ref.dtype not in FLOAT_DTYPES), None)
-    return None if odd is None else f"{odd} is stored as {tensors[odd].dtype}"
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    if gguf:
+        return (
+            f"holds {gguf}, weights quantised for llama.cpp; expected safetensors: use the model that it was made "
+            f"from, or dequantise it with transformers: from_pretrained('{directory}', gguf_file='{gguf}'), then "
+            "save_pretrained"
+        )
+    original = next((name for name in names if re.fullmatch(r"consolidated.*\.safetensors", name)), None)
+    if original:
+        return (
+            f"holds {original}, weights under the names of the original release; expected transformers' form: download "
+            "its model*.safetensors, or convert it with transformers' script for this model"
+        )
+    other = next((name for name in names if name.endswith(".safetensors")), None)
+    if other:
+        return f"holds {other}; expected weights that are called {SINGLE_FILE}, rename it if it holds all of them"
+    return f"no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """The inventory of a model folder.
 
     Raises:
-        SourceError: weights or config are missing or unsound, the index and the files disagree, or the
-            weights are quantised (their tensors are not the weights that a merge needs).
+        SourceError: weights or config are missing or unsound, or the index and the files disagree.
     """
     config = read_object(directory / "config.json")
     names, weight_map = _weight_files(directory)
@@ -178,10 +185,4 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
-    kind = quantised(tensors)
-    if kind is not None and config.get("quantization_config"):
-        raise SourceError(
-            f"{directory}: its weights are quantised ({kind}); expected plain weights, "
-            "use the model before quantisation (or save a dequantised copy) and quantise the merged one"
-        )
     return Checkpoint(directory, tensors, config, tuple(str(directory / file) for file in names))

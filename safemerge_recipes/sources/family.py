@@ -19,6 +19,7 @@ from safemerge_recipes.sources.masks import open_masks
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
+from safemerge_recipes.sources.quantised import dequantise, quantised
 from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
@@ -53,7 +54,7 @@ class Family:
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
     config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
     recipe's mask files, by the path it writes and by name; `absent` the tensors for multi-token prediction that a
-    role lacks, with that role.
+    role lacks, with that role; `quantised` every tensor that is a part of a quantised weight, with its kind.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -65,6 +66,7 @@ class Family:
     embedding: str | None = None
     masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
     absent: Mapping[str, Role] = field(default_factory=dict)
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -164,6 +166,18 @@ def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRe
                     )
 
 
+def _check_quantised(models: Mapping[Role, Model], parts: Mapping[str, str]) -> None:
+    """Refuses updates of quantised weights, whose tensors are no weights that could be added to or averaged."""
+    for role in ("finetuned", "safety"):
+        model = models.get(role)
+        for name, kind in parts.items():
+            if model is not None and not (model.weights[name] - models["aligned"].weights[name]).is_zero:
+                raise SourceError(
+                    f"sources.{role}: {model.folder.label}: changes {name}, which is quantised ({kind}); expected "
+                    f"plain weights there: {dequantise('the aligned model and of this one')}"
+                )
+
+
 def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: str) -> str | None:
     named = model.adapter.base if model.adapter else None
     below = models.get(on)  # type: ignore[call-overload]  # `on` is a role by the recipe's own check
@@ -200,6 +214,9 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
     }
     fitted = reconcile(sides, recipe.vocabulary, BY_TORCH_NAME.get(recipe.output.dtype or ""))
     models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
+    parts = {name: kind for model in models.values() for name, kind in quantised(model.checkpoint.tensors).items()}
+    parts = {name: kind for name, kind in parts.items() if name in fitted.inventory}
+    _check_quantised(models, parts)
     _check_dtypes(models, fitted.inventory)
     found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
     notes = dict.fromkeys((*(note for model in models.values() for note in model.notes), *fitted.notes))
@@ -208,5 +225,5 @@ def open_family(recipe: Recipe, directory: Path) -> Family:
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
         embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
-        fitted.absent,
+        fitted.absent, parts,
     )  # fmt: skip

@@ -7,18 +7,19 @@ are brought into the output's form here, each time with a note; whatever else di
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.model import Role
-from safemerge_recipes.sources.checkpoint import Checkpoint, quantised
+from safemerge_recipes.sources.checkpoint import Checkpoint
 from safemerge_recipes.sources.experts import as_saved
 from safemerge_recipes.sources.matching import renamed, unwrap
 from safemerge_recipes.sources.model_config import REMOVED, dtype_edits, setting
 from safemerge_recipes.sources.parts import is_draft
+from safemerge_recipes.sources.quantised import dequantise, quantised
 from safemerge_recipes.sources.vocabulary import (
     SHOWN,
     difference,
@@ -92,6 +93,28 @@ def _under_names(
     return found
 
 
+_HEADS = {
+    "score": "a classification head",
+    "classifier": "a classification head",
+    "qa_outputs": "a question-answering head",
+    "v_head": "a value head",
+    "value_head": "a value head",
+}
+
+
+def _cure(side: Side, extra: Sequence[str]) -> str:
+    """What may be the cause of other names than the aligned model's, and what to try."""
+    parts = quantised(side.checkpoint.tensors)
+    if parts:
+        name, kind = next(iter(parts.items()))
+        return f"its weights are quantised ({kind}, first {name}): {dequantise('it')}"
+    for name in extra:
+        kind = next((_HEADS[part] for part in name.split(".") if part in _HEADS), "")
+        if kind:
+            return f"{name} is {kind}; expected a language model, take the checkpoint that the head was trained on"
+    return "expected models of one architecture, saved alike"
+
+
 def _fit_names(sides: Mapping[Role, Side], notes: list[str], absent: dict[str, Role]) -> dict[Role, dict[str, Weight]]:
     """All roles over the aligned model's names, plus a head where some role has one of its own.
 
@@ -143,8 +166,7 @@ def _fit_names(sides: Mapping[Role, Side], notes: list[str], absent: dict[str, R
             lines = [f"lacks {len(missing)} tensors of the aligned model, first {missing[0]!r}"] if missing else []
             lines += [f"has {len(extra)} tensors that the aligned model lacks, first {extra[0]!r}"] if extra else []
             raise SourceError(
-                f"sources.{role}: {sides[role].label}: {' and '.join(lines)}; "
-                "expected models of one architecture, saved alike"
+                f"sources.{role}: {sides[role].label}: {' and '.join(lines)}; {_cure(sides[role], extra)}"
             )
     return weights
 
@@ -232,7 +254,7 @@ def _edits(owner: Side, untied: bool, size: int | None, config: Mapping[str, Any
         if True in flags or (False not in flags and not own_head):
             edits["tie_word_embeddings"] = False
     declared = setting(config, "vocab_size")
-    if "quantization_config" in config and quantised(owner.checkpoint.tensors) is None:
+    if "quantization_config" in config and not quantised(owner.checkpoint.tensors):
         edits["quantization_config"] = REMOVED
     if size is not None and declared is not None and declared != size:
         edits["vocab_size"] = size

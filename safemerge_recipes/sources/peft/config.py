@@ -211,6 +211,12 @@ def read_config(directory: Path) -> AdapterConfig:
             "(merge the adapter with PEFT into a full checkpoint and use that)"
         )
     init = values.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith("loftq"):
+        raise SourceError(
+            f"{where}: init_lora_weights is {init[:40]!r}: the factors make up for what LoftQ's quantisation of the "
+            "base lost, so they belong to that quantised base alone; expected an adapter of the plain model. Merge it "
+            "with PEFT on the base that LoftQ saved, and use the result as a full checkpoint"
+        )
     if isinstance(init, str) and init.lower().startswith(_MUTATED_BASE):
         raise SourceError(
             f"{where}: init_lora_weights is {init[:40]!r}, which changed the base model's weights, so s·B·A is not "
