@@ -7,6 +7,7 @@ Outside text is escaped by the module `markdown`; no local path is in it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -55,7 +56,9 @@ def render_card(
     Raises:
         ValueError: huggingface_hub does not accept the metadata.
     """
-    from huggingface_hub import ModelCard
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook the hub's bars ask for widgets, which nothing here needs
+        from huggingface_hub import ModelCard
 
     view = read_plan(plan)
     origin = provenance if isinstance(provenance, Mapping) else {}
