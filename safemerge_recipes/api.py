@@ -35,19 +35,44 @@ if TYPE_CHECKING:
 Overrides = Mapping[str, Any] | Sequence[str]
 
 
-def load_recipe(path: str | Path, overrides: Overrides = ()) -> LoadedRecipe:
+def load_recipe(
+    path: str | Path, overrides: Overrides = (), *, sources: Mapping[str, str | Path] | Sequence[str] = ()
+) -> LoadedRecipe:
     """Loads and checks a recipe. Opens no source.
 
     Args:
-        path: the YAML file, or `-` for standard input.
+        path: the YAML file, the folder of an output, or `-` for standard input.
         overrides: values by dotted key, such as `{"gate.tau": 0.3}`, or `KEY=VALUE` texts; applied in order.
+        sources: a folder or hub id by role, such as `{"finetuned": "my-lora"}`, or `ROLE=PLACE` texts; stands in for
+            what the recipe names.
 
     Raises:
         RecipeError: the file cannot be read, or with every problem in it, a line each.
     """
     from safemerge_recipes.planning.load import load
+    from safemerge_recipes.sharing.places import recipe_at
 
-    return load(path, _texts(overrides))
+    return load(recipe_at(path), _texts(overrides), stand_ins=_stand_ins(sources))
+
+
+def _stand_ins(sources: Mapping[str, str | Path] | Sequence[str]) -> dict[str, str]:
+    from safemerge_recipes.recipe.builtins import ROLES
+
+    if isinstance(sources, Mapping):
+        given = [(role, str(place)) for role, place in sources.items()]
+    else:
+        given = [(role, place) for role, _, place in (text.partition("=") for text in sources)]
+    for role, place in given:
+        if role not in ROLES or not place:
+            raise RecipeError(f"--source {role}={place}: expected ROLE=PLACE, with a role of {', '.join(ROLES)}")
+    return dict(given)
+
+
+def show(recipe: RecipeLike) -> str:
+    """A recipe as YAML that stands alone: what it extends joined in, parameters filled in, every used value in full."""
+    from safemerge_recipes.recipe.loading import dump_recipe
+
+    return dump_recipe(_loaded(recipe).recipe)
 
 
 def plan(

@@ -31,11 +31,19 @@ VersionOption = Annotated[
 ]
 RecipeArgument = Annotated[
     Path,
-    typer.Argument(help="The recipe, a YAML file; - for standard input.", show_default=False, allow_dash=True),
+    typer.Argument(
+        help="The recipe: a YAML file, the folder of an output, or - for standard input.",
+        show_default=False,
+        allow_dash=True,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+]
+SourceOption = Annotated[
+    list[str] | None,
+    typer.Option("--source", metavar="ROLE=PLACE", help="A folder or hub id instead of the recipe's; repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.", callback=_json)]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Instead of output.path.")]

@@ -16,6 +16,7 @@ from safemerge_recipes.cli.options import (
     OutputOption,
     RecipeArgument,
     SetOption,
+    SourceOption,
     VersionOption,
     WorkersOption,
 )
@@ -27,6 +28,7 @@ def run(
     recipe: RecipeArgument,
     output: OutputOption = None,
     set_: SetOption = None,
+    source: SourceOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure and decide, print the plan, write nothing.")
     ] = False,
@@ -48,12 +50,12 @@ def run(
     if executor != "local":
         raise RecipeError(f"--executor {executor}: not available; expected local")
     if dry_run:
-        return plan(recipe, set_, json_, device, workers, max_memory)
+        return plan(recipe, set_, source, json_, device, workers, max_memory)
     from safemerge_recipes.report.terminal import print_result
 
     with watched(json_) as listener:
         result = api.run(
-            api.load_recipe(recipe, set_ or ()), output,
+            api.load_recipe(recipe, set_ or (), sources=source or ()), output,
             force=force, allow_empty=allow_empty, evaluate=not no_evaluate,
             device=device, workers=workers, max_memory=max_memory, on_event=listener,
         )  # fmt: skip
@@ -66,6 +68,7 @@ def run(
 def plan(
     recipe: RecipeArgument,
     set_: SetOption = None,
+    source: SourceOption = None,
     json_: JsonOption = False,
     device: DeviceOption = "auto",
     workers: WorkersOption = None,
@@ -75,7 +78,7 @@ def plan(
     from safemerge_recipes.report.terminal import print_plan
 
     with watched(json_) as listener:
-        loaded = api.load_recipe(recipe, set_ or ())
+        loaded = api.load_recipe(recipe, set_ or (), sources=source or ())
         found = api.plan(loaded, device=device, workers=workers, max_memory=max_memory, on_event=listener)
     if json_:
         write_json(found.plan_json())
@@ -83,11 +86,21 @@ def plan(
         print_plan(found.plan_json(), console(json_))
 
 
-def validate(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def validate(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    source: SourceOption = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe as it stands alone: extended, filled in, in full.")
+    ] = False,
+) -> None:
     """Check a recipe's text: every problem at once, with its line. Opens no source."""
-    loaded = api.load_recipe(recipe, set_ or ())
+    loaded = api.load_recipe(recipe, set_ or (), sources=source or ())
+    if show:
+        return write_line(api.show(loaded).rstrip("\n"))
     rules = len(loaded.recipe.rules)
     write_line(f"{loaded.path}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
+    return None
 
 
 def schema() -> None:

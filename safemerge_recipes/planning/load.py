@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safemerge_recipes.planning.plugins import read_registry
+from safemerge_recipes.recipe.composing import Place
 from safemerge_recipes.recipe.loading import LoadedRecipe, load_recipe, parse_recipe
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    stand_ins: Mapping[str, str] | None = None,
+    place: Place | None = None,
+) -> LoadedRecipe:
     """The checked recipe of a file, or of standard input (`-`). Opens no source and needs no torch.
+
+    Args:
+        path: the file.
+        overrides: `KEY=VALUE` texts.
+        stand_ins: a folder or hub id for a role, instead of what the recipe names.
+        place: where the recipe comes from, if not from the file itself.
 
     Raises:
         RecipeError: with every problem in it, a line each.
     """
     known = read_registry()
-    return load_recipe(path, overrides, metrics=known.names("metrics"), methods=known.names("methods"))
+    return load_recipe(
+        path, overrides, metrics=known.names("metrics"), methods=known.names("methods"),
+        stand_ins=stand_ins, place=place,
+    )  # fmt: skip
 
 
 def vary(loaded: LoadedRecipe, overrides: Sequence[str]) -> LoadedRecipe:
     """The same recipe with further `KEY=VALUE` overrides. Raises RecipeError when one is wrong."""
-    known, all_ = read_registry(), (*loaded.overrides, *overrides)
-    return parse_recipe(loaded.text, loaded.path, all_, metrics=known.names("metrics"), methods=known.names("methods"))
+    known = read_registry()
+    return parse_recipe(
+        loaded.text, loaded.path, (*loaded.overrides, *overrides),
+        metrics=known.names("metrics"), methods=known.names("methods"),
+        stand_ins=loaded.stand_ins, place=loaded.place,
+    )  # fmt: skip

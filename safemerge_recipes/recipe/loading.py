@@ -10,8 +10,9 @@ import difflib
 import os.path
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe import builtins
+from safemerge_recipes.recipe.composing import Place, compose, escaped
 from safemerge_recipes.recipe.model import (
     SELECTORS,
     GateChange,
@@ -42,6 +44,8 @@ class LoadedRecipe:
     directory: Path
     text: str
     overrides: tuple[str, ...] = ()
+    stand_ins: Mapping[str, str] = field(default_factory=dict)
+    place: Place | None = None
 
     def resolve(self, path: str) -> Path:
         """The absolute form of a path written in the recipe; `~` is the home folder."""
@@ -119,6 +123,8 @@ def load_recipe(
     *,
     metrics: Collection[str] | None = None,
     methods: Collection[str] | None = None,
+    stand_ins: Mapping[str, str] | None = None,
+    place: Place | None = None,
 ) -> LoadedRecipe:
     """The checked recipe of a YAML file.
 
@@ -129,14 +135,19 @@ def load_recipe(
             forgets the file's keys that it does not use.
         metrics: Names of plugins' metrics; with them (even none) other unknown metrics are problems.
         methods: The same for merge methods.
+        stand_ins: A folder or hub id for a role, instead of what the recipe names; a path starts at the current
+            folder.
+        place: Where the recipe comes from, if not from the file itself.
 
     Raises:
         RecipeError: the file cannot be read, or with every problem in it, a line each.
     """
     if str(path) == "-":
-        return parse_recipe(_standard_input(), STANDARD_INPUT, overrides, metrics=metrics, methods=methods)
-    path = Path(path)
-    return parse_recipe(_read(path), path, overrides, metrics=metrics, methods=methods)
+        text, path = _standard_input(), STANDARD_INPUT
+    else:
+        path = Path(path)
+        text = place.text if place else _read(path)
+    return parse_recipe(text, path, overrides, metrics=metrics, methods=methods, stand_ins=stand_ins, place=place)
 
 
 def parse_recipe(
@@ -146,6 +157,8 @@ def parse_recipe(
     *,
     metrics: Collection[str] | None = None,
     methods: Collection[str] | None = None,
+    stand_ins: Mapping[str, str] | None = None,
+    place: Place | None = None,
 ) -> LoadedRecipe:
     """The checked recipe of YAML text, as if it stood in the file `path`. See `load_recipe`."""
     path = Path(path)
@@ -161,9 +174,13 @@ def parse_recipe(
         raise RecipeError(f"{path}:{document.lines[()]}: found {found}; expected a mapping with sources and gate")
     _refuse_mergekit(path, document.value)
 
-    reader = _Reader(path, document, {}, [])
+    place = place or Place(str(path), text, directory, partial(_parent_of, directory))
+    composed = compose(document, place, overrides, stand_ins)
+    reader = _Reader(path, document, {}, [], composed.elsewhere)
     reader.problems += [(line, reader.place(keys, line), message) for line, keys, message in document.problems]
-    for override in overrides:
+    for keys, message in composed.problems:
+        reader.fail(keys, message)
+    for override in composed.overrides:
         reader.override(override)
     context = {"directory": directory, "metrics": metrics, "methods": methods}
     try:
@@ -174,7 +191,13 @@ def parse_recipe(
     if reader.problems:
         ordered = sorted(reader.problems, key=lambda problem: problem[0])
         raise RecipeError("\n".join(dict.fromkeys(f"{place}: {message}" for _, place, message in ordered)))
-    return LoadedRecipe(recipe, path, directory, text, tuple(overrides))
+    return LoadedRecipe(recipe, path, directory, text, tuple(overrides), dict(stand_ins or {}), place)
+
+
+def _parent_of(directory: Path, named: str) -> Place:
+    """The recipe that a local one extends: a file beside it, or further off."""
+    path = _absolute(named, directory)
+    return Place(str(path), _read(path), path.parent, partial(_parent_of, path.parent))
 
 
 STANDARD_INPUT = Path("standard input")
@@ -280,6 +303,7 @@ class _Reader:
     document: Document
     origins: dict[Keys, str]
     problems: list[tuple[int, str, str]]
+    elsewhere: Mapping[Keys, str] = field(default_factory=dict)
 
     def place(self, keys: Keys, line: int | None = None) -> str:
         """Where a problem is: an override or a line, and the key."""
@@ -287,6 +311,12 @@ class _Reader:
             origin = self.origins.get(keys[:end])
             if origin is not None:
                 return f"--set {origin}" if end == len(keys) else f"--set {origin}: {_dotted(keys)}"
+        if line is None:
+            for end in range(len(keys), 0, -1):
+                if keys[:end] in self.document.lines:
+                    break
+                if keys[:end] in self.elsewhere:
+                    return f"{self.elsewhere[keys[:end]]} {_dotted(keys)}"
         shown = line if line is not None else self.line(keys)
         return f"{self.path}:{shown} {_dotted(keys)}".rstrip()
 
@@ -537,7 +567,7 @@ def _model_at(keys: Keys) -> type[BaseModel] | None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Canonical YAML of a recipe, every used value written out; it loads back to an equal recipe."""
-    return write_yaml(_plain(recipe))
+    return write_yaml(escaped(_plain(recipe)))
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.builtins import Role
+from safemerge_recipes.recipe.composing import add_to_schema
 from safemerge_recipes.recipe.patterns import compile_patterns
 
 SELECTORS = (*builtins.SELECTORS, "plugin")
@@ -795,4 +796,4 @@ def json_schema() -> dict[str, Any]:
         "$id": Recipe.SCHEMA_ID,
         "title": "SafeMERGE recipe",
     }
-    return head | {key: value for key, value in schema.items() if key not in head}
+    return add_to_schema(head | {key: value for key, value in schema.items() if key not in head})

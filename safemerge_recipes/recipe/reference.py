@@ -81,7 +81,33 @@ def reference() -> str:
             for method, keys in METHOD_PARAMETERS.items():
                 parts.append(f"| `{method}` | {_listed(keys)} | {_listed(builtins.METHODS[method].needs)} |\n")
             parts.append(f"| `mergekit:<name>` | {_listed(OTHER_PARAMETERS)} | `safety` |\n")
-    return "".join(parts)
+    return "".join([*parts, ACROSS])
+
+
+ACROSS = """
+## Several recipes, and one with gaps
+
+`extends: ./base.yaml` puts a recipe over another: mappings are joined, everything else is replaced; a selector takes
+the place of the other's, another `merge.method` that of all its keys, a source that of the whole source. Relative
+paths start from the file they stand in. At most 8 recipes extend one another.
+
+`parameters` names values that stand in the text as `${name}` (within `{…}` in quotes) and are set by
+`--set name=VALUE`; alone such a text is the value itself, a number stays one. `$${` is the text `${`.
+
+```yaml
+extends: ./base.yaml
+parameters:
+  tau: {default: 0.35, description: where to cut}
+  who: me
+gate:
+  tau: ${tau}
+output:
+  path: out/${who}-${tau}
+```
+
+Keys that start with `x-` are free, such as for anchors. `safemerge validate --show` prints the recipe as it stands
+alone. `--source ROLE=PLACE` (every verb that plans) names another folder or hub id for a role, whose kind stays.
+"""
 
 
 def schema_text() -> str:

@@ -209,7 +209,9 @@ def _repeat(sources: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _command(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    return "safemerge-run safemerge_recipe.yaml --output again"
+    """The line that repeats the merge, with a place to fill in for each source that nobody else has."""
+    stand_ins = "".join(f" --source {role}=PLACE" for role in _local(sources) if role.isalpha())
+    return f"safemerge-run safemerge_recipe.yaml --output again{stand_ins}"
 
 
 def _versions(versions: Mapping[str, Any]) -> str:

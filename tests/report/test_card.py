@@ -123,6 +123,7 @@ class TestSources:
     def test_equal_bytes_are_promised_only_where_anybody_can_have_the_sources(self):
         assert "give the same bytes again" not in self.card().text
         assert "Whoever has the same files" in self.card().text
+        assert "--output again --source aligned=PLACE --source finetuned=PLACE" in self.card().text
         pinned = {role: source for role, source in PROVENANCE["sources"].items() if source["revision"]}
         assert "give the same bytes again" in self.card(sources=pinned).text
 

@@ -1,0 +1,1 @@
+"""Sharing: recipes that travel, from folders and the hub, and to them."""
