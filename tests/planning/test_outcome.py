@@ -27,7 +27,10 @@ from tests.fixtures.plain_family import (
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"))
+    made = make_family(tmp_path_factory.mktemp("family"))
+    for folder in ("base", "aligned", "finetuned", "safety"):
+        (made.root / folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    return made
 
 
 def warnings(family, sources, gate, merge="{}"):
