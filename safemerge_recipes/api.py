@@ -139,7 +139,7 @@ def run(
         WriteError: stopped while writing; the same call goes on from there.
         CheckError: the output is written, but scoring it failed.
     """
-    from safemerge_recipes.engine.folder import check_output
+    from safemerge_recipes.engine.folder import check_place
     from safemerge_recipes.pipeline import Prepared, carry_out, prepare, resolve
     from safemerge_recipes.storage.digests import Digests
 
@@ -152,7 +152,7 @@ def run(
         from safemerge_recipes.evaluation.scoring import suite_of
 
         suite = suite_of(loaded)
-    check_output(target, force)
+    check_place(target, force)
     resolved = planned.resolved if planned else resolve(loaded)
     if suite is not None:
         _warn_of_template(resolved, on_event)
@@ -505,6 +505,8 @@ def _bench(
     from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
 
+    if str(recipe) == "-":
+        raise RecipeError("standard input: found it given as the recipe, which is read several times; expected a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

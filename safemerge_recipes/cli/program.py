@@ -16,6 +16,7 @@ import typer
 
 from safemerge_recipes.cli.streams import open_streams
 from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, WriteError
+from safemerge_recipes.storage.descriptors import raise_limit
 
 # Some versions of typer bring their own click, whose errors are no errors of the installed one.
 USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -28,11 +29,25 @@ def run_program(app: typer.Typer, name: str, arguments: list[str] | None) -> NoR
     alone = arguments is None
     if alone:
         open_streams()
+        raise_limit()
         gc.set_threshold(COLLECT_AFTER, *gc.get_threshold()[1:])
-    code = guarded(lambda: app(arguments, standalone_mode=False, prog_name=name))
+
+    def call() -> Any:
+        _check_folder()
+        return app(arguments, standalone_mode=False, prog_name=name)
+
+    code = guarded(call)
     if alone:
         _leave(code)
     sys.exit(code)
+
+
+def _check_folder() -> None:
+    """Refuses to start in a folder that is no more: nobody could say what a relative path means. Raises PlanError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise PlanError(f"the current folder: {error.strerror}; change to one that exists") from None
 
 
 def _leave(code: int) -> NoReturn:

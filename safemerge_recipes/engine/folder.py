@@ -73,6 +73,52 @@ def check_output(output: Path, force: bool) -> None:
         raise PlanError(f"{output}: holds a finished output; say --force to replace it, or choose another --output")
 
 
+def check_place(output: Path, force: bool) -> None:
+    """Refuses, before anything is computed, an output that could not be put in its place when it is finished.
+
+    Raises:
+        PlanError: see `check_output` and `check_part`; or its name leaves no room for the working ones, or it is the
+            root of a file system, or the lower layer of an overlay, which cannot be renamed.
+    """
+    check_output(output, force)
+    part, there = part_of(output), next(parent for parent in output.absolute().parents if parent.exists())
+    longest = max(len(os.fsencode(name)) for name in (part.name, _replaced(output).name))
+    with suppress(OSError, ValueError):  # a file system need not say how long names may be
+        if longest > (most := os.pathconf(there, "PC_NAME_MAX")):
+            allowed = most - longest + len(os.fsencode(output.name))
+            raise PlanError(
+                f"{output.name[:40]}…: a name of {len(os.fsencode(output.name))} bytes, and working names are longer; "
+                f"expected at most {allowed} here, choose another --output"
+            )
+    if output.is_mount():
+        raise PlanError(f"{output}: is the root of a file system, and cannot be renamed; choose a folder inside it")
+    check_part(part)
+    if output.exists() and not os.access(output.parent, os.W_OK | os.X_OK):
+        raise PlanError(f"{output.parent}: must not be written to; choose another --output")
+
+
+def _check_rename(output: Path, part: Path) -> None:
+    """Refuses an output that cannot be renamed: of the lower layer of an overlay. `part` holds a lock.
+
+    Raises:
+        PlanError: it cannot.
+    """
+    try:
+        if output.exists() and any(output.iterdir()):
+            os.rename(output, part)  # never done: that one is not empty
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise PlanError(
+                f"{output}: lies in a lower layer of an overlay file system and cannot be replaced; choose another "
+                "--output, or copy it and remove the original"
+            ) from None
+
+
+def _replaced(output: Path) -> Path:
+    """Where an output lies for the moment in which another takes its name."""
+    return output.with_name(f".{output.name}.safemerge-replaced")
+
+
 def check_part(part: Path) -> None:
     """Refuses a working folder that this program did not make: nothing of the user's is ever emptied.
 
@@ -169,15 +215,17 @@ def working_folder(output: Path, force: bool, reusable: Callable[[Path], bool]) 
     Raises:
         PlanError: the output is in the way, held by another run, or cannot be made.
     """
-    check_output(output, force)
+    check_place(output, force)
     part = part_of(output)
     parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        check_part(part)
         if force and not part.exists() and (output / MANIFEST_FILE).exists() and reusable(output):
             with locked(output, part.name):
-                os.rename(output, part)
+                try:
+                    os.rename(output, part)
+                except OSError:  # of a lower layer of an overlay: see `_check_rename`
+                    (output / LOCK_FILE).unlink(missing_ok=True)
         part.mkdir(exist_ok=True)
     except OSError as error:
         raise PlanError(f"{output}: cannot be made: {error.strerror}; choose another --output") from None
@@ -187,6 +235,7 @@ def working_folder(output: Path, force: bool, reusable: Callable[[Path], bool]) 
             fresh = all(path.name == LOCK_FILE for path in part.iterdir())
             try:
                 check_output(output, force)  # again: another run may have finished it meanwhile
+                _check_rename(output, part)
                 yield part
             except (SourceError, PlanError) as error:
                 if fresh and not isinstance(error, ReadError):
@@ -219,7 +268,7 @@ def publish(part: Path, output: Path, force: bool) -> None:
     (part / JOURNAL_FILE).unlink(missing_ok=True)
     for folder in (part, *(path for path in part.iterdir() if path.is_dir())):
         sync_folder(folder)
-    old = output.with_name(f".{output.name}.safemerge-replaced")
+    old = _replaced(output)
     if old.is_symlink() or old.exists():
         if old.is_symlink() or not (old / MANIFEST_FILE).is_file():
             raise PlanError(f"{old}: is in the way and holds no output of safemerge; move it away")

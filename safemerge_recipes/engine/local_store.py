@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safemerge_recipes.errors import PlanError, WriteError
+from safemerge_recipes.storage.descriptors import Descriptors
 from safemerge_recipes.storage.files import sync_folder, write_bytes
 from safemerge_recipes.storage.layout import Layout
 from safemerge_recipes.storage.reader import Reader
@@ -40,7 +41,7 @@ class LocalStore:
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         self._turns = [threading.Lock() for _ in layout.files]
-        self._files: dict[int, int] = {}
+        self._files = Descriptors(self._opened)
 
     @property
     def place(self) -> str:
@@ -72,9 +73,8 @@ class LocalStore:
         self._check_room()
         try:
             for shard in range(len(self.layout.files)):
-                self._files[shard] = self._made(shard)
+                self._make(shard)
         except OSError as error:
-            self.close()
             raise PlanError(f"{self.folder}: {error.strerror}; free some space or choose another --output") from None
 
     def _check_room(self) -> None:
@@ -90,48 +90,52 @@ class LocalStore:
                 f"{self.folder}: {needed} bytes are needed, {free} are free; free some space or choose another --output"
             )
 
-    def _made(self, shard: int) -> int:
-        file = os.open(self._working(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _make(self, shard: int) -> None:
+        file = os.open(self._working(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             os.ftruncate(file, self.layout.sizes[shard])
             write_bytes(file, memoryview(self.layout.headers[shard]), 0)
-        except OSError:
+        finally:
             os.close(file)
-            raise
-        return file
 
     def write(self, shard: int, offset: int, view: memoryview) -> None:
         """See `Store`."""
-        with self._turns[shard]:
-            write_bytes(self._files[shard], view, offset)
+        with self._turns[shard], self._files.use(shard) as file:
+            write_bytes(file, view, offset)
 
     def copy(self, shard: int, offset: int, ref: TensorRef, reader: Reader) -> Iterator[int]:
         """See `Store`. Inside the kernel where it can."""
-        return reader.copy_bytes(ref.path, ref.offset, ref.nbytes, self._files[shard], offset)
+        with self._files.use(shard) as file:
+            yield from reader.copy_bytes(ref.path, ref.offset, ref.nbytes, file, offset)
 
     def read_back(self, shard: int, offset: int, view: memoryview) -> None:
         """See `Store`."""
-        file, done = self._reading(shard), 0
-        while done < len(view):
-            got = os.preadv(file, [view[done:]], offset + done)
-            if not got:
-                raise WriteError("a weight file became shorter while it was written; is another program changing it?")
-            done += got
+        done = 0
+        with self._files.use(shard) as file:
+            while done < len(view):
+                got = os.preadv(file, [view[done:]], offset + done)
+                if not got:
+                    raise WriteError(
+                        "a weight file became shorter while it was written; is another program changing it?"
+                    )
+                done += got
 
-    def _reading(self, shard: int) -> int:
-        """The open file, or what an earlier run left of it."""
-        if shard not in self._files:
-            self._files[shard] = os.open(self._left(shard) or self._working(shard), os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]
+    def _opened(self, shard: int) -> int:
+        """The file as it is being written, or as an earlier run left it."""
+        found = self._left(shard) or self._working(shard)
+        mode = os.O_RDWR if os.access(found, os.W_OK) else os.O_RDONLY
+        return os.open(found, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def flush(self, shard: int, start: int, end: int) -> None:
         """See `Store`."""
         if _start_writing is not None:
-            _start_writing(self._files[shard], start, end - start, _WRITE)
+            with self._files.use(shard) as file:
+                _start_writing(file, start, end - start, _WRITE)
 
     def seal(self, shard: int) -> None:
         """See `Store`: flushed, then renamed."""
-        os.fsync(self._files[shard])
+        with self._files.use(shard) as file:
+            os.fsync(file)
         os.rename(self._working(shard), self.folder / self.layout.files[shard])
 
     def commit(self) -> None:
@@ -140,6 +144,4 @@ class LocalStore:
 
     def close(self) -> None:
         """See `Store`."""
-        for file in self._files.values():
-            os.close(file)
-        self._files.clear()
+        self._files.close()

@@ -6,7 +6,6 @@ of what the files hold.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -15,12 +14,15 @@ from importlib import metadata
 from pathlib import Path
 
 from safemerge_recipes.errors import CheckError
+from safemerge_recipes.storage.cache import cache_folder
 
 
 def wheel_folder() -> Path:
     """Return where downloaded wheels lie: `wheels` in $SAFEMERGE_CACHE, else ~/.cache/safemerge-recipes."""
-    cache = os.environ.get("SAFEMERGE_CACHE") or Path.home() / ".cache" / "safemerge-recipes"
-    return Path(cache) / "wheels"
+    try:
+        return cache_folder() / "wheels"
+    except FileNotFoundError:
+        raise CheckError("wheels: found no home folder to keep them in; expected one, or SAFEMERGE_CACHE=DIR") from None
 
 
 def files(package: str, *, prefix: str = "", suffix: str = "") -> dict[str, bytes]:

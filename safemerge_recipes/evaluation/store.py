@@ -15,12 +15,15 @@ from typing import Any
 
 from safemerge_recipes.errors import CheckError, PlanError
 from safemerge_recipes.evaluation.scores import Scores
+from safemerge_recipes.storage.cache import cache_folder
 
 
 def scores_folder() -> Path:
     """Where results are kept that belong to no sweep: `scores` in $SAFEMERGE_CACHE, else ~/.cache/safemerge-recipes."""
-    cache = os.environ.get("SAFEMERGE_CACHE") or Path.home() / ".cache" / "safemerge-recipes"
-    return Path(cache) / "scores"
+    try:
+        return cache_folder() / "scores"
+    except FileNotFoundError:
+        raise PlanError("scores: found no home folder to keep them in; expected one, or SAFEMERGE_CACHE=DIR") from None
 
 
 def key_of(*parts: Any) -> str:

@@ -22,6 +22,8 @@ MAX_LENGTH = 1_000
 """Longest pattern, in characters."""
 MAX_ALTERNATIVES = 4_096
 """Most alternatives one glob's braces may expand to."""
+MAX_DEPTH = 20
+"""Most braces inside one another."""
 MAX_PIECES = 200_000
 """Most characters all alternatives of one glob may hold together."""
 MAX_WILD_PIECES = 20_000
@@ -79,7 +81,7 @@ def _compile(pattern: str) -> Callable[[str], bool]:
         raise _error(pattern, MAX_LENGTH, f"longer than {MAX_LENGTH} characters")
     if pattern.startswith("/"):
         return _compile_regex(pattern)
-    globs, _ = _parse(pattern, 0, nested=False)
+    globs, _ = _parse(pattern, 0)
     exact = frozenset("".join(map(_literal, glob)) for glob in globs if all(map(_is_literal, glob)))
     wild = [glob for glob in globs if not all(map(_is_literal, glob))]
     if len(wild) > 1 and sum(map(len, wild)) > MAX_WILD_PIECES:
@@ -125,11 +127,13 @@ def _translate(glob: _Glob) -> str:
     return f"{first}{atomic}.*{last}"
 
 
-def _parse(pattern: str, at: int, nested: bool) -> tuple[list[_Glob], int]:
-    """The alternatives of a pattern from a position on, to its end or, when nested, to a closing brace.
+def _parse(pattern: str, at: int, nested: int = 0) -> tuple[list[_Glob], int]:
+    """The alternatives of a pattern from a position on, to its end or, when nested so deep, to a closing brace.
 
     Returns the alternatives and the position after them.
     """
+    if nested > MAX_DEPTH:
+        raise _error(pattern, at - 1, f"more than {MAX_DEPTH} braces inside one another")
     done: list[_Glob] = []
     current: list[_Glob] = [()]
     start = at
@@ -146,7 +150,7 @@ def _parse(pattern: str, at: int, nested: bool) -> tuple[list[_Glob], int]:
         options: list[_Glob]
         if char == "{":
             opened = at
-            options, at = _parse_brace(pattern, at)
+            options, at = _parse_brace(pattern, at, nested)
             if len(current) * len(options) > MAX_ALTERNATIVES:
                 raise _error(pattern, opened, f"braces expand to more than {MAX_ALTERNATIVES} alternatives")
         else:
@@ -166,7 +170,7 @@ def _bound(pattern: str, at: int, globs: list[_Glob]) -> None:
         raise _error(pattern, at, f"braces expand to more than {MAX_PIECES} characters")
 
 
-def _parse_brace(pattern: str, at: int) -> tuple[list[_Glob], int]:
+def _parse_brace(pattern: str, at: int, nested: int) -> tuple[list[_Glob], int]:
     """The alternatives of `{a,b}` or `{0..3}` that opens at a position, and the position after it."""
     if numbers := re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}").match(pattern, at):
         first, last = numbers.groups()
@@ -177,7 +181,7 @@ def _parse_brace(pattern: str, at: int) -> tuple[list[_Glob], int]:
         if int(last) - int(first) >= MAX_ALTERNATIVES:
             raise _error(pattern, at, f"braces expand to more than {MAX_ALTERNATIVES} alternatives")
         return [tuple(str(number)) for number in range(int(first), int(last) + 1)], numbers.end()
-    return _parse(pattern, at + 1, nested=True)
+    return _parse(pattern, at + 1, nested + 1)
 
 
 def _parse_piece(pattern: str, at: int) -> tuple[_Piece, int]:

@@ -6,6 +6,7 @@ inputs are hashed once, not once a run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -90,7 +91,8 @@ class Digests(threading.Thread):
         self._found: dict[str, InputDigest] = {}
         self._error: BaseException | None = None
         self.cancelled = threading.Event()
-        self.start()
+        with contextlib.suppress(RuntimeError):  # no more threads: `result` does it
+            self.start()
 
     def run(self) -> None:
         """Hashes one file after the other."""
@@ -105,7 +107,10 @@ class Digests(threading.Thread):
 
     def result(self) -> dict[str, InputDigest]:
         """path -> digest, when all are known. Raises SourceError when a file went away or changed."""
-        self.join()
+        if self.ident is None:
+            self.run()
+        else:
+            self.join()
         if isinstance(self._error, OSError):
             raise ReadError(f"{self._error.filename}: {self._error.strerror}; it was readable when planned")
         if self._error is not None:

@@ -40,7 +40,13 @@ def ahead(items: Iterator[Item], stop: threading.Event) -> Iterator[Item]:
             else:
                 put(None, None)
 
-    threading.Thread(target=make, name="ahead", daemon=True).start()
+    try:
+        threading.Thread(target=make, name="ahead", daemon=True).start()
+    except RuntimeError:  # no more threads: one after the other
+        for one in items:
+            check(stop)
+            yield one
+        return
     while True:
         try:
             item, error = made.get(timeout=0.2)

@@ -6,6 +6,7 @@ plus what a method may hold between passes within the budget.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 
@@ -45,7 +46,8 @@ class Threads:
             sealer.finished(name, digest)
             on_event(BytesDone(graph.layout.slots[name].nbytes))
             on_event(TensorDone(name, resumed=True))
-        sealer.start()
+        with contextlib.suppress(RuntimeError):  # no more threads: `result` does it
+            sealer.start()
         with Reader() as reader:
 
             def work(task: Task, arena: Arena) -> None:
@@ -66,7 +68,8 @@ class Threads:
                 ) from None
             finally:
                 stop.set()
-                sealer.join()
+                if sealer.ident is not None:
+                    sealer.join()
                 store.close()
         return sealed
 
