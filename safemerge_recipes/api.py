@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
-from safemerge_recipes.events import Listener, Note, ignore
+from safemerge_recipes.events import Listener, Note, Step, ignore
 
 if TYPE_CHECKING:
     from safemerge_recipes.evaluation.experiments.workbench import Bench
@@ -269,6 +269,63 @@ def compare(
         if name not in scores:
             raise RecipeError(f"--reference {name}: no model goes by it; expected one of {', '.join(scores)}")
     return document(scores, references)
+
+
+def judge(
+    folder: str | Path,
+    *,
+    kind: str | None = None,
+    model: str | None = None,
+    prompt: str | None = None,
+    url: str | None = None,
+    device: str = "auto",
+    on_event: Listener = ignore,
+) -> dict[str, Any]:
+    """Lets another model judge the answers that lie beside the scores of a finished output.
+
+    Args:
+        folder: the output.
+        kind: `llama-guard-3`, `chat` or `openai`; by default what the output's recipe says in `evaluate.judge`.
+        model: the judge's folder or hub id, or its name at the server.
+        prompt: how it is asked, see the recipe's `evaluate.judge.prompt`.
+        url: the server's base address.
+        device: where a judge is loaded.
+        on_event: is told what goes on.
+
+    Returns:
+        The content of safemerge_scores.json, with `unsafe` and `unjudged`.
+
+    Raises:
+        RecipeError: no judge is named, or not soundly.
+        CheckError: there are no answers, or the judge does not answer. What it said is kept.
+    """
+    from pydantic import ValidationError
+
+    from safemerge_recipes.engine.folder import RECIPE_FILE
+    from safemerge_recipes.evaluation.judge import judge_of
+    from safemerge_recipes.evaluation.judging import judge_folder
+    from safemerge_recipes.planning.load import load
+    from safemerge_recipes.recipe.model import Judge
+
+    folder = Path(folder)
+    given = {key: value for key, value in (("model", model), ("prompt", prompt), ("url", url)) if value is not None}
+    stored = load(folder / RECIPE_FILE).recipe.evaluate if kind is None and (folder / RECIPE_FILE).exists() else None
+    asked = stored.judge.model_dump(exclude_none=True) if stored is not None and stored.judge is not None else {}
+    if kind is None and not asked:
+        raise RecipeError(f"{folder}: its recipe names no judge; expected --kind and --model")
+    try:
+        named = Judge.model_validate({**asked, **given, **({"kind": kind} if kind else {})})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "judge"
+        raise RecipeError(f"--{where}: {problem['msg'].removeprefix('Value error, ')}") from None
+    place = None if kind else folder
+    who = judge_of(named.kind, named.model, prompt=named.prompt, url=named.url, folder=place, device=device)
+
+    def tell(name: str, done: int, total: int) -> None:
+        on_event(Step(name, 1, 1, "answers judged", done, total))
+
+    return judge_folder(folder, who, tell)
 
 
 def sweep(

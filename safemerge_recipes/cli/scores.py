@@ -1,4 +1,4 @@
-"""`evaluate`, `compare` and `report`: what merged models are worth, and how it is shown."""
+"""`evaluate`, `compare`, `judge` and `report`: what merged models are worth, and how it is shown."""
 
 from __future__ import annotations
 
@@ -66,6 +66,29 @@ def compare(
         content = api.compare(
             models, tasks=tasks_of(tasks), references=reference or (), limit=limit, device=device, on_event=listener
         )
+    if json_:
+        write_json(content)
+    print_scores(content, console(json_))
+
+
+def judge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A finished output with answers.", show_default=False)],
+    kind: Annotated[
+        str | None, typer.Option(metavar="llama-guard-3|chat|openai", help="Who judges; default: as its recipe says.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The judge's folder or hub id, or its name at the server.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="verdict, llama-guard-3, harmbench, strongreject, or a text file.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="The server, such as http://localhost:8000/v1.")] = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Let another model judge the stored answers to harmful requests; put its verdicts into scores and report."""
+    from safemerge_recipes.report.terminal_scores import print_scores
+
+    with watched(json_) as listener:
+        content = api.judge(folder, kind=kind, model=model, prompt=prompt, url=url, device=device, on_event=listener)
     if json_:
         write_json(content)
     print_scores(content, console(json_))

@@ -29,7 +29,7 @@ from safemerge_recipes.evaluation.scoring import (
     threads,
 )
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
-from safemerge_recipes.evaluation.suite import Suite, load_suite
+from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, load_suite
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.provenance import portable
 
@@ -222,7 +222,8 @@ def evaluate_folder(
     ours = (folder / MANIFEST_FILE).exists() and (folder / RECIPE_FILE).exists()
     own = load_recipe(folder / RECIPE_FILE).recipe.evaluate if ours else None
     options = {} if own is None else _options(own)
-    suite = load_suite(tuple(tasks) or (own.tasks if own else ("safemerge",)))
+    tokens = ANSWER_TOKENS if own is None else own.answer_tokens
+    suite = load_suite(tuple(tasks) or (own.tasks if own else ("safemerge",)), answer_tokens=tokens)
     limit = limit or options.get("limit")
     name = MERGED if ours else folder.resolve().name
     tell = Rounds(listen, 1, suite, limit).of(1, name)
@@ -236,7 +237,7 @@ def evaluate_folder(
 
 
 def _options(own: Evaluate) -> dict[str, Any]:
-    kept = own.model_dump(exclude={"tasks", "compare", "task_path"})
+    kept = own.model_dump(exclude={"tasks", "compare", "task_path", "judge", "answer_tokens"})
     return {key: value for key, value in kept.items() if value is not None}
 
 

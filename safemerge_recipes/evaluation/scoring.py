@@ -18,6 +18,8 @@ from safemerge_recipes.engine.manifest import read_manifest, replace_files, sha2
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
+from safemerge_recipes.evaluation.judge import Judge, judge_of
+from safemerge_recipes.evaluation.judging import judged
 from safemerge_recipes.evaluation.rates import wilson
 from safemerge_recipes.evaluation.rounds import Listener, Rounds
 from safemerge_recipes.evaluation.scores import Metric, Scores
@@ -55,7 +57,16 @@ def suite_of(loaded: LoadedRecipe, tasks: Sequence[str] = (), settings: Evaluate
     asked = settings or loaded.recipe.evaluate
     assert asked is not None  # the caller asks for scores only where the recipe does
     path = loaded.resolve(asked.task_path) if asked.task_path else None
-    return load_suite(tuple(tasks) or asked.tasks, task_path=path)
+    if asked.judge is not None:
+        judge_for(loaded, asked)  # what can be wrong with it is known, too, before it costs
+    return load_suite(tuple(tasks) or asked.tasks, task_path=path, answer_tokens=asked.answer_tokens)
+
+
+def judge_for(loaded: LoadedRecipe, settings: Evaluate, device: str = "auto") -> Judge:
+    """The judge that a recipe names. Raises CheckError when its prompt or address is not sound."""
+    asked = settings.judge
+    assert asked is not None  # the caller has looked
+    return judge_of(asked.kind, asked.model, prompt=asked.prompt, url=asked.url, folder=loaded.directory, device=device)
 
 
 def score_graph(
@@ -105,7 +116,7 @@ def graph_subject(live: Callable[[], LiveModel], graph: Graph, beside: str, name
 
 def conditions(settings: Evaluate, limit: int | None, device: str) -> dict[str, Any]:
     """What a score depends on beside model and tasks, as arguments of `harness.score`."""
-    kept = ("batch_size", "num_fewshot", "chat_template", "seed")
+    kept = ("batch_size", "num_fewshot", "chat_template", "seed", "auroc")
     return {"limit": limit or settings.limit, "device": device, **{key: getattr(settings, key) for key in kept}}
 
 
@@ -316,6 +327,14 @@ def score_output(
         tell = rounds.of(place, name)
         scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)
         console.print(f"Scored {name} in {scores[name].seconds:.0f} s", markup=False)
+    content = _put(prepared, output, scores)
+    if settings.judge is not None:  # the scores are there already, whatever becomes of the judge
+        held.clear()  # its room
+        content = _put(prepared, output, judged(scores, judge_for(loaded, settings, device)))
+    return content
+
+
+def _put(prepared: Prepared, output: Path, scores: Mapping[str, Scores]) -> dict[str, Any]:
     content = document(scores, REFERENCES, MERGED)
     attach(output, content, answers.lines(scores), prepared.plan_json(), provenance_of(prepared))
     return content

@@ -18,7 +18,7 @@ from safemerge_recipes.text import percent, points
 
 MARGIN = 0.05
 """A difference below this is none that matters: five points."""
-SECONDARY = ("refusal", "compliance", "degenerate", "auroc")
+SECONDARY = ("refusal", "compliance", "degenerate", "auroc", "unsafe", "unjudged")
 """Metrics beside the ones that a verdict rests on, corrected for chance among themselves."""
 
 
@@ -192,6 +192,7 @@ _COMPARABLE = {
     "batch_size": "batch size",
     "refusal_matcher": "refusal matcher version",
     "answer_tokens": "length of answers",
+    "judge": "judge",
     "versions": "software versions",
 }
 

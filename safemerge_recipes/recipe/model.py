@@ -666,6 +666,29 @@ class Output(_Model):
         return self
 
 
+class Judge(_Model):
+    """Another model's verdict on the answers to harmful requests."""
+
+    kind: Literal["llama-guard-3", "chat", "openai"]
+    """`llama-guard-3`: that model, loaded here or behind `url`; `chat`: a model loaded here; `openai`: a server."""
+    model: Text
+    """The judge's folder or hub id, or its name at the server."""
+    prompt: Text | None = None
+    """How it is asked: `verdict`, `llama-guard-3`, `harmbench`, `strongreject`, or a file with `{request}` and
+    `{answer}`; null: what goes with the kind."""
+    url: Text | None = None
+    """Base address of an OpenAI-compatible server, such as `http://localhost:8000/v1`; its key is read from
+    OPENAI_API_KEY."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Judge:
+        if self.kind == "openai" and self.url is None:
+            raise ValueError("url is missing; expected the server's address, such as http://localhost:8000/v1")
+        if self.kind == "chat" and self.url is not None:
+            raise ValueError("url goes with kind openai or llama-guard-3")
+        return self
+
+
 class Evaluate(_Model):
     """How the result is scored, with lm-eval."""
 
@@ -683,6 +706,12 @@ class Evaluate(_Model):
     """Put prompts through the tokenizer's chat template, if it has one."""
     task_path: Text | None = None
     """A folder with further lm-eval tasks."""
+    answer_tokens: int = Field(default=128, ge=1, le=100_000)
+    """Tokens an answer to a harmful or harmless request may have; 32 is fast and does not see a refusal that turns."""
+    auroc: bool = True
+    """Also measure how likely a refusal is, of harmful and harmless requests, without decoding."""
+    judge: Judge | None = None
+    """Another model that judges the answers to harmful requests; null: none."""
     seed: Seed = 0
     """Seed of everything random in the evaluation."""
 

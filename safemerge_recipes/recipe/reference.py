@@ -28,6 +28,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("rules", recipe.Rule),
     ("output", recipe.Output),
     ("evaluate", recipe.Evaluate),
+    ("evaluate.judge", recipe.Judge),
 )
 
 INTRODUCTION = """\
