@@ -158,6 +158,40 @@ def _shown(value: float | str, notes: dict[str, int]) -> str:
 HEADING = """\
 # Fidelity
 
+## Rules
+
+**Names.** The output has the aligned model's names, in its order. A tensor of another source, or of an adapter, is
+looked for under the same name. Where there is none, what training wrappers add is taken off (`_orig_mod.`,
+`_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.` anywhere, `module.` in front, an adapter's own name in its keys,
+`base_model.model.` in front of them), and then the one tensor is taken that has the same block number, the same end of
+its path and the most of the rest in common, *within the same part of the model* (text, vision, audio, draft head,
+projector, encoder, decoder, told by the path). A full checkpoint is renamed only if that is one to one, leaves nothing
+over and fits in shape; an adapter's name that fits two places is refused with both. Renamings are noted in the plan.
+
+**Experts** fused in one tensor or lying one by one are the same weights: a source is brought into the aligned model's
+form, and adapters of either form fit either.
+
+**Completeness.** A full checkpoint has every tensor of the aligned model and no other, but for buffers, a tied head and
+tensors for multi-token prediction (a part of their own, or blocks behind the last one that config.json counts), which
+stay the aligned model's where the fine-tuned side has none: "only in aligned". An adapter must hold every module that
+`target_modules` names in those stacks of blocks that it adapts at all.
+
+**Vocabulary.** Rows are matched by token where both tokenizers can be read, else by position. Appended tokens and cut
+rows without a token are no change of vocabulary; anything else asks for `vocabulary:`. An embedding or head that PEFT
+saved of its own accord, after a resize, is accepted; any other whole tensor that the adapter's config does not announce
+is not.
+
+**Quantised weights** are told by their tensors, not by config.json. Those that no update touches are copied byte for
+byte with their scales, and are never gated; an update of one is refused with the way to dequantise. A
+`quantization_config` over plain weights is dropped from the output's config.
+
+**config.json and tokenizer** are the fine-tuned side's. Of config.json only the dtype, `vocab_size`,
+`tie_word_embeddings` and a stale `quantization_config` are changed, where the written weights need it. The tokenizer is
+that of the first folder with a vocabulary (adapter, then the models under it); a chat template or tokenizer_config.json
+of a folder before it lies over it. Configs are compared only in what both say.
+
+## Table
+
 Made by `make fidelity`: tiny random models of real families and adapters on them, written by transformers and
 PEFT, are merged here and by PEFT's `merge_and_unload` in float32. A cell shows the largest difference of any
 element of any tensor, or the refusal. *Kept*: everything is the fine-tuned side's. *Merged*: every gated tensor
