@@ -9,6 +9,7 @@ on the machine.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -79,7 +80,9 @@ def execute(base: Path) -> Any:
         shutil.copy(DEMO / RECIPE, place)
         (Path(place) / "base").symlink_to(base.resolve(), target_is_directory=True)
         found = notebook()
-        NotebookClient(found, timeout=120, resources={"metadata": {"path": place}}, record_timing=False).execute()
+        quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}  # of tqdm, where ipywidgets is missing
+        client = NotebookClient(found, timeout=120, resources={"metadata": {"path": place}}, record_timing=False)
+        client.execute(env=quiet)
     found.metadata.pop("language_info", None)  # the version of Python that happened to be here
     return found
 

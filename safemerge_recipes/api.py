@@ -24,9 +24,10 @@ from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
 from safemerge_recipes.events import Listener, Note, Step, ignore
 
 if TYPE_CHECKING:
+    from safemerge_recipes.engine.output import Result
     from safemerge_recipes.evaluation.experiments.workbench import Bench
     from safemerge_recipes.evaluation.suite import Suite
-    from safemerge_recipes.pipeline import Prepared, Resolved, Result
+    from safemerge_recipes.planning.prepared import Prepared, Resolved
     from safemerge_recipes.recipe.loading import LoadedRecipe
     from safemerge_recipes.storage.workers import Resources
 
@@ -140,7 +141,8 @@ def run(
         CheckError: the output is written, but scoring it failed.
     """
     from safemerge_recipes.engine.folder import check_place
-    from safemerge_recipes.pipeline import Prepared, carry_out, prepare, resolve
+    from safemerge_recipes.pipeline import carry_out, prepare, resolve
+    from safemerge_recipes.planning.prepared import Prepared
     from safemerge_recipes.storage.digests import Digests
 
     planned = recipe if isinstance(recipe, Prepared) else None

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.engine.documents import beside_of
 from safemerge_recipes.engine.folder import DOCUMENTS, MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.engine.manifest import (
     Manifest,
@@ -30,9 +31,10 @@ from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.base import Tools
-from safemerge_recipes.pipeline import Prepared, beside_of, prepare, resolve
+from safemerge_recipes.pipeline import prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
+from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE

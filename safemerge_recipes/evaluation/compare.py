@@ -269,7 +269,7 @@ def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
     Raises:
         CheckError: The folder is no finished output, or a result folder holds no result.
     """
-    from safemerge_recipes.pipeline import documents
+    from safemerge_recipes.engine.documents import documents
 
     provenance = provenance_in(folder)
     plan = read_record(folder / PLAN_FILE)

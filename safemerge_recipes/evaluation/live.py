@@ -22,8 +22,9 @@ from safemerge_recipes.evaluation.harness import choose
 from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.events import ignore
 from safemerge_recipes.methods.base import Tools
-from safemerge_recipes.pipeline import Prepared, as_source
+from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph, Task
+from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.sources.family import ROLES
 from safemerge_recipes.sources.side_files import copy_side_files, side_files
 from safemerge_recipes.storage.arena import Arena, torch_dtype

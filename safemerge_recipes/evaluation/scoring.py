@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes.engine.documents import documents, provenance_of
 from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.engine.manifest import read_manifest, replace_files, sha256_of
 from safemerge_recipes.errors import CheckError
@@ -27,8 +28,9 @@ from safemerge_recipes.evaluation.separation import auroc, separation, sides
 from safemerge_recipes.evaluation.statistics import Difference, compare, corrected
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import Suite, load_suite
-from safemerge_recipes.pipeline import Prepared, as_source, documents, provenance_of
+from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.text import fixed, points

@@ -27,7 +27,8 @@ from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.methods.base import Copy
-from safemerge_recipes.pipeline import Prepared, carry_out
+from safemerge_recipes.pipeline import carry_out
+from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.reader import Reader
 from tests.fixtures.plain_family import ADAPTERS, FULL, make_family, prepare_recipe, recipe_text

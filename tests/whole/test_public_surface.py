@@ -1,6 +1,6 @@
 """`import safemerge_recipes`: the promised names, what they do, and what importing them costs.
 
-Guards `planning.load`.
+Guards `planning.load`, `planning.prepared`, `engine.documents`, `engine.output`.
 """
 
 from __future__ import annotations
@@ -109,3 +109,12 @@ def test_what_goes_wrong_is_told_by_its_kind(path: Path, tmp_path: Path) -> None
 def test_the_type_hints_of_the_package_can_be_read() -> None:
     hints = typing.get_type_hints(api.verify)
     assert hints["return"] == dict[str, typing.Any]
+
+
+def test_a_stored_recipe_keeps_what_a_rule_sets_to_nothing(llama: Family, recipe: Any, tmp_path: Path) -> None:
+    rules = [{"tensors": "*.layers.1.*", "gate": {"scope": None}}]
+    path = recipe(sources={role: llama / role for role in ROLES}, gate={"tau": 0.5, "scope": ["*q_proj*"]}, rules=rules)
+    first = sm.run(path)
+    assert first.plan.plan.summary()["gated"] == 1 + 7
+    again = sm.plan(tmp_path / "out" / "safemerge_recipe.yaml")
+    assert again.plan_json()["tensors"] == first.plan.plan_json()["tensors"]

@@ -23,10 +23,11 @@ from safemerge_recipes.evaluation.scoring import conditions, graph_subject, scor
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
 from safemerge_recipes.events import Listener
-from safemerge_recipes.pipeline import Prepared, as_source, build, decide, measurer_of, prepare, resolve
+from safemerge_recipes.pipeline import as_source, build, decide, measurer_of, prepare, resolve
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.load import load, vary
 from safemerge_recipes.planning.plan import Plan
+from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.storage.workers import Resources

@@ -1,0 +1,113 @@
+"""What lies beside the weights of an output: plan, recipe, report, card, side files, and the manifest last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.engine.folder import PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE
+from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
+from safemerge_recipes.planning.graph import ENGINE
+from safemerge_recipes.planning.prepared import Prepared, recipe_json
+from safemerge_recipes.recipe.loading import dump_recipe
+from safemerge_recipes.recipe.model import Recipe
+from safemerge_recipes.sources.masks import mask_path
+from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
+from safemerge_recipes.sources.side_files import copy_side_files, only_tokenizer
+from safemerge_recipes.storage.digests import InputDigest
+from safemerge_recipes.storage.files import write_file, write_json
+from safemerge_recipes.storage.identity import check_unchanged
+
+
+def write_documents(
+    prepared: Prepared,
+    part: Path,
+    output: Path,
+    plan: dict[str, Any],
+    inputs: Mapping[str, InputDigest],
+    files: Mapping[str, str],
+    tensors: dict[str, tuple[str, str | None]],
+    timings: Mapping[str, float],
+) -> dict[str, float]:
+    """Writes everything that lies beside the weights, the manifest last; returns the timings of all phases."""
+    write_json(part / PLAN_FILE, plan)
+    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
+    check_unchanged(prepared.identities)
+    copy_side_files(beside_of(prepared), part, prepared.family.config_edits)
+    timings = {**prepared.timings, **timings}
+    provenance = provenance_of(prepared)
+    for name, text in documents(plan, None, provenance, part).items():
+        write_file(part / name, text)
+    labels: dict[str, tuple[list[str], str]] = {}
+    for role, model in prepared.family.models.items():
+        for file in model.files:
+            labels.setdefault(file, ([], origin(model.folder)[0]))[0].append(role)
+    for file in prepared.family.mask_files:
+        labels.setdefault(file, ([], Path(file).name))[0].append("mask")
+    manifest = make_manifest(
+        engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
+        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
+    )  # fmt: skip
+    write_manifest(part, manifest | {key: provenance[key] for key in ("sources", "pipeline_tag")})
+    return timings
+
+
+def provenance_of(prepared: Prepared) -> dict[str, Any]:
+    """What report and card say of the sources and versions. Holds no local path."""
+    family = prepared.family
+    sources = sources_of(family, prepared.resolved.loaded.directory)
+    return {
+        "sources": sources,
+        "pipeline_tag": pipeline_tag(family.models["aligned"].checkpoint.config),
+        "versions": versions(),
+        "recipe": portable(dump_recipe(prepared.recipe), sources),
+    }
+
+
+def documents(
+    plan: dict[str, Any], scores: dict[str, Any] | None, provenance: dict[str, Any], folder: Path
+) -> dict[str, str]:
+    """Report and model card by file name, with the pictures of a sweep or a probe that lie in the folder."""
+    from safemerge_recipes.report.card import render_card
+    from safemerge_recipes.report.page import render_report
+
+    drawn = ((title, folder / name) for title, name in PICTURES.items())
+    pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
+    return {
+        REPORT_FILE: render_report(plan, scores=scores, provenance=provenance, pictures=pictures),
+        "README.md": render_card(plan, scores=scores, provenance=provenance),
+    }
+
+
+def beside_of(prepared: Prepared) -> Mapping[str, Path]:
+    """Relative name -> source of the files that lie beside the weights; of an adapter, the tokenizer alone."""
+    files = prepared.resolved.side_files
+    return only_tokenizer(files) if prepared.recipe.output.format == "adapter" else files
+
+
+def _stored_recipe(prepared: Prepared, output: Path) -> str:
+    """The recipe as it lies in the output: local paths seen from there, hub ids pinned to their commit."""
+    values = json.loads(recipe_json(prepared.recipe))
+    for role, model in prepared.family.models.items():
+        source = values["sources"][role]
+        if isinstance(source, str):
+            source = values["sources"][role] = {"location": source}
+        key = next(key for key in ("model", "adapter", "location") if source.get(key))
+        if model.folder.revision is not None:
+            source["revision"] = model.folder.revision
+        else:
+            root = model.folder.path
+            for _ in Path(source.get("subfolder") or "").parts:
+                root = root.parent
+            source[key] = os.path.relpath(root, output)
+            if not source[key].startswith("."):
+                source[key] = f"./{source[key]}"
+    for part in (values, *values.get("rules", ())):
+        mask = (part.get("merge") or {}).get("mask")
+        if mask:
+            mask["path"] = os.path.relpath(mask_path(prepared.resolved.loaded.directory, mask["path"]), output)
+    values.get("output", {}).pop("path", None)
+    return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
