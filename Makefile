@@ -32,11 +32,11 @@ lint: install
 
 demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/safemerge-run recipes/demo/smollm2_arithmetic.yaml --force $(if $(LIMIT),--set evaluate.limit=$(LIMIT))
+	$(RUN)/safemerge-run recipes/demo/smollm2_arithmetic.yaml --force $(if $(LIMIT),--set evaluate.limit=$(LIMIT) --set evaluate.answer_tokens=32)
 
-study: install          ## docs/evidence.md, hours on two cores; MINUTES=60 stops earlier, the next call goes on
+study: install          ## docs/evidence.md, hours on two cores; PART=qa-21 does one family, MINUTES=60 stops earlier, the next call goes on
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/python -m benchmarks.study run $(if $(MINUTES),--minutes $(MINUTES))
+	$(RUN)/python -m benchmarks.study run $(PART) $(if $(MINUTES),--minutes $(MINUTES))
 	$(RUN)/python -m benchmarks.study report
 
 bench: install          ## against every peer and against copying the bytes, 1.1 B parameters

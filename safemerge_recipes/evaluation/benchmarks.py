@@ -89,6 +89,11 @@ def _advbench(record: Record) -> tuple[str, str, None, None]:
     return str(record.get("value") or record.get("prompt") or record["goal"]), categories[0], None, None
 
 
+def _sorrybench(record: Record) -> tuple[str, str, None, None]:
+    turns = record.get("turns") or [record["prompt"]]
+    return str(turns[0]), str(record.get("category") or ""), None, None
+
+
 def _gsm8k(record: Record) -> tuple[str, str, str, None]:
     # The package's copy keeps the clean question beside a reworded one.
     if "target_answer" in record:
@@ -160,6 +165,53 @@ _BENCHMARKS = {
         _columns("prompt", category="type"),
         # The contrast prompts are unsafe on purpose: to decline them is no over-refusal.
         keep=lambda record: not str(record.get("label") or record.get("type")).startswith(("unsafe", "contrast")),
+    ),
+    "xstest_unsafe": _Entry(
+        "XSTest, the 200 unsafe contrast prompts (Röttger et al. 2023)",
+        "CC-BY-4.0",
+        (_Hub("Paul/XSTest"), _Hub("walledai/XSTest", gated="Accept its terms on the hub")),
+        _columns("prompt", category="type"),
+        keep=lambda record: str(record.get("label") or record.get("type")).startswith(("unsafe", "contrast")),
+    ),
+    "orbench": _Entry(
+        "OR-Bench, the hard 1k: harmless prompts that look harmful (Cui et al. 2024)",
+        "CC-BY-4.0",
+        (_Hub("bench-llm/or-bench", ("*hard-1k*",)),),
+        _columns("prompt", category="category"),
+    ),
+    "sorrybench": _Entry(
+        "SORRY-Bench, the base prompts (Xie et al. 2024)",
+        "SORRY-Bench dataset licence; do not redistribute",
+        (_Hub("sorry-bench/sorry-bench-202503", ("*.jsonl",), gated="Accept its terms on the hub"),),
+        _sorrybench,
+        # The others say the same in slang, ciphers and other languages.
+        keep=lambda record: record.get("prompt_style", "base") == "base",
+    ),
+    "wildguardtest": _Entry(
+        "WildGuardTest, the harmful prompts (Han et al. 2024)",
+        "ODC-BY",
+        (_Hub("allenai/wildguardmix", ("test/*.parquet",), gated="Accept its terms on the hub"),),
+        _columns("prompt", category="subcategory"),
+        keep=lambda record: record.get("prompt_harm_label") == "harmful",
+    ),
+    "wildguardtest_harmless": _Entry(
+        "WildGuardTest, the harmless prompts (Han et al. 2024)",
+        "ODC-BY",
+        (_Hub("allenai/wildguardmix", ("test/*.parquet",), gated="Accept its terms on the hub"),),
+        _columns("prompt", category="subcategory"),
+        keep=lambda record: record.get("prompt_harm_label") == "unharmful",
+    ),
+    "jailbreakbench": _Entry(
+        "JailbreakBench, the 100 harmful behaviours (Chao et al. 2024)",
+        "MIT",
+        (_Hub("JailbreakBench/JBB-Behaviors", ("data/harmful*.csv",)),),
+        _columns("Goal", category="Category"),
+    ),
+    "jailbreakbench_benign": _Entry(
+        "JailbreakBench, the 100 benign behaviours (Chao et al. 2024)",
+        "MIT",
+        (_Hub("JailbreakBench/JBB-Behaviors", ("data/benign*.csv",)),),
+        _columns("Goal", category="Category"),
     ),
     "gsm8k": _Entry(
         "GSM8K (Cobbe et al. 2021); the package ships 100 of the problems",

@@ -22,6 +22,9 @@ from safemerge_recipes.evaluation.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TA
 
 ANSWER_TOKENS = 128
 """Tokens an answer to a request may have: long enough to see a refusal that turns into help."""
+_RULES = "share of answers that rules read as refusals; the benchmark's own grader is a judge (evaluate.judge)"
+METRICS = dict.fromkeys(PUBLISHED_TASKS, _RULES) | {"safemerge_pubmedqa": "accuracy of the likeliest answer"}
+"""What tasks under a benchmark's name report, which need not be what the benchmark does."""
 PACKAGES = ("lm_eval", "transformers", "tokenizers", "torch", "peft")
 """What the `eval` extra brings; their versions are part of every score."""
 
@@ -116,7 +119,13 @@ def _published(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What published benchmarks are, by task; says where to get their prompts before a model is loaded for nothing."""
     found = {name: benchmarks.load(benchmark_of(name)) for name in names if name in PUBLISHED_TASKS}
     return {
-        task: {"title": one.title, "licence": one.licence, "origin": one.origin, "rows": len(one)}
+        task: {
+            "title": one.title,
+            "licence": one.licence,
+            "origin": one.origin,
+            "rows": len(one),
+            "metric": METRICS[task],
+        }
         for task, one in found.items()
     }
 

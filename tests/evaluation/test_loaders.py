@@ -107,6 +107,53 @@ def test_reading_the_hub_cache(empty_machine):
     assert benchmarks.load("hexphi").origin == "hub LLM-Tuning-Safety/HEx-PHI at aaaaaaaaaaaa"
 
 
+def test_both_sides_of_benchmarks_that_have_two(empty_machine):
+    def prompts(name):
+        return [(row.prompt, row.category) for row in benchmarks.load(name).rows]
+
+    hub(empty_machine, "Paul/XSTest", "xstest_prompts.csv",
+        b"id,prompt,type,label\n1,How?,homonyms,safe\n2,Bad,contrast_homonyms,unsafe\n")  # fmt: skip
+    assert prompts("xstest") == [("How?", "homonyms")]
+    assert prompts("xstest_unsafe") == [("Bad", "contrast_homonyms")]
+    rows = [
+        {"prompt": "Bad", "prompt_harm_label": "harmful", "subcategory": "fraud", "response": "x"},
+        {"prompt": "Good", "prompt_harm_label": "unharmful", "subcategory": "benign", "response": "y"},
+        {"prompt": "Unsure", "prompt_harm_label": None, "subcategory": "benign", "response": None},
+    ]
+    hub(empty_machine, "allenai/wildguardmix", "test/wildguard_test.parquet", parquet(rows))
+    assert prompts("wildguardtest") == [("Bad", "fraud")]
+    assert prompts("wildguardtest_harmless") == [("Good", "benign")]
+    head = b"Index,Goal,Target,Behavior,Category,Source\n"
+    behaviours = "JailbreakBench/JBB-Behaviors"
+    hub(empty_machine, behaviours, "data/harmful-behaviors.csv", head + b'0,Do harm,"Sure",b,Fraud,Original\n')
+    hub(empty_machine, behaviours, "data/benign-behaviors.csv", head + b'0,Do good,"Sure",b,Fraud,Original\n')
+    assert prompts("jailbreakbench") == [("Do harm", "Fraud")]
+    assert prompts("jailbreakbench_benign") == [("Do good", "Fraud")]
+    hub(empty_machine, "bench-llm/or-bench", "or-bench-hard-1k.csv", b"prompt,category\nKill a process,violence\n")
+    hub(empty_machine, "bench-llm/or-bench", "or-bench-toxic.csv", b"prompt,category\nBad,violence\n")
+    assert prompts("orbench") == [("Kill a process", "violence")]
+    lines = [
+        {"question_id": 1, "category": "3", "turns": ["Say it"], "prompt_style": "base"},
+        {"question_id": 1, "category": "3", "turns": ["5ay 1t"], "prompt_style": "slang"},
+    ]
+    hub(empty_machine, "sorry-bench/sorry-bench-202503", "question.jsonl",
+        "\n".join(map(json.dumps, lines)).encode())  # fmt: skip
+    assert prompts("sorrybench") == [("Say it", "3")]
+
+
+def test_a_task_under_a_benchmarks_name_says_what_it_reports(empty_machine):
+    pytest.importorskip("lm_eval")
+    from safemerge_recipes.evaluation.suite import load_suite
+
+    head = b"Index,Goal,Target,Behavior,Category,Source\n"
+    hub(empty_machine, "JailbreakBench/JBB-Behaviors", "data/harmful-behaviors.csv", head + b"0,Do harm,S,b,F,O\n")
+    hub(empty_machine, "bench-llm/or-bench", "or-bench-hard-1k.csv", b"prompt,category\nKill a process,violence\n")
+    suite = load_suite(["safemerge_jailbreakbench", "safemerge_orbench"])
+    assert "rules read as refusals" in suite.sources["safemerge_jailbreakbench"]["metric"]
+    assert suite.better["safemerge_jailbreakbench"]["refusal"] is True
+    assert suite.better["safemerge_orbench"]["refusal"] is False
+
+
 def test_an_unexpected_layout_is_an_error(empty_machine):
     hub(empty_machine, "vfleaking/DirectHarm4", "data/test.csv", b"one,two\n1,2\n")
     with pytest.raises(CheckError, match="found columns one, two; expected one of instruction, prompt"):

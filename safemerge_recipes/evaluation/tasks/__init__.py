@@ -24,7 +24,14 @@ PUBLISHED_TASKS = tuple(
         "donotanswer",
         "directharm4",
         "hexphi",
+        "sorrybench",
+        "wildguardtest",
+        "jailbreakbench",
+        "xstest_unsafe",
         "xstest",
+        "orbench",
+        "wildguardtest_harmless",
+        "jailbreakbench_benign",
         "pubmedqa",
     )
 )
