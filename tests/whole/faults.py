@@ -1,0 +1,384 @@
+"""Fault injection: runs a verb while one thing goes wrong, runs it again undisturbed, and says what was lost.
+
+A `Fault` is code that runs ahead of the program in its process: a kill or an error at the n-th call by which a run
+changes the disk, signals all the time, few descriptors, small files, closed streams. A `Verb` is a command with what
+must be there before. `Bench.attempt` runs one under the other in a folder of its own. Lost is: a source or a user's
+file that changed, a finished output that does not verify, a second run that does not end, or ends in other bytes, or
+leaves something behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safemerge_recipes.engine.folder import MANIFEST_FILE
+from tests.fixtures.chat_family import make_family
+from tests.fixtures.program import WarmProgram, digests, run, snapshot
+
+CALLS = (
+    "pwrite", "write", "copy_file_range", "open", "rename", "replace", "fsync", "unlink", "mkdir", "rmdir", "ftruncate",
+)  # fmt: skip
+"""The functions of `os` by which a run changes the disk; of `open` only what makes a file counts."""
+
+# In the process of the program
+
+
+def strike(how: str, at: int, counter: str = "", calls: tuple[str, ...] = CALLS) -> None:
+    """Makes the `at`-th call of this process fail.
+
+    Args:
+        how: `kill` (before the call, after it, or with half of its bytes written, drawn with `at`), the name of an
+            error for this one call, such as `EIO`, or `ENOSPC`, for this call and all that write after it.
+        at: which call, from 1; 0 strikes never.
+        counter: a file that always holds the number of calls so far.
+        calls: functions of `os`.
+    """
+    count, lock, dice = [0], threading.Lock(), random.Random(at)
+    real_write, kept = os.pwrite, os.open(counter, os.O_WRONLY | os.O_CREAT, 0o666) if counter else -1
+    if kept >= 0:
+        real_write(kept, b"         0", 0)
+
+    def wrapped(name: str) -> Callable[..., object]:
+        real = getattr(os, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            if name == "open" and not int(args[1]) & os.O_CREAT:  # type: ignore[call-overload]
+                return real(*args, **kwargs)
+            with lock:
+                count[0] += 1
+                number = count[0]
+                if kept >= 0:
+                    real_write(kept, b"%10d" % number, 0)
+            if not at or number < at or (number > at and how != "ENOSPC"):
+                return real(*args, **kwargs)
+            if how != "kill":
+                if number > at and name in ("unlink", "rmdir", "rename", "replace"):
+                    return real(*args, **kwargs)  # a full disk lets these pass
+                raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
+            moment = dice.choice(("before", "torn", "after"))
+            try:
+                if moment == "torn" and name in ("pwrite", "write"):
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])  # type: ignore[call-overload, arg-type]
+                elif moment != "before":
+                    real(*args, **kwargs)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None
+
+        return call
+
+    for name in calls:
+        setattr(os, name, wrapped(name))
+
+
+def interrupt() -> None:
+    """Sends this process a signal every millisecond, so that system calls are interrupted all the time."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in a run: its class in the table, and Python that runs ahead of the program."""
+
+    kind: str
+    before: str
+
+
+def at_call(how: str, at: int, counter: Path | str = "") -> Fault:
+    """The fault of `strike`."""
+    names = {"kill": "SIGKILL at a call", "ENOSPC": "disk full from a call on"}
+    code = f"from tests.whole.faults import strike; strike({how!r}, {at}, {str(counter)!r})"
+    return Fault(names.get(how, f"{how} at a call"), code)
+
+
+SIGNALS = Fault("a signal every millisecond (EINTR)", "from tests.whole.faults import interrupt; interrupt()")
+FEW_FILES = Fault(
+    "32 descriptors", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))"
+)  # torch alone holds some
+SMALL_FILES = Fault(
+    "files of 10 kB at most", "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
+)
+STREAMS = tuple(
+    Fault("a closed stream", f"import os, sys; os.close({number}); sys.{name} = None; "
+          "from safemerge_recipes.cli.streams import open_streams; open_streams()")
+    for number, name in enumerate(("stdin", "stdout", "stderr"))
+)  # fmt: skip
+
+LASTING = (SIGNALS, FEW_FILES, SMALL_FILES, *STREAMS)
+"""What lasts for a whole run."""
+
+# Strangers' things in places where a file is expected
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _link(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+PLANTED = {"a pipe": _pipe, "a link to a device": _device, "a link out of the folder": _link, "a folder": _folder}
+"""What may lie where a file was, by its name in the table."""
+
+
+def flip(path: Path, at: int) -> None:
+    """Flips one bit of a file, counted from its first."""
+    with open(path, "r+b") as file:
+        file.seek(at // 8)
+        byte = file.read(1)[0]
+        file.seek(at // 8)
+        file.write(bytes([byte ^ 1 << at % 8]))
+
+
+# Verbs
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: its name in the table, its arguments by folder of the trial, and what it is given."""
+
+    name: str
+    arguments: Callable[[Path], tuple[object, ...]]
+    given: str = ""
+    """Name of a finished thing of the bench that lies as `out` before; empty: nothing."""
+    scores: bool = False
+    """Whether it runs models, which takes seconds."""
+
+
+SMALL = ("--set", "output.max_shard_size=40KB", "--no-evaluate")
+SCORED = ("--tasks", "safemerge_refusal", "--limit", "2", "--device", "cpu")
+BOTH = ("--tasks", "safemerge_refusal,safemerge_arithmetic", "--limit", "2", "--device", "cpu")
+
+
+def verbs(recipe: Path) -> tuple[Verb, ...]:
+    """Every verb that reads or writes models, and every format of output."""
+    adapter = ("--set", "output.format=adapter", "--no-evaluate")
+    return (
+        Verb("run", lambda at: ("run", recipe, "-o", at / "out", *SMALL)),
+        Verb("run --force", lambda at: ("run", recipe, "-o", at / "out", *SMALL, "--force"), "other"),
+        Verb("run, an adapter", lambda at: ("run", recipe, "-o", at / "out", *adapter)),
+        Verb("run, fp16", lambda at: ("run", recipe, "-o", at / "out", "--set", "output.dtype=float16",
+                                      "--no-evaluate")),
+        Verb("plan", lambda at: ("plan", recipe)),
+        Verb("validate", lambda at: ("validate", recipe)),
+        Verb("controls", lambda at: ("controls", recipe, "-o", at / "controls")),
+        Verb("verify", lambda at: ("verify", at / "out"), "full"),
+        Verb("verify --deep", lambda at: ("verify", "--deep", at / "out"), "full"),
+        Verb("report", lambda at: ("report", at / "out"), "scored"),
+        Verb("evaluate", lambda at: ("evaluate", at / "out", *SCORED), "full", scores=True),
+        Verb("compare", lambda at: ("compare", recipe.parent / "base", at / "out", *SCORED), "full", scores=True),
+        Verb("sweep", lambda at: ("sweep", recipe, "--tau", "0.1,0.9", "-o", at / "sweep", "--seeds", "0", *BOTH),
+             scores=True),
+        Verb("probe", lambda at: ("probe", recipe, "-o", at / "probe", *BOTH), scores=True),
+    )  # fmt: skip
+
+
+LIGHT = (
+    "safemerge_recipes.pipeline", "safemerge_recipes.gate.measurer", "safemerge_recipes.evaluation.compare",
+    "safemerge_recipes.report.page", "safemerge_recipes.report.card", "rich.progress", "rich.table",
+)  # fmt: skip
+HEAVY = (
+    *LIGHT, "safemerge_recipes.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks",
+    "lm_eval.models.huggingface", "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto", "transformers.generation.utils",
+)  # fmt: skip
+"""What the program loads sooner or later, without and with models to run."""
+
+
+# Trials
+
+
+@dataclass
+class Row:
+    """A line of the table: a class of fault, how often it was tried, how often it struck, and what was lost."""
+
+    tried: int = 0
+    struck: int = 0
+    lost: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class Bench:
+    """A family, finished outputs of it, a warm program, and the table of what was tried."""
+
+    def __init__(self, root: Path, *, scoring: bool = True) -> None:
+        """`scoring`: whether verbs that run models are tried, too."""
+        self.root = root
+        self.rows: dict[str, Row] = {}
+        self.recipe = make_family(root / "family")
+        self.warm = WarmProgram(root, *(HEAVY if scoring else LIGHT))
+        self.verbs = tuple(verb for verb in verbs(self.recipe) if scoring or not verb.scores)
+        self.sources = snapshot(root / "family")
+        self._trials = 0
+        self._expected: dict[str, tuple[int, dict[str, str], int]] = {}
+        with _environment(SAFEMERGE_CACHE=str(root / "cache")):
+            for name, options in (("full", SMALL), ("other", (*SMALL, "--set", "merge.alpha=0.3"))):
+                assert run("run", self.recipe, "-o", root / "made" / name, *options)[0] == 0
+            shutil.copytree(root / "made" / "full", root / "made" / "scored", symlinks=True)
+            if scoring:
+                code, _, err = run("evaluate", root / "made" / "scored", *SCORED)
+                assert code == 0, err
+
+    def close(self) -> None:
+        """Ends the warm program."""
+        self.warm.close()
+
+    def _place(self, verb: Verb) -> Path:
+        self._trials += 1
+        place = self.root / f"trial{self._trials}"
+        place.mkdir()
+        (place / "thesis.txt").write_text("precious")
+        if verb.given:
+            shutil.copytree(self.root / "made" / verb.given, place / "out", symlinks=True)
+        return place
+
+    def expected(self, verb: Verb) -> tuple[int, dict[str, str], int]:
+        """Exit code and files of an undisturbed run of a verb, and the number of its calls."""
+        if verb.name not in self._expected:
+            place = self._place(verb)
+            code, _, err = self._run(verb, place, at_call("kill", 0, self.root / "calls"))
+            assert code == 0, f"{verb.name}: {err}"
+            self._expected[verb.name] = code, left_in(place), int((self.root / "calls").read_text())
+            shutil.rmtree(place)
+        return self._expected[verb.name]
+
+    def _run(self, verb: Verb, place: Path, fault: Fault | None = None) -> tuple[int, str, str]:
+        with _environment(SAFEMERGE_CACHE=str(place / "cache")):
+            return self.warm(*verb.arguments(place), before=fault.before if fault else "")
+
+    def attempt(self, verb: Verb, *faults: Fault) -> str:
+        """Runs a verb under faults, one run for each, and then undisturbed; returns what was lost, or nothing."""
+        row = self.rows.setdefault(faults[0].kind, Row())
+        row.tried += len(faults)
+        _, files, _ = self.expected(verb)
+        place = self._place(verb)
+        try:
+            problem = ""
+            for fault in faults:
+                code, _, err = self._run(verb, place, fault)
+                row.struck += code != 0
+                problem = problem or _untold(code, err) or self._harmed(place)
+            if not problem:
+                code, _, err = self._run(verb, place)
+                over = code == 4 and "holds a finished output" in err  # the fault came after the end
+                if code and not over:
+                    problem = f"the same command ended with {code}: {err}"
+                problem = problem or self._harmed(place) or _differing(left_in(place), files)
+            if problem:
+                row.lost.append(f"{verb.name}, {[fault.before[-60:] for fault in faults]}: {problem}")
+            return problem
+        finally:
+            shutil.rmtree(place)
+
+    def _harmed(self, place: Path) -> str:
+        """What is not as it has to be at every moment."""
+        if (place / "thesis.txt").read_text() != "precious" or snapshot(self.root / "family") != self.sources:
+            return "a file of the user's changed"
+        out, part = place / "out", place / "out.part"
+        if out.exists():
+            code, _, err = run("verify", out)
+            return f"the output is not sound: {err}" if code else ""
+        if part.exists() and any(path.name.endswith(".safetensors.part") for path in part.iterdir()):
+            early = [name for name in ("config.json", MANIFEST_FILE) if (part / name).exists()]
+            return f"{early} in an unfinished folder" if early else ""
+        return ""
+
+    def plant(self, kind: str, name: str) -> str:
+        """Puts something else in a file's place, in a copy of an output; returns what went wrong."""
+        row = self.rows.setdefault(f"{kind} where a file was", Row())
+        row.tried += 1
+        place = self.root / f"planted{row.tried}"
+        shutil.copytree(self.root / "made" / "scored", place / "out", symlinks=True)
+        target = place / "out" / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+        PLANTED[kind](target)
+        problem = ""
+        for command in (("verify", place / "out"), ("report", place / "out")):
+            code, _, err = self.warm(*command)
+            problem = problem or _untold(code, err)
+            if command[0] == "verify" and code != 6:
+                problem = problem or f"verify ended with {code}: {err}"
+            row.struck += code != 0
+        shutil.rmtree(place)
+        if problem:
+            row.lost.append(f"{name}: {problem}")
+        return problem
+
+    def table(self) -> str:
+        """The rows as Markdown: class, tried, how many runs it stopped, lost."""
+        lines = ["| what goes wrong | tried | runs that it ended | lost |", "|---|---|---|---|"]
+        lines += [f"| {kind} | {row.tried} | {row.struck} | {len(row.lost)} |" for kind, row in self.rows.items()]
+        return "\n".join(lines)
+
+    def as_json(self) -> str:
+        """The rows as JSON."""
+        return json.dumps({kind: vars(row) for kind, row in self.rows.items()}, indent=1)
+
+
+def left_in(place: Path) -> dict[str, str]:
+    """What a trial leaves that must always be the same: files by name, and the digests of an output."""
+    found = {}
+    for path in sorted(place.iterdir()):
+        if path.name in ("out", "controls"):
+            found |= {f"{path.name}/{name}": digest for name, digest in _steady(path).items()}
+        elif path.name != "cache":
+            found[path.name] = ""
+    return found
+
+
+def _steady(folder: Path) -> dict[str, str]:
+    """Digests of an output, but for scores, which hold seconds, and what shows them."""
+    scored = (folder / "safemerge_scores.json").exists()
+    changing = ("README.md", "safemerge_scores.json", "safemerge_answers.jsonl") if scored else ()
+    return {name: "" if name in changing else digest for name, digest in digests(folder).items()}
+
+
+def _untold(code: int, err: str) -> str:
+    """What is wrong with how a run ended: it says one thing or nothing, and never a traceback."""
+    if "Traceback" in err or "a bug in safemerge" in err:
+        return f"a traceback or a bug: {err}"
+    if code not in (0, 2, 3, 4, 5, 6, -signal.SIGKILL):
+        return f"exit code {code}: {err}"
+    return ""
+
+
+def _differing(found: dict[str, str], expected: dict[str, str]) -> str:
+    names = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    return f"not as an undisturbed run leaves it: {names}" if names else ""

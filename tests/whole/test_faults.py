@@ -1,0 +1,93 @@
+"""Every verb under every fault: nothing is lost, and the same command goes on.
+
+Guards `engine.folder`, `engine.resume`, `evaluation.store` and `storage.files`; the slow test is the table of
+docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fixtures.program import run
+from tests.whole import faults, reliability
+from tests.whole.faults import Bench, at_call
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("faults"),
+]
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    made = Bench(tmp_path_factory.mktemp("faults"), scoring=False)
+    yield made
+    made.close()
+
+
+def test_verbs_killed_anywhere_lose_nothing(bench: Bench) -> None:
+    dice = random.Random(13)
+    for verb in bench.verbs:
+        if bench.expected(verb)[2]:
+            assert reliability.kill(bench, verb, dice, 2) == ""
+
+
+@pytest.mark.parametrize("how", ["EIO", "ENOSPC"])
+def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, how: str) -> None:
+    dice = random.Random(how)
+    for verb in bench.verbs:
+        if bench.expected(verb)[2]:
+            assert reliability.fail(bench, verb, dice, how) == ""
+
+
+@pytest.mark.parametrize(
+    "fault", [faults.SIGNALS, faults.FEW_FILES, faults.SMALL_FILES, faults.STREAMS[1]], ids=lambda fault: fault.kind
+)
+def test_what_lasts_for_a_whole_run_loses_nothing(bench: Bench, fault: faults.Fault) -> None:
+    for verb in bench.verbs[:3]:
+        assert bench.attempt(verb, fault) == ""
+
+
+def test_the_harness_sees_what_is_lost(bench: Bench) -> None:
+    """A program that loses a user's file, an output or its working rules is told."""
+    row = len(reliability.losses(bench))
+    empty = f"import glob; open(glob.glob('{bench.root}/trial*/thesis.txt')[0], 'w').close()"
+    assert "user's changed" in bench.attempt(bench.verbs[0], faults.Fault("lossy", empty))
+    assert len(reliability.losses(bench)) == row + 1
+    del bench.rows["lossy"]
+
+
+def test_a_flipped_bit_is_found_where_it_was_flipped(bench: Bench) -> None:
+    out = bench.root / "flipped"
+    shutil.copytree(bench.root / "made" / "full", out)
+    for path in sorted(out.iterdir()):
+        at = path.stat().st_size * 8 // 2
+        faults.flip(path, at)
+        assert run("verify", out)[0] == 6, path.name
+        faults.flip(path, at)
+    assert run("verify", out)[0] == 0
+
+
+def test_the_table_counts_what_was_tried(bench: Bench) -> None:
+    assert bench.attempt(bench.verbs[0], at_call("kill", 5)) == ""
+    line = next(line for line in bench.table().splitlines() if "SIGKILL" in line)
+    tried, struck, lost = (int(cell) for cell in line.strip("|").split("|")[1:])
+    assert tried >= struck >= 1
+    assert lost == 0
+
+
+@pytest.mark.slow
+def test_five_hundred_kills_over_all_verbs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("lm_eval")
+    made = Bench(tmp_path_factory.mktemp("all"))
+    try:
+        reliability.campaign(made, 500, random.Random(2026))
+    finally:
+        made.close()
+    assert reliability.losses(made) == []
+    assert made.rows["SIGKILL at a call"].struck > 400  # a few come after the end
