@@ -177,7 +177,7 @@ class _Problems:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def _split_revision(location: str, directory: Path | None) -> tuple[str, str | None]:
+def split_revision(location: str, directory: Path | None) -> tuple[str, str | None]:
     """The location and revision of `id@revision`; a path keeps its `@`.
 
     A folder whose name looks like `id@revision` becomes `./id@revision`, which no reader
@@ -218,7 +218,7 @@ class Source(_Model):
         value = dict(value)
         for key in ("model", "adapter", "location"):
             if isinstance(value.get(key), str):
-                value[key], revision = _split_revision(value[key], directory)
+                value[key], revision = split_revision(value[key], directory)
                 if revision is not None:
                     if value.get("revision") not in (None, revision):
                         found = f'"{revision}" and "{value["revision"]}"'

@@ -1,0 +1,1 @@
+"""The safety adapter: rows to train on, the training itself, and which of several is kept."""

@@ -1,0 +1,237 @@
+"""From a training file to an adapter: plan → train every size → choose → card, kept in the cache under its key.
+
+A folder under the key is complete; it is put together beside it and renamed, and a run that was killed goes on in
+there. Prints nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.engine.folder import locked
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.recipe.training import LoadedTraining
+from safemerge_recipes.sources.locate import Folder
+from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
+from safemerge_recipes.training.card import card
+from safemerge_recipes.training.plan import TrainingPlan, plan_training
+from safemerge_recipes.training.trainer import Listen, check_extra, load_model, train
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", RECORD_FILE, "README.md")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """A finished adapter in the cache."""
+
+    path: Path
+    key: str
+    chosen: int
+    """Rows of the size that was kept."""
+    scores: dict[str, Any] | None
+    warnings: tuple[str, ...]
+
+
+def train_adapter(
+    loaded: LoadedTraining,
+    *,
+    listen: Listen | None = None,
+    say: Say | None = None,
+    max_memory: int | None = None,
+    plan: TrainingPlan | None = None,
+) -> TrainedAdapter:
+    """The adapter that a training file describes: from the cache, or trained now.
+
+    Args:
+        loaded: The training file.
+        listen: Told of steps.
+        say: Told a line at a time what goes on.
+        max_memory: Bytes it may take.
+        plan: Of the same file, where it is there already.
+
+    Raises:
+        SafemergeError: it cannot be trained; what is done stays done, and the next call goes on from there.
+    """
+    plan = plan or plan_training(loaded, max_memory)
+    folder = plan.folder
+    if folder is None:
+        check_extra()
+        folder = adapters_folder() / plan.key
+        part = folder.with_name(f"{plan.key}.part")
+        part.mkdir(parents=True, exist_ok=True)
+        with locked(part, part.name):
+            if not folder.is_dir():  # another run may have been faster
+                _train(plan, part, listen, say or (lambda line: None))
+                for extra in part.iterdir():
+                    if extra.is_dir():
+                        shutil.rmtree(extra)
+                os.replace(part, folder)
+    if loaded.training.output is not None:
+        copy_adapter(folder, loaded.resolve(loaded.training.output))
+    record = json.loads((folder / RECORD_FILE).read_text())
+    return TrainedAdapter(
+        folder, plan.key, record["rows"], record.get("scores"), tuple(record.get("scores", {}).get("warnings", ()))
+    )
+
+
+def copy_adapter(folder: Path, target: Path) -> None:
+    """Copies an adapter's files; refuses a folder that holds something else.
+
+    Raises:
+        PlanError: there is something else.
+    """
+    if target.is_dir() and any(target.iterdir()) and not (target / "adapter_config.json").exists():
+        raise PlanError(f"{target}: holds something that is no adapter; choose another output")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(folder / name, target / name)
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if wanted != "cpu" and not torch.cuda.is_available():
+        raise PlanError(f"train.device {wanted}: no CUDA device is visible; say cpu")
+    return wanted
+
+
+def _dtype(wanted: str, device: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "bfloat16" if device != "cpu" and torch.cuda.is_bf16_supported() else "float32"
+    return wanted
+
+
+def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> None:
+    from safemerge_recipes.training.chat import lengths, load_tokenizer
+
+    loaded, training = plan.loaded, plan.loaded.training
+    full, adapter = model_folders(loaded)
+    device = _device(training.train.device)
+    template = loaded.resolve(training.chat_template) if training.chat_template else None
+    tokenizer = load_tokenizer(full.path, adapter.path if adapter else None, template, training.train)
+    rows = list(plan.rows)
+    cut = sum(n > training.train.max_length for n in lengths(rows, tokenizer, training.train))
+    if cut > 0.05 * len(rows):
+        raise PlanError(
+            f"{loaded.path}: {cut} of {len(rows)} rows are longer than train.max_length {training.train.max_length} "
+            "tokens; expected at most 5 %. Raise it, or shorten the rows"
+        )
+    dtype = _dtype(training.train.dtype, device)
+    model = load_model(full.path, adapter.path if adapter else None, dtype, device)
+    runs: dict[int, dict[str, Any]] = {}
+    for size in plan.sizes:
+        place = part / f"size-{size}"
+        place.mkdir(exist_ok=True)
+        done = place / "run.json"
+        if not done.exists():
+            say(f"training with {size} rows")
+            chosen = rows[:size] if training.method == "safety" else rows[:size] + rows[plan.sizes[-1] :]
+            runs[size] = train(
+                model, tokenizer, chosen, training.lora, training.train, place, base_name(full, adapter), listen
+            )
+            done.write_text(json.dumps(runs[size]))
+        runs[size] = json.loads(done.read_text())
+    scores = _scored(plan, part, model, tokenizer, say) if training.choose else None
+    size = scores["chosen"] if scores else plan.sizes[-1]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(part / f"size-{size}" / name, part / name)
+    record = _record(plan, runs, size, scores, device, dtype, cut, base_name(full, adapter))
+    (part / "README.md").write_text(card(record), encoding="utf-8")
+    (part / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def base_name(full: Folder, adapter: Folder | None) -> str:
+    """What an adapter's config says of its base: a hub id, or a folder's own name, never a path."""
+    label = (adapter or full).label
+    local = label.startswith((".", "/", "~")) or label.count("/") > 1
+    name = (adapter or full).path.resolve().name if local else label
+    return f"{full.path.resolve().name}+{name}" if adapter and local else name
+
+
+def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
+    from safemerge_recipes.training.choose import carry_warning, choose
+    from safemerge_recipes.training.score import rates
+
+    ask = plan.loaded.training.choose
+    assert ask is not None  # asked by the caller
+    kept = part / "scores.json"
+    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def of(name: str, adapters: list[Path]) -> Any:
+        from safemerge_recipes.training.choose import Rates
+
+        if name not in known:
+            say(f"scoring {name}")
+            found = rates(model, tokenizer, adapters, ask)
+            known[name] = {key: value for key, value in found.as_json().items() if key != "separation"}
+            kept.write_text(json.dumps(known))
+        return Rates(**known[name])
+
+    aligned = of("aligned", [])
+    by_size = {size: of(f"aligned + Δs of {size} rows", [part / f"size-{size}"]) for size in plan.sizes}
+    size, within = choose(aligned, by_size, ask.max_overrefusal)
+    warnings = []
+    if not within:
+        rise = by_size[size].harmless - aligned.harmless
+        warnings.append(
+            f"over-refusal rises by {100 * rise:.0f} points, more than {100 * ask.max_overrefusal:.0f}, with every "
+            "size; add harmless rows that look alike"
+        )
+    if ask.finetuned is not None:
+        task = plan.loaded.resolve(ask.finetuned)
+        finetuned = of("fine-tuned", [task])
+        joined = of("fine-tuned + Δs", [task, part / f"size-{size}"])
+        warnings += [text for text in [carry_warning(finetuned, joined)] if text]
+    models = {name: {**one, "separation": one["harmful"] - one["harmless"]} for name, one in known.items()}
+    return {"chosen": size, "within": within, "models": models, "warnings": warnings}
+
+
+def _record(
+    plan: TrainingPlan,
+    runs: dict[int, dict[str, Any]],
+    size: int,
+    scores: dict[str, Any] | None,
+    device: str,
+    dtype: str,
+    cut: int,
+    base: str,
+) -> dict[str, Any]:
+    loaded, training = plan.loaded, plan.loaded.training
+    sources = [training.data, *([training.task_data] if training.task_data else [])]
+    licences = [source.licence or "apache-2.0" for source in sources]
+    settings = training.model_dump(mode="json", exclude={"output"})
+    return {
+        "format": 1,
+        "key": plan.key,
+        "base": base,
+        "rows": size,
+        "data": {
+            "files": [path.name for source in sources for path in data_files(loaded, source)],
+            "licence": ", ".join(dict.fromkeys(licences)),
+            "kinds": plan.kinds(size),
+            "near_copies_dropped": plan.dropped,
+            "cut": cut,
+        },
+        "settings": settings,
+        "matrices": plan.targets,
+        "parameters": plan.parameters,
+        "device": device.partition(":")[0],
+        "dtype": dtype,
+        "run": runs[size],
+        "runs": {str(key): value for key, value in runs.items()},
+        "scores": scores,
+        "warnings": list(plan.warnings),
+        "versions": {name: importlib.metadata.version(name) for name in ("peft", "trl", "transformers", "torch")},
+    }

@@ -1,0 +1,53 @@
+"""Refusal rates of a loaded model with adapters added in memory, on the tuning split."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.evaluation.harness import evaluate
+from safemerge_recipes.recipe.training import Choose
+from safemerge_recipes.training.choose import Rates
+
+
+@contextlib.contextmanager
+def with_adapters(model: Any, adapters: Sequence[Path]) -> Iterator[Any]:
+    """The model with the sum of the adapters' updates, in its own dtype; as it was afterwards, byte for byte."""
+    import torch
+    from safetensors.torch import load_file
+
+    own: dict[str, Any] = dict(model.named_parameters())
+    updates: dict[str, Any] = {}
+    for folder in adapters:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        factors = load_file(folder / "adapter_model.safetensors")
+        for key in (key for key in factors if key.endswith(".lora_A.weight")):
+            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+            update = factors[key.replace("lora_A", "lora_B")].float() @ factors[key].float()
+            updates[name] = updates.get(name, 0) + config["lora_alpha"] / config["r"] * update
+    before = {name: own[name].detach().clone() for name in updates}
+    try:
+        with torch.no_grad():
+            for name, update in updates.items():
+                own[name].copy_(own[name].float() + update.to(own[name].device))
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, values in before.items():
+                own[name].copy_(values)
+
+
+def rates(model: Any, tokenizer: Any, adapters: Sequence[Path], choose: Choose) -> Rates:
+    """How often the model with the adapters refuses on the two tasks.
+
+    Raises:
+        CheckError: a task is unknown or cannot be scored.
+    """
+    tasks = (choose.task, choose.overrefusal_task)
+    with with_adapters(model, adapters) as subject:
+        scores = evaluate(subject, tasks, limit=choose.limit, tokenizer=tokenizer, auroc=False)
+    harmful, harmless = (scores.metric(task, "refusal") for task in tasks)
+    return Rates(harmful.value or 0.0, harmless.value or 0.0, harmful.n, harmless.n)

@@ -1,0 +1,253 @@
+"""One training run by TRL's SFTTrainer with a PEFT LoRA: checkpoints, going on after a kill, the adapter's files.
+
+Rows go in as conversations split into prompt and completion, so that the loss covers the answer whatever the model's
+chat template. Knows neither files of rows nor scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import CheckError, PlanError, WriteError
+from safemerge_recipes.recipe.training import Lora, Schedule
+from safemerge_recipes.training.chat import example, turn_end
+from safemerge_recipes.training.rows import Row
+from safemerge_recipes.training.steps import steps_of
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far one training run is. `loss` is that of the last steps, in nats a token."""
+
+    rows: int
+    done: int
+    total: int
+    loss: float | None = None
+
+
+Listen = Callable[[Step], None]
+
+
+def check_extra() -> None:
+    """Raises PlanError where the libraries that train are not installed."""
+    import importlib.util
+
+    missing = [
+        name for name in ("torch", "transformers", "peft", "trl", "datasets") if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise PlanError(f"train-adapter needs {', '.join(missing)}; try `pip install 'safemerge-recipes[train]'`")
+
+
+def load_model(full: Path, adapter: Path | None, dtype: str, device: str) -> Any:
+    """The model to be trained on; an adapter on it is merged in the model's own dtype while that is float32.
+
+    Args:
+        full: a folder with a checkpoint in safetensors.
+        adapter: a PEFT adapter on it, or None.
+        dtype: `float32` or `bfloat16`, of the frozen weights.
+        device: a torch device.
+
+    Raises:
+        CheckError: transformers or PEFT cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32 if adapter else getattr(torch, dtype))
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = model.to(getattr(torch, dtype))
+            for module in model.modules():  # what PEFT leaves behind would be taken for a model that has adapters
+                if hasattr(module, "_hf_peft_config_loaded"):
+                    module._hf_peft_config_loaded = False
+            if hasattr(model, "peft_config"):
+                del model.peft_config
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckError(f"{full}: cannot be loaded for training ({type(error).__name__}: {first})") from None
+    return model.to(device)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    lora: Lora,
+    schedule: Schedule,
+    folder: Path,
+    base_name: str,
+    listen: Listen | None = None,
+) -> dict[str, Any]:
+    """Trains one adapter and writes its files into the folder; goes on from a checkpoint that is there.
+
+    Args:
+        model: The frozen model, on its device.
+        tokenizer: With a chat template, unless the rows are put into Alpaca's.
+        rows: In the order of the first epoch's draw; shuffled by the seed.
+        lora: The adapter's shape.
+        schedule: Rates, steps, seed.
+        folder: Gets `adapter_model.safetensors` and `adapter_config.json`; `checkpoints/` while it goes on.
+        base_name: What the adapter's config says of its base.
+        listen: Is told after every few steps.
+
+    Returns:
+        What happened: steps, loss (mean of the last tenth), seconds, resumed (steps that were there).
+
+    Raises:
+        CheckError: the loss is no number.
+        PlanError: the device's memory does not suffice.
+    """
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    device = next(model.parameters()).device
+    steps = steps_of(len(rows), schedule)
+    losses: list[float] = []
+
+    class _Tell(TrainerCallback):  # type: ignore[misc]  # no types
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            losses.append(float(logs["loss"]))
+            if not math.isfinite(losses[-1]):
+                raise CheckError(
+                    f"step {state.global_step}: the loss is {losses[-1]}; the last checkpoint is kept. Try a lower "
+                    "train.learning_rate, or train.dtype: float32"
+                )
+            if listen:
+                listen(Step(len(rows), state.global_step, steps, losses[-1]))
+
+    checkpoints = folder / "checkpoints"
+    last = _last_checkpoint(checkpoints)
+    every = max(1, min(steps // 20, 10))
+    config = SFTConfig(
+        output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
+        gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
+        learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule, warmup_steps=schedule.warmup_steps,
+        weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
+        max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
+        eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
+        gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
+        use_cpu=device.type == "cpu", dataloader_pin_memory=False, logging_steps=every, save_strategy="steps",
+        save_steps=schedule.save_steps, save_total_limit=1, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    shape = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
+        task_type="CAUSAL_LM", bias="none",
+    )  # fmt: skip
+    started = time.monotonic()
+    examples = [example(row, schedule) for row in rows]
+    try:
+        with _kept_quiet():
+            trainer = SFTTrainer(
+                model=model, args=config, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
+                peft_config=shape, callbacks=[_Tell()],
+            )  # fmt: skip
+            trainer.remove_callback(_printer())
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError:
+        raise PlanError(_too_large(schedule)) from None
+    except KeyboardInterrupt:
+        raise WriteError(f"stopped; {folder} keeps the last checkpoint, the same command goes on from there") from None
+    _save(trainer.model, lora, folder, base_name, schedule.save_dtype)
+    trainer.model.unload()  # the model is as it was, for the next size
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    recent = losses[-max(1, len(losses) // 10) :]
+    return {
+        "rows": len(rows),
+        "steps": int(trainer.state.global_step),
+        "loss": round(sum(recent) / len(recent), 4) if recent else None,
+        "losses": [round(loss, 4) for loss in losses],
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed": int(last.name.partition("-")[2]) if last else 0,
+    }
+
+
+def _too_large(schedule: Schedule) -> str:
+    return (
+        f"out of memory with {schedule.micro} rows of up to {schedule.max_length} tokens at once; lower "
+        "train.micro_batch or train.max_length, or say `train: {gradient_checkpointing: true}`"
+    )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; others are removed."""
+    sound: Path | None = None
+    for place in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2] or 0)):
+        try:
+            json.loads((place / "trainer_state.json").read_text())  # the last file of a checkpoint
+            sound = place
+        except (OSError, ValueError):
+            shutil.rmtree(place, ignore_errors=True)
+    return sound
+
+
+def _printer() -> Any:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+@contextlib.contextmanager
+def _kept_quiet() -> Iterator[None]:
+    """Without the bars and warnings of the libraries; the warnings that matter are given before."""
+    import datasets
+    import transformers
+
+    bars = datasets.are_progress_bars_disabled()
+    level = transformers.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _save(model: Any, lora: Lora, folder: Path, base_name: str, dtype: str) -> None:
+    """Writes the adapter's two files; its config names no path of this machine."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    factors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in sorted(factors.items())}
+    config = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "peft_type": "LORA",
+        "r": lora.r,
+        "target_modules": list(lora.targets),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    part = folder / "adapter_model.safetensors.part"
+    save_file(kept, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors writes 0600 whatever the umask
+    os.replace(part, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
