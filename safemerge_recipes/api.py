@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from safemerge_recipes.evaluation.suite import Suite
     from safemerge_recipes.planning.prepared import Prepared, Resolved
     from safemerge_recipes.recipe.loading import LoadedRecipe
+    from safemerge_recipes.recipe.training import LoadedTraining
     from safemerge_recipes.storage.workers import Resources
+    from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.run import TrainedAdapter
+    from safemerge_recipes.training.steps import Step
 
     RecipeLike = LoadedRecipe | str | Path
 
@@ -586,3 +590,51 @@ class _Lines:
 def _notes(listener: Listener) -> Any:
     """A console that hands its lines on as events."""
     return _Lines(listener)
+
+
+def plan_training(file: LoadedTraining | str | Path, *, max_memory: str | int | None = None) -> TrainingPlan:
+    """What a training file comes to: rows, steps, memory and the key. Trains nothing.
+
+    Args:
+        file: the training file, or one that is loaded.
+        max_memory: own memory that may not be exceeded.
+
+    Raises:
+        RecipeError: the file or its rows are wrong.
+        SourceError: the model or the data are missing.
+        PlanError: it takes more memory.
+    """
+    from safemerge_recipes.recipe.training import load_training
+    from safemerge_recipes.training.plan import plan_training as plan_it
+
+    loaded = load_training(file) if isinstance(file, str | Path) else file
+    return plan_it(loaded, None if max_memory is None else _memory(max_memory))
+
+
+def train_adapter(
+    file: TrainingPlan | LoadedTraining | str | Path,
+    *,
+    output: str | Path | None = None,
+    listen: Callable[[Step], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TrainedAdapter:
+    """The adapter of a training file, from the cache or trained now. Cut short, the same call goes on.
+
+    Args:
+        file: the training file, or its plan.
+        output: a folder that gets a copy.
+        listen: is told of steps.
+        say: is told, a line at a time, what goes on.
+
+    Raises:
+        SafemergeError: it cannot be trained.
+    """
+    from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.run import copy_adapter
+    from safemerge_recipes.training.run import train_adapter as train
+
+    planned = file if isinstance(file, TrainingPlan) else plan_training(file)
+    found = train(planned.loaded, listen=listen, say=say, plan=planned)
+    if output is not None:
+        copy_adapter(found.path, Path(output))
+    return found

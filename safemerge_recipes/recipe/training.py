@@ -318,10 +318,10 @@ def load_training(path: str | Path) -> LoadedTraining:
     try:
         training = Training.model_validate(document.value)
     except ValidationError as errors:
-        for error in errors.errors(include_url=False):
-            keys = tuple(error["loc"])
+        for one in errors.errors(include_url=False):
+            keys = tuple(one["loc"])
             line = next(document.lines[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in document.lines)
-            problems.append((line, f"{path}:{line} {_dotted(keys)}: {_words(error, keys)}".replace(" : ", ": ")))
+            problems.append((line, f"{path}:{line} {_dotted(keys)}: {_words(one, keys)}".replace(" : ", ": ")))
     if problems or training is None:
         raise RecipeError("\n".join(dict.fromkeys(text for _, text in sorted(problems))))
     directory = Path(os.path.normpath(Path.cwd() / path.parent))

@@ -118,7 +118,8 @@ def training_key(loaded: LoadedTraining) -> str:
     """
     training = loaded.training
     full, adapter = model_folders(loaded)
-    text = [folder / name for folder in filter(None, (adapter and adapter.path, full.path)) for name in _TOKENIZER]
+    folders = (*((adapter.path,) if adapter else ()), full.path)
+    text = [folder / name for folder in folders for name in _TOKENIZER]
     text += [loaded.resolve(training.chat_template)] if training.chat_template else []
     text += [path for rows in (training.data, training.task_data) if rows for path in data_files(loaded, rows)]
     settings: dict[str, Any] = training.model_dump(mode="json", exclude={"name", "output", "model"})

@@ -242,7 +242,7 @@ def evaluation_prompts() -> Near:
     near = Near()
     for kind in ("harmful", "harmless"):
         for split in ("tuning", "test"):
-            for prompt in prompts(kind, split):  # type: ignore[arg-type]  # these are the literals
+            for prompt in prompts(kind, split):
                 near.add(prompt.prompt)
     return near
 

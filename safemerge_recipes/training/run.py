@@ -22,7 +22,8 @@ from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
-from safemerge_recipes.training.trainer import Listen, check_extra, load_model, train
+from safemerge_recipes.training.steps import Listen
+from safemerge_recipes.training.trainer import check_extra, load_model, train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", RECORD_FILE, "README.md")
 Say = Callable[[str], None]

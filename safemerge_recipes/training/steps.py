@@ -1,10 +1,25 @@
-"""How many optimizer steps rows take. Pure arithmetic."""
+"""How many optimizer steps rows take, and what a training run tells after some of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from safemerge_recipes.recipe.training import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far one training run is. `loss` is the mean of the last steps, in nats a token."""
+
+    rows: int
+    done: int
+    total: int
+    loss: float | None = None
+
+
+Listen = Callable[[Step], None]
 
 
 def steps_of(rows: int, schedule: Schedule) -> int:

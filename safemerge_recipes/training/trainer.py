@@ -13,8 +13,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,7 @@ from safemerge_recipes.errors import CheckError, PlanError, WriteError
 from safemerge_recipes.recipe.training import Lora, Schedule
 from safemerge_recipes.training.chat import example, turn_end
 from safemerge_recipes.training.rows import Row
-from safemerge_recipes.training.steps import steps_of
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far one training run is. `loss` is that of the last steps, in nats a token."""
-
-    rows: int
-    done: int
-    total: int
-    loss: float | None = None
-
-
-Listen = Callable[[Step], None]
+from safemerge_recipes.training.steps import Listen, Step, steps_of
 
 
 def check_extra() -> None:
@@ -121,7 +107,7 @@ def train(
     steps = steps_of(len(rows), schedule)
     losses: list[float] = []
 
-    class _Tell(TrainerCallback):  # type: ignore[misc]  # no types
+    class _Tell(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not logs or "loss" not in logs:
                 return

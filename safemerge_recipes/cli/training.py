@@ -1,0 +1,131 @@
+"""`train-adapter` and `prepare-safety-data`: the safety adapter and what it is trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safemerge_recipes.cli.options import JsonOption
+from safemerge_recipes.cli.streams import console, write_json
+
+if TYPE_CHECKING:
+    from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.steps import Step
+
+
+def train_adapter(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The training file, YAML.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Also copy the adapter here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print rows, steps, memory and key; train nothing.")
+    ] = False,
+    json_: JsonOption = False,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Refuse what would take more, such as 16GB.")
+    ] = None,
+) -> None:
+    """Train the adapter that a training file describes, or find it in the cache. Cut short, it goes on."""
+    from safemerge_recipes import api
+
+    screen = console(json_)
+    plan = api.plan_training(file, max_memory=max_memory)
+    if dry_run:
+        return write_json(plan.as_json()) if json_ else print_plan(plan, screen)
+    print_plan(plan, screen)
+    with _bar() as listen:
+        found = api.train_adapter(plan, output=output, listen=listen, say=lambda line: screen.print(line, markup=False))
+    for warning in found.warnings:
+        screen.print(f"Warning: {warning}", style="bold yellow", markup=False, soft_wrap=True)
+    if json_:
+        write_json({"path": str(found.path), "key": found.key, "chosen": found.chosen, "scores": found.scores})
+    else:
+        screen.print(f"{found.path}", markup=False, soft_wrap=True)
+    return None
+
+
+def print_plan(plan: TrainingPlan, screen: Any) -> None:
+    """The plan for people."""
+    state = f"is there: {plan.folder}" if plan.folder else "is to be trained"
+    lines = [f"Adapter {plan.key[:16]}… {state}"]
+    for size, steps in plan.steps().items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kinds(size).items())
+        lines.append(f"  {size} rows ({kinds}): {steps} steps")
+    lines.append(
+        f"  {plan.targets} matrices, {plan.parameters:,} parameters; about {plan.memory / 1e9:.1f} GB, very roughly "
+        f"{max(1, round(plan.minutes))} min"
+    )
+    lines += [f"  {plan.dropped} near copies left out"] if plan.dropped else []
+    for line in lines:
+        screen.print(line, markup=False, soft_wrap=True)
+    for warning in plan.warnings:
+        screen.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Any]:
+    """Steps, loss and time left on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def listen(step: Step) -> None:
+            loss = "" if step.loss is None else f", loss {step.loss:.3f}"
+            progress.update(task, description=f"{step.rows} rows{loss}", completed=step.done, total=step.total)
+
+        yield listen
+
+
+def prepare_safety_data(
+    sources: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE...]", help="Files of rows; default: the set that ships.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The training file.")] = Path(
+        "safety.jsonl"
+    ),
+    refuse: Annotated[
+        list[Path] | None,
+        typer.Option("--refuse", metavar="FILE", help="Harmful requests that get a refusal; repeatable."),
+    ] = None,
+    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Part that goes into a file beside it.")] = 0.0,
+    keep_out: Annotated[
+        list[Path] | None,
+        typer.Option("--keep-out", metavar="FILE", help="Further evaluation prompts to stay away from; repeatable."),
+    ] = None,
+    drop_overlap: Annotated[
+        bool, typer.Option("--drop-overlap", help="Leave out rows near an evaluation prompt instead of refusing.")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Mix refusals with helpful answers, drop near copies, and keep every evaluation prompt out."""
+    from safemerge_recipes.training.prepare import prepare_safety_data as prepare
+    from safemerge_recipes.training.prepare import write_prepared
+
+    found = prepare(sources or (), refuse or (), holdout=holdout, keep_out=keep_out or (), drop_overlap=drop_overlap)
+    paths = write_prepared(found, output)
+    if json_:
+        return write_json({"files": [str(path) for path in paths], **found.as_json()})
+    screen = console(False)
+    for path, rows in zip(paths, (found.training, found.held_out), strict=False):
+        kinds = [str(row.kind) for row in rows]
+        mixture = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        screen.print(f"{path}: {len(rows)} rows ({mixture})", markup=False, soft_wrap=True)
+    screen.print(f"{len(found.copies)} near copies left out", markup=False)
+    for row in found.overlapping:
+        screen.print(f"left out, near an evaluation prompt: {row.where}: {row.prompt}", markup=False, soft_wrap=True)
+    for warning in found.warnings:
+        screen.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    return None
