@@ -109,7 +109,9 @@ def plan(
     resources = _resources(device, workers, max_memory)
     from safemerge_recipes.pipeline import prepare, resolve
 
-    return prepare(resolve(_loaded(recipe)), resources, on_event)
+    loaded = _loaded(recipe)
+    _train_missing(loaded, False, on_event)
+    return prepare(resolve(loaded), resources, on_event)
 
 
 def run(
@@ -122,6 +124,7 @@ def run(
     device: str = "auto",
     workers: int | None = None,
     max_memory: str | int = "2GB",
+    train: bool = False,
     on_event: Listener = ignore,
 ) -> Result:
     """Writes the merged model, and scores it if its recipe says so. A run cut short is resumed by the same call.
@@ -135,6 +138,7 @@ def run(
         device: as in `plan`, like `workers` and `max_memory`.
         workers: threads.
         max_memory: own memory.
+        train: train the adapter of a source that says `train: FILE` where it is not in the cache.
         on_event: is told what goes on.
 
     Raises:
@@ -153,6 +157,8 @@ def run(
     resources = planned.resources if planned else _resources(device, workers, max_memory)
     loaded = planned.resolved.loaded if planned else _loaded(recipe)  # type: ignore[arg-type]  # the other kind
     target = target_of(loaded, output)
+    if planned is None:
+        _train_missing(loaded, train, on_event)
     suite = None
     if evaluate and loaded.recipe.evaluate is not None:  # what can be wrong with it is known before it costs
         from safemerge_recipes.evaluation.scoring import suite_of
@@ -169,6 +175,29 @@ def run(
     finally:
         digests.cancelled.set()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
+
+
+def _train_missing(loaded: LoadedRecipe, train: bool, on_event: Listener) -> None:
+    """Says of every adapter that is still to be trained what that takes; trains it if that is asked for."""
+    if not any(source.train for source in loaded.recipe.sources.roles().values()):
+        return
+    from safemerge_recipes.sources.trained import to_train
+    from safemerge_recipes.training.plan import plan_training as plan_it
+    from safemerge_recipes.training.run import train_adapter as train_it
+
+    for role, file in to_train(loaded).items():
+        found = plan_it(file)
+        if found.folder is None:
+            steps = ", ".join(f"{size} rows in {steps} steps" for size, steps in found.steps().items())
+            state = "trained now" if train else "still to be trained"
+            on_event(
+                Note(
+                    f"sources.{role}: {file.path.name}: the adapter is {state}: {steps}, "
+                    f"about {found.memory / 1e9:.1f} GB, very roughly {max(1, round(found.minutes))} min"
+                )
+            )
+            if train:
+                train_it(file, plan=found, say=lambda line: on_event(Note(line)))
 
 
 def _warn_of_template(resolved: Resolved, on_event: Listener) -> None:

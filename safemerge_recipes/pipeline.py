@@ -29,6 +29,7 @@ from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.side_files import no_tokenizer, side_files
+from safemerge_recipes.sources.trained import settled
 from safemerge_recipes.storage.digests import Digests, remember_digest
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.workers import Resources, fit_workers
@@ -64,8 +65,10 @@ def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     Raises:
         SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
     """
+    loaded, notes = settled(loaded)
     recipe = loaded.recipe
     family = family or open_family(recipe, loaded.directory)
+    family = replace(family, warnings=tuple(dict.fromkeys((*family.warnings, *notes))))
     registry = read_registry()
     outlooks = survey(recipe, family, registry.metrics)
     check_gates(outlooks, registry.selectors)

@@ -44,6 +44,9 @@ def run(
     no_evaluate: Annotated[
         bool, typer.Option("--no-evaluate", help="Merge only, even if the recipe evaluates.")
     ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train the adapter of a `train:` source that is not in the cache.")
+    ] = False,
     version: VersionOption = False,
 ) -> None:
     """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
@@ -56,7 +59,7 @@ def run(
     with watched(json_) as listener:
         result = api.run(
             api.load_recipe(recipe, set_ or (), sources=source or ()), output,
-            force=force, allow_empty=allow_empty, evaluate=not no_evaluate,
+            force=force, allow_empty=allow_empty, evaluate=not no_evaluate, train=train,
             device=device, workers=workers, max_memory=max_memory, on_event=listener,
         )  # fmt: skip
     if json_:

@@ -76,7 +76,7 @@ class LoadedRecipe:
         for role, source in self.recipe.sources.roles().items():
             folder = self.local(source)
             if folder is not None:
-                key = next(key for key in ("model", "adapter", "location") if getattr(source, key) is not None)
+                key = next(key for key in ("model", "adapter", "location", "train") if getattr(source, key) is not None)
                 given, path = values["sources"][role], rewritten(getattr(source, key), folder)
                 values["sources"][role] = {**given, key: path} if isinstance(given, dict) else path
         for owner, key in _path_keys(values):
@@ -97,6 +97,8 @@ def _absolute(path: str, directory: Path) -> Path:
 def _local(source: Source, directory: Path) -> Path | None:
     where = source.where
     folder = _absolute(where, directory)
+    if source.train is not None:
+        return folder
     looks_like_path = where.startswith((".", "/", "~")) or "\\" in where or where.count("/") > 1
     absolute = Path(where).is_absolute()
     return folder if looks_like_path or absolute or (source.revision is None and folder.exists()) else None

@@ -200,6 +200,9 @@ class Source(_Model):
     """A PEFT adapter: local folder or hub id, or `id@revision`."""
     location: Text | None = None
     """A checkpoint or an adapter, whichever is found there; the long form of plain text."""
+    train: Text | None = None
+    """A training file, whose adapter is found in the cache; `safemerge train-adapter` makes it. Only for `safety`
+    and `finetuned`."""
     revision: Text | None = None
     """Branch, tag or commit on the hub."""
     subfolder: Text | None = None
@@ -228,10 +231,12 @@ class Source(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> Source:
-        named = [key for key in ("model", "adapter", "location") if getattr(self, key) is not None]
+        named = [key for key in ("model", "adapter", "location", "train") if getattr(self, key) is not None]
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"found {found}; expected one of model and adapter, or a plain path or hub id")
+        if self.train is not None and self.model_fields_set != {"train"}:
+            raise ValueError("`train` stands alone; the training file says the model")
         if "on" in self.model_fields_set and self.adapter is None:
             raise ValueError("`on` is given for what is not an adapter; expected it only beside `adapter`")
         return self
@@ -239,7 +244,7 @@ class Source(_Model):
     @property
     def where(self) -> str:
         """The local folder or hub id, whatever its kind."""
-        return self.model or self.adapter or self.location or ""
+        return self.model or self.adapter or self.location or self.train or ""
 
     def __str__(self) -> str:
         return f"{self.where}@{self.revision}" if self.revision else self.where
@@ -261,6 +266,8 @@ class Sources(_Model):
     def _check(self) -> Sources:
         problems = _Problems([])
         for role, source in self.roles().items():
+            if source.train is not None and role not in ("safety", "finetuned"):
+                problems.add((role, "train"), "is trained on `aligned`; expected `train` only for safety and finetuned")
             if source.adapter is None:
                 continue
             if source.on == role:

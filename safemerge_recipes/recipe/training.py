@@ -328,6 +328,11 @@ def load_training(path: str | Path) -> LoadedTraining:
     return LoadedTraining(training, path, directory)
 
 
+_PARTS: dict[str, type[BaseModel]] = {
+    "model": BaseSource, "data": Rows, "task_data": Rows, "lora": Lora, "train": Schedule, "choose": Choose,
+}  # fmt: skip
+
+
 def _dotted(keys: Keys) -> str:
     return ".".join(str(key) for key in keys)
 
@@ -336,10 +341,7 @@ def _words(error: Any, keys: Keys) -> str:
     if error["type"] == "extra_forbidden":
         model: type[BaseModel] = Training
         for key in keys[:-1]:
-            found = {"model": BaseSource, "data": Rows, "task_data": Rows, "lora": Lora, "train": Schedule}.get(
-                str(key)
-            )
-            model = found or (Choose if key == "choose" else model)
+            model = _PARTS.get(str(key), model)
         close = difflib.get_close_matches(str(keys[-1]), model.model_fields, n=1)
         return f'unknown key; did you mean "{close[0]}"?' if close else (
             f"unknown key; expected one of {', '.join(model.model_fields)}"

@@ -17,6 +17,7 @@ from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
 from safemerge_recipes.sources.checkpoint import inside, read_object
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.locate import Folder
+from safemerge_recipes.sources.trained import RECORD_FILE
 from safemerge_recipes.storage.files import read_file
 
 MAX_README = 1_000_000
@@ -46,7 +47,17 @@ def describe(folder: Folder, directory: Path) -> dict[str, Any]:
         "license": licence_in(folder.path),
         "base_model": base,
     }
-    return {key: value for key, value in found.items() if value is not None or key == "revision"}
+    known = {**found, "trained": _training_record(folder.path)}
+    return {key: value for key, value in known.items() if value is not None or key == "revision"}
+
+
+def _training_record(folder: Path) -> dict[str, Any] | None:
+    """What `train-adapter` recorded of an adapter, in brief: key, data, settings' name, scores."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    record = read_object(path)
+    return {key: record[key] for key in ("key", "rows", "data", "scores") if record.get(key) is not None}
 
 
 def origin(folder: Folder) -> tuple[str, str | None]:

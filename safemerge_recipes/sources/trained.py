@@ -11,12 +11,15 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.recipe.model import Source
-from safemerge_recipes.recipe.training import LoadedTraining, Rows
+from safemerge_recipes.recipe.loading import LoadedRecipe
+from safemerge_recipes.recipe.model import Role, Source
+from safemerge_recipes.recipe.training import LoadedTraining, Rows, load_training
+from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.locate import Folder, locate
 from safemerge_recipes.storage.cache import cache_folder
 from safemerge_recipes.storage.digests import file_digest
@@ -163,3 +166,61 @@ def trained_adapter(loaded: LoadedTraining) -> tuple[str, Path | None]:
 
 def _finished() -> Iterator[str]:
     yield from ("adapter_config.json", "adapter_model.safetensors", RECORD_FILE)
+
+
+def to_train(loaded: LoadedRecipe) -> dict[Role, LoadedTraining]:
+    """The training files that a recipe's sources name, by role.
+
+    Raises:
+        RecipeError: one is wrong.
+    """
+    sources = loaded.recipe.sources.roles()
+    return {role: load_training(loaded.resolve(source.train)) for role, source in sources.items() if source.train}
+
+
+def settled(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
+    """(the recipe with the adapter in the place of every training file, what is to be said of each).
+
+    Raises:
+        SourceError: one is not trained yet, or was made for another model than the recipe's `aligned`.
+    """
+    files = to_train(loaded)
+    if not files:
+        return loaded, ()
+    notes: list[str] = []
+    sources = loaded.recipe.sources
+    for role, file in files.items():
+        _check_aligned(loaded, role, file)
+        key, folder = trained_adapter(file)
+        if folder is None:
+            raise SourceError(
+                f"sources.{role}: {file.path.name}: its adapter is not trained yet (key {key[:12]}…); run "
+                f"`safemerge train-adapter {file.path}`, or this command with --train"
+            )
+        sources = sources.model_copy(update={role: Source(adapter=str(folder))})
+        notes += _notes(role, file, folder, key)
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"sources": sources})), tuple(notes)
+
+
+def _notes(role: Role, file: LoadedTraining, folder: Path, key: str) -> list[str]:
+    record = read_object(folder / RECORD_FILE)
+    told = (record.get("scores") or {}).get("warnings") or ()
+    first = f"sources.{role}: the adapter that {file.path.name} trains, {record.get('rows')} rows, key {key[:12]}…"
+    return [first, *(f"sources.{role}: {warning}" for warning in told)]
+
+
+def _check_aligned(loaded: LoadedRecipe, role: Role, file: LoadedTraining) -> None:
+    full, adapter = model_folders(file)
+    sources = loaded.recipe.sources
+    aligned = locate(sources.aligned, "aligned", loaded.directory)
+    below = aligned
+    if aligned.kind == "adapter":
+        if sources.base is None:
+            raise SourceError("sources.aligned: is an adapter; expected the `base` that it applies to")
+        below = locate(sources.base, "base", loaded.directory)
+    own = model_digest(below.path, aligned.path if aligned.kind == "adapter" else None)
+    if own != model_digest(full.path, adapter.path if adapter else None):
+        raise SourceError(
+            f"sources.{role}: {file.path.name} trains on {(adapter or full).label!r}, which is not the recipe's "
+            f"aligned model {aligned.label!r} (other weights); expected `model` there to be the same"
+        )

@@ -136,89 +136,21 @@ def with_kind(rows: Sequence[Row], kind: Kind) -> list[Row]:
 # Closeness
 
 _STOP = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "or",
-        "but",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "by",
-        "for",
-        "with",
-        "without",
-        "from",
-        "as",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "do",
-        "does",
-        "did",
-        "how",
-        "what",
-        "which",
-        "who",
-        "why",
-        "when",
-        "where",
-        "can",
-        "could",
-        "would",
-        "should",
-        "will",
-        "may",
-        "might",
-        "i",
-        "me",
-        "my",
-        "we",
-        "our",
-        "you",
-        "your",
-        "he",
-        "she",
-        "it",
-        "its",
-        "they",
-        "them",
-        "their",
-        "this",
-        "that",
-        "these",
-        "those",
-        "some",
-        "any",
-        "so",
-        "if",
-        "than",
-        "then",
-        "not",
-        "no",
-        "give",
-        "tell",
-        "explain",
-        "describe",
-        "write",
-        "make",
-        "help",
-        "show",
-    ]
+    re.findall(
+        r"\w+",
+        """
+        a an the and or but of to in on at by for with without from as is are was were be been do does did how what
+        which who why when where can could would should will may might i me my we our you your he she it its they them
+        their this that these those some any one so if than then not no give tell explain describe write make help show
+        """,
+    )
 )
 
 
 def content(text: str) -> frozenset[str]:
-    """The words of a text that carry its content, in lower case; all words where there is no other."""
-    words = frozenset(re.findall(r"[a-z0-9']+", text.lower()))
-    return words - _STOP or words
+    """The words of a text that carry its content, in lower case, without a plural's s; all where there is none."""
+    words = frozenset(re.findall(r"[a-z0-9]+", re.sub(r"['’]s?\b", "", text.lower())))
+    return frozenset(word.rstrip("s") if len(word) > 3 else word for word in words - _STOP or words)
 
 
 class Near:

@@ -78,9 +78,8 @@ def train_adapter(
     if loaded.training.output is not None:
         copy_adapter(folder, loaded.resolve(loaded.training.output))
     record = json.loads((folder / RECORD_FILE).read_text())
-    return TrainedAdapter(
-        folder, plan.key, record["rows"], record.get("scores"), tuple(record.get("scores", {}).get("warnings", ()))
-    )
+    scores = record.get("scores")
+    return TrainedAdapter(folder, plan.key, record["rows"], scores, tuple((scores or {}).get("warnings", ())))
 
 
 def copy_adapter(folder: Path, target: Path) -> None:

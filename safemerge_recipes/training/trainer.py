@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import CheckError, PlanError, WriteError
+from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.recipe.training import Lora, Schedule
 from safemerge_recipes.training.chat import example, turn_end
 from safemerge_recipes.training.rows import Row
@@ -50,12 +51,15 @@ def load_model(full: Path, adapter: Path | None, dtype: str, device: str) -> Any
     import torch
     from transformers import AutoModelForCausalLM
 
+    own = torch.float32 if adapter else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(full, dtype=torch.float32 if adapter else getattr(torch, dtype))
-        if adapter is not None:
-            from peft import PeftModel
+        with quiet(False), _kept_quiet():
+            model = AutoModelForCausalLM.from_pretrained(full, dtype=own)
+            if adapter is not None:
+                from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+                model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        if adapter is not None:
             model = model.to(getattr(torch, dtype))
             for module in model.modules():  # what PEFT leaves behind would be taken for a model that has adapters
                 if hasattr(module, "_hf_peft_config_loaded"):
