@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from safemerge_recipes.storage.workers import Resources
     from safemerge_recipes.training.plan import TrainingPlan
     from safemerge_recipes.training.run import TrainedAdapter
-    from safemerge_recipes.training.steps import Step
+    from safemerge_recipes.training.steps import TrainingStep
 
     RecipeLike = LoadedRecipe | str | Path
 
@@ -644,7 +644,7 @@ def train_adapter(
     file: TrainingPlan | LoadedTraining | str | Path,
     *,
     output: str | Path | None = None,
-    listen: Callable[[Step], None] | None = None,
+    listen: Callable[[TrainingStep], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TrainedAdapter:
     """The adapter of a training file, from the cache or trained now. Cut short, the same call goes on.

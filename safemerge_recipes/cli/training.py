@@ -15,7 +15,7 @@ from safemerge_recipes.cli.streams import console, write_json
 
 if TYPE_CHECKING:
     from safemerge_recipes.training.plan import TrainingPlan
-    from safemerge_recipes.training.steps import Step
+    from safemerge_recipes.training.steps import TrainingStep
 
 
 def train_adapter(
@@ -81,7 +81,7 @@ def _bar() -> Iterator[Any]:
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
         task = progress.add_task("loading", total=None)
 
-        def listen(step: Step) -> None:
+        def listen(step: TrainingStep) -> None:
             loss = "" if step.loss is None else f", loss {step.loss:.3f}"
             progress.update(task, description=f"{step.rows} rows{loss}", completed=step.done, total=step.total)
 

@@ -170,7 +170,7 @@ def _sources(value: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
         if isinstance(source, str):
             yield sources, role
         held = _mapping(source)
-        yield from ((held, key) for key in ("model", "adapter", "location") if _text(held, key))
+        yield from ((held, key) for key in ("model", "adapter", "location", "train") if _text(held, key))
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -192,9 +192,8 @@ def _foreign(value: dict[str, Any], stand_ins: Mapping[str, str]) -> list[tuple[
         found.append(((key,), "names a file; a recipe from elsewhere may name none: copy it here first"))
     sources = _mapping(value.get("sources"))
     for role, source in sources.items():
-        where = source if isinstance(source, str) else next(
-            (source[k] for k in ("model", "adapter", "location") if isinstance(source, dict) and _text(source, k)), ""
-        )  # fmt: skip
+        named = [source[k] for k in ("model", "adapter", "location", "train") if _text(_mapping(source), k)]
+        where = source if isinstance(source, str) else next(iter(named), "")
         if role not in stand_ins and (where.startswith((".", "/", "~")) or "\\" in where or where.count("/") != 1):
             message = f"names {where[:200]!r}, a folder of its author's; say --source {role}=PLACE for one that is here"
             found.append((("sources", role), message))

@@ -10,7 +10,7 @@ from safemerge_recipes.recipe.training import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TrainingStep:
     """How far one training run is. `loss` is the mean of the last steps, in nats a token."""
 
     rows: int
@@ -19,7 +19,7 @@ class Step:
     loss: float | None = None
 
 
-Listen = Callable[[Step], None]
+Listen = Callable[[TrainingStep], None]
 
 
 def steps_of(rows: int, schedule: Schedule) -> int:

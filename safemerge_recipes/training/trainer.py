@@ -22,7 +22,7 @@ from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.recipe.training import Lora, Schedule
 from safemerge_recipes.training.chat import example, turn_end
 from safemerge_recipes.training.rows import Row
-from safemerge_recipes.training.steps import Listen, Step, steps_of
+from safemerge_recipes.training.steps import Listen, TrainingStep, steps_of
 
 
 def check_extra() -> None:
@@ -122,7 +122,7 @@ def train(
                     "train.learning_rate, or train.dtype: float32"
                 )
             if listen:
-                listen(Step(len(rows), state.global_step, steps, losses[-1]))
+                listen(TrainingStep(len(rows), state.global_step, steps, losses[-1]))
 
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)
