@@ -510,6 +510,21 @@ def schema() -> dict[str, Any]:
     return json_schema()
 
 
+def compiled() -> bool:
+    """Whether the compiled kernels are there; without them the same is computed by torch, more slowly."""
+    from safemerge_recipes.weights.compiled import LIBRARY
+
+    return LIBRARY is not None
+
+
+def results_of(kind: str, folder: str | Path) -> tuple[Path, ...]:
+    """The files for people that a `sweep` or `probe` leaves in its folder: its picture, then the recipe it chose."""
+    from safemerge_recipes.evaluation.experiments import probe, sweep
+
+    names = (sweep.PICTURE_FILE, sweep.CHOSEN_FILE) if kind == "sweep" else (probe.PICTURE_FILE,)
+    return tuple(Path(folder) / name for name in names)
+
+
 def registered() -> list[dict[str, str]]:
     """What recipes may name: kind, name, the distribution that brings it, and where its object lies.
 

@@ -50,14 +50,14 @@ def sweep(
             tuning_tasks=tasks_of(tuning_tasks), limit=limit, seeds=seeds, allowed_loss=allowed_loss,
             device=device, on_event=listener,
         )  # fmt: skip
-    from safemerge_recipes.evaluation.experiments.sweep import CHOSEN_FILE, PICTURE_FILE
     from safemerge_recipes.report.terminal_scores import print_sweep
 
     if json_:
         write_json(content)
     page = console(json_)
     print_sweep(content, page)
-    page.print(f"\nPicture: {output / PICTURE_FILE}\nRecipe of the choice: {output / CHOSEN_FILE}", markup=False)
+    picture, chosen = api.results_of("sweep", output)
+    page.print(f"\nPicture: {picture}\nRecipe of the choice: {chosen}", markup=False)
 
 
 def probe(
@@ -77,14 +77,13 @@ def probe(
             recipe, by, output, overrides=set_ or (), tasks=tasks_of(tasks), limit=limit, only=only,
             device=device, on_event=listener,
         )  # fmt: skip
-    from safemerge_recipes.evaluation.experiments.probe import PICTURE_FILE
     from safemerge_recipes.report.terminal_scores import print_probe
 
     if json_:
         write_json(content)
     page = console(json_)
     print_probe(content, page)
-    page.print(f"\nPicture: {output / PICTURE_FILE}", markup=False)
+    page.print(f"\nPicture: {api.results_of('probe', output)[0]}", markup=False)
 
 
 def controls(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safemerge_recipes import __version__
+from safemerge_recipes import __version__, api
 from safemerge_recipes.cli.streams import check_open, write_line
 
 
@@ -19,9 +19,7 @@ def _json(value: bool) -> bool:
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        from safemerge_recipes.weights.compiled import LIBRARY
-
-        kernels = "compiled kernels" if LIBRARY is not None else "kernels not compiled: slower, see the README"
+        kernels = "compiled kernels" if api.compiled() else "kernels not compiled: slower, see the README"
         write_line(f"{__version__} ({kernels})")
         raise typer.Exit
 
