@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 LIMIT ?=
 
-.PHONY: install test test-all lint demo study bench bench-quick fidelity docs clean
+.PHONY: install test test-all lint demo study bench bench-quick fidelity reliability soak docs clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,12 @@ docs: install           ## the generated pages
 
 fidelity: install       ## every family with every kind of adapter against PEFT, as a table
 	$(RUN)/python -W ignore -m tests.whole.fidelity_table docs/fidelity.md
+
+reliability: install    ## 500 kills and other faults over every verb, as a table; about a quarter of an hour
+	$(RUN)/python -W ignore -m tests.whole.reliability --kills 500 docs/reliability.md
+
+soak: install           ## faults over every verb for half an hour, before a release; ends at the first loss
+	$(RUN)/python -W ignore -m tests.whole.reliability --minutes 30
 
 clean:
 	rm -rf $(VENV)

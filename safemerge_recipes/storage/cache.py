@@ -7,8 +7,12 @@ import hashlib
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
+
+STALE = 3600
+"""Seconds after which a file that is no entry is one that a killed writer left."""
 
 
 def cache_folder() -> Path:
@@ -37,8 +41,16 @@ def remember(kind: str, key: str, value: Any) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+        _clean(path.parent)
     except OSError:
         pass
+
+
+def _clean(folder: Path) -> None:
+    """Removes what killed writers left in a folder of entries: no write takes an hour."""
+    for path in folder.iterdir():
+        if path.suffix != ".json" and time.time() - path.lstat().st_mtime > STALE:
+            path.unlink(missing_ok=True)
 
 
 def recall(kind: str, key: str) -> Any:

@@ -23,46 +23,12 @@ from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.storage import reader
 from tests.fixtures.program import WarmProgram, digests, finish, run, spawn
 from tests.fixtures.sharded_family import make_family, write_recipe
+from tests.whole.faults import at_call
 
-# Counts the calls by which a run changes the disk, and dies without warning at the given one, half of the
-# times after the call, half before; at a write it may die with half of the bytes written.
-KILLER = """
-import os, random, signal, threading
-at, how = {at}, random.Random({at})
-count, lock = [0], threading.Lock()
-def wrap(name):
-    real = getattr(os, name)
-    def call(*args, **kwargs):
-        with lock:
-            count[0] += 1
-            hit = count[0] == at
-        if not hit:
-            return real(*args, **kwargs)
-        moment = how.choice(("before", "torn", "after"))
-        try:
-            if moment == "torn" and name in ("pwrite", "write"):
-                real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
-            elif moment != "before":
-                real(*args, **kwargs)
-        finally:
-            os.kill(os.getpid(), signal.SIGKILL)
-    setattr(os, name, call)
-CALLS = ("pwrite", "write", "copy_file_range", "rename", "replace", "fsync", "unlink", "mkdir", "rmdir",
-         "ftruncate")
-for name in CALLS:
-    wrap(name)
-import pathlib  # it looks os.* up at each call, so it is counted too
-"""
-# A forked child leaves without atexit, so the count is written when the program prints its last word.
-REPORT_COUNT = """
-import sys
-flush = sys.stderr.flush
-class Err:
-    def __getattr__(self, name): return getattr(sys.__stderr__, name)
-    def flush(self):
-        open({file!r}, "w").write(str(count[0]))
-sys.stderr = Err()
-"""
+
+def killed_at(call, counter=""):
+    """Python that kills the program at its n-th call that changes the disk; 0: never."""
+    return at_call("kill", call, counter).before
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +45,7 @@ def family(tmp_path_factory, start):
     root = tmp_path_factory.mktemp("family")
     recipe = make_family(root)
     (root / "cache").mkdir()
-    counted = KILLER.format(at=-1) + REPORT_COUNT.format(file=str(root / "calls"))
-    code, _, err = start("run", recipe, "--output", root / "plain", before=counted)
+    code, _, err = start("run", recipe, "--output", root / "plain", before=killed_at(0, root / "calls"))
     assert code == 0, err
     calls = int((root / "calls").read_text())
     return recipe, digests(root / "plain"), calls
@@ -110,12 +75,12 @@ def kill_and_resume(start, family, tmp_path, at, *, again=None, first=()):
     recipe, expected, _ = family
     out, part = tmp_path / f"out{at}", tmp_path / f"out{at}.part"
     os.environ["SAFEMERGE_CACHE"] = str(tmp_path / f"cache{at}-{again}")  # cold, as when the calls were counted
-    code, _, err = start("run", recipe, "--output", out, *first, before=KILLER.format(at=at))
+    code, _, err = start("run", recipe, "--output", out, *first, before=killed_at(at))
     killed = code == -signal.SIGKILL
     assert killed or code == 0, err
     check_state(out, part)
     if again is not None:  # and once more while resuming
-        start("run", recipe, "--output", out, *first, before=KILLER.format(at=again))
+        start("run", recipe, "--output", out, *first, before=killed_at(again))
         check_state(out, part)
     if not (out / MANIFEST_FILE).exists():
         code, _, err = run("run", recipe, "--output", out, *first)
@@ -155,7 +120,7 @@ def test_replacing_an_output_is_safe_from_kills_too(start, family, tmp_path, num
     assert run("run", recipe, "--output", out, "--set", "gate.tau=0.3")[0] == 0
     assert digests(out) != expected
     at = 1 + calls * number // 6
-    start("run", recipe, "--output", out, "--force", before=KILLER.format(at=at))
+    start("run", recipe, "--output", out, "--force", before=killed_at(at))
     assert out.exists() or part.exists()
     check_state(out, part)
     code, _, err = run("run", recipe, "--output", out, "--force")
@@ -167,7 +132,7 @@ def test_replacing_an_output_is_safe_from_kills_too(start, family, tmp_path, num
 def test_only_unfinished_tensors_are_written_again(start, family, tmp_path):
     recipe, _, calls = family
     out = tmp_path / "out"
-    start("run", recipe, "--output", out, "--workers", "1", before=KILLER.format(at=calls // 2))
+    start("run", recipe, "--output", out, "--workers", "1", before=killed_at(calls // 2))
     lines = (tmp_path / "out.part" / JOURNAL_FILE).read_bytes().count(b"\n") - 1
     code, printed, _ = run("run", recipe, "--output", out, "--json")
     assert code == 0
@@ -178,7 +143,7 @@ def test_only_unfinished_tensors_are_written_again(start, family, tmp_path):
 def test_torn_and_lying_journals_cost_time_but_no_byte(start, family, tmp_path):
     recipe, expected, calls = family
     out, part = tmp_path / "out", tmp_path / "out.part"
-    start("run", recipe, "--output", out, before=KILLER.format(at=calls * 2 // 3))
+    start("run", recipe, "--output", out, before=killed_at(calls * 2 // 3))
     journal = part / JOURNAL_FILE
     weights = next(path for path in part.iterdir() if ".safetensors" in path.name)
     with open(weights, "r+b") as file:  # as a power failure may leave it: the line is there, the bytes are not
@@ -194,7 +159,7 @@ def test_transformers_refuses_an_unfinished_folder(start, family, tmp_path):
     for n, at in enumerate((calls // 3, calls // 2)):
         out = tmp_path / str(n) / "out"
         os.environ["SAFEMERGE_CACHE"] = str(tmp_path / f"cache{n}")
-        start("run", recipe, "--output", out, before=KILLER.format(at=at))
+        start("run", recipe, "--output", out, before=killed_at(at))
         assert not loads(out.with_name("out.part"))
         assert not loads(out)
     assert run("run", recipe, "--output", tmp_path / "out")[0] == 0
@@ -285,7 +250,7 @@ def test_an_input_that_changed_since_the_interruption_is_refused(start, family, 
     root = tmp_path / "models"
     recipe = make_family(root)
     out, part = tmp_path / "out", tmp_path / "out.part"
-    start("run", recipe, "--output", out, before=KILLER.format(at=family[2] // 2))
+    start("run", recipe, "--output", out, before=killed_at(family[2] // 2))
     changed = root / "safety" / "model-00002-of-00003.safetensors"
     touch_up(changed)
     before = digests(part, without=(LOCK_FILE,))
