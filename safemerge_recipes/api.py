@@ -459,6 +459,7 @@ def verify(
     deep: bool = False,
     sample: int | None = None,
     seed: int = 0,
+    public_key: str | Path | None = None,
     device: str = "auto",
     workers: int | None = None,
     max_memory: str | int = "2GB",
@@ -471,6 +472,7 @@ def verify(
         deep: compute every tensor again from the sources and compare the bytes.
         sample: only so many of them, drawn with `seed`; implies `deep`.
         seed: which sample.
+        public_key: a PEM file; the output has to be signed with its private one.
         device: as in `plan`, like `workers` and `max_memory`.
         workers: threads.
         max_memory: own memory.
@@ -487,7 +489,28 @@ def verify(
 
     deep = deep or sample is not None
     resources = _resources(device if deep else "cpu", workers, max_memory)
-    return check(Path(folder), resources, on_event, deep=deep, sample=sample, seed=seed)
+    if public_key is not None:
+        from safemerge_recipes.signing import check_signature
+
+        check_signature(Path(folder), Path(public_key))
+    result = check(Path(folder), resources, on_event, deep=deep, sample=sample, seed=seed)
+    if public_key is not None:
+        result["checked"].append(f"signature: every file, by the key of {Path(public_key).name}")
+        result["unchecked"] = [line for line in result["unchecked"] if not line.startswith("who wrote")]
+    return result
+
+
+def sign(folder: str | Path, private_key: str | Path) -> Path:
+    """Signs a finished output with a private key (PEM, elliptic curve), after verifying it; returns the signature.
+
+    Raises:
+        PlanError: the extra `sign` is not installed.
+        CheckError: the output is not sound, or the key cannot be used.
+    """
+    from safemerge_recipes import signing
+
+    verify(folder)
+    return signing.sign(Path(folder), Path(private_key))
 
 
 def render(folder: str | Path, include: Sequence[str | Path] = ()) -> Path:

@@ -28,6 +28,8 @@ REPORT_FILE = "safemerge_report.html"
 SCORES_FILE = "safemerge_scores.json"
 ANSWERS_FILE = "safemerge_answers.jsonl"
 LOCK_FILE = "safemerge.lock"
+SIGNATURE_FILE = "model.sig"
+"""What model-signing writes; it covers the manifest, so the manifest cannot hold it."""
 PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
 """Pictures that the report shows where an output has them, by title."""
 DOCUMENTS = frozenset(

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safemerge_recipes._version import __version__
-from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
+from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, SIGNATURE_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.sources.checkpoint import inside
@@ -69,8 +69,8 @@ def sha256_of(path: Path) -> str:
 
 
 def output_files(folder: Path) -> dict[str, Path]:
-    """Every file of an output by its relative path, but the lock, the journal and the manifest itself."""
-    left_out = (LOCK_FILE, JOURNAL_FILE, MANIFEST_FILE)
+    """Every file of an output by its relative path, but the lock, the journal, the manifest and its signature."""
+    left_out = (LOCK_FILE, JOURNAL_FILE, MANIFEST_FILE, SIGNATURE_FILE)
     found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink()}
     return {name: path for name, path in found.items() if name not in left_out}
 
