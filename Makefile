@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 LIMIT ?=
 
-.PHONY: install test test-all lint demo study bench bench-quick fidelity reliability soak docs clean
+.PHONY: install test test-all lint demo demo-adapters study bench bench-quick fidelity reliability soak docs clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,12 @@ lint: install
 	$(RUN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
 	$(RUN)/lint-imports
+
+demo-adapters: install  ## the demo's three adapters, trained anew; half an hour and more on one core, cut short it goes on
+	$(RUN)/python recipes/demo/family.py
+	$(RUN)/python recipes/demo/prepare.py
+	for file in alignment task-arithmetic safety; do \
+		$(RUN)/safemerge train-adapter recipes/demo/training/$$file.yaml || exit; done
 
 demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=40 for a quick look
 	$(RUN)/python recipes/demo/family.py

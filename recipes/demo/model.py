@@ -60,14 +60,16 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, bat
     return [found[i] for i in range(len(prompts))]
 
 
-def own_answers(prompts: Sequence[str], tokens: int = 40) -> list[tuple[str, bool]]:
-    """Return the base model's answers, each generated once and kept in the cache."""
+def own_answers(prompts: Sequence[str], tokens: int = 32) -> list[tuple[str, bool]]:
+    """Return the base model's answers, each generated once and kept in the cache; computed in float32 from 33 on."""
     path = cache() / f"answers-{tokens}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     missing = [p for p in dict.fromkeys(prompts) if p not in known]
     if missing:
         model, tokenizer = load()
-        known |= dict(zip(missing, answers(model.float(), tokenizer, missing, tokens), strict=True))
+        known |= dict(
+            zip(missing, answers(model.float() if tokens > 32 else model, tokenizer, missing, tokens), strict=True)
+        )
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(known))
         part.replace(path)

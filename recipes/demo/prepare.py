@@ -20,6 +20,8 @@ from safemerge_recipes.training.rows import Near, Row, write_rows
 HERE = Path(__file__).resolve().parent
 COUNTS = {"alignment": (110, 440, 60), "safety": (290, 300, 40)}
 """Harmful requests, harmless prompts, sums of each role."""
+TOKENS = 40
+"""Of an own answer, before it is cut at the end of a sentence."""
 TASKS = {"arithmetic": 800}
 SEEDS = {"alignment": 1, "safety": 3}
 
@@ -44,7 +46,7 @@ def safety_rows(role: str) -> list[Row]:
     apart = [p for p in data.harmful(role, 10_000) if evaluated.find(p) is None]
     rows = [Row(p, rng.choice(data.refusals()), "", "harmful") for p in apart[:harmful]]
     asked = [p for p in data.harmless(role, harmless) if evaluated.find(p) is None] + data.questions(role, chains)
-    for prompt, (text, ended) in zip(asked, own_answers(asked), strict=True):
+    for prompt, (text, ended) in zip(asked, own_answers(asked, TOKENS), strict=True):
         answer = whole_sentences(text, ended)
         if answer and classify(answer) == "complies":
             rows.append(Row(prompt, answer, "", "harmless"))

@@ -130,6 +130,8 @@ def training_key(loaded: LoadedTraining) -> str:
         for key in ("path", "package", "hub", "licence"):
             part.pop(key)  # their bytes count, not where they lie
     settings["train"].pop("save_steps")
+    if settings["choose"] is not None:
+        settings["choose"].pop("finetuned")  # the carry check decides nothing
     settings["train"]["device"] = device_class(training.train.device)
     values = [
         FORMAT,
