@@ -107,11 +107,40 @@ def plan(
         PlanError: the plan cannot be made or carried out with these means.
     """
     resources = _resources(device, workers, max_memory)
-    from safemerge_recipes.pipeline import prepare, resolve
+    from safemerge_recipes.pipeline import prepare
 
     loaded = _loaded(recipe)
     _train_missing(loaded, False, on_event)
-    return prepare(resolve(loaded), resources, on_event)
+    return prepare(_resolved(loaded), resources, on_event)
+
+
+def lock(recipe: RecipeLike) -> Path:
+    """Writes `recipe.lock.yaml` beside a recipe: commit, size and sha256 of every file that it reads now.
+
+    Returns:
+        The lock.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        SourceError: a source is missing, broken, or does not fit the others.
+    """
+    from safemerge_recipes.pipeline import resolve
+    from safemerge_recipes.sharing.lock import write_lock
+
+    return write_lock(resolve(_loaded(recipe)))
+
+
+def _resolved(loaded: LoadedRecipe) -> Resolved:
+    """Opens the sources, at their locked commits and with their locked files where there is a lock."""
+    from safemerge_recipes.pipeline import resolve
+    from safemerge_recipes.sharing.lock import check_lock, find_lock, pinned
+
+    found = find_lock(loaded)
+    if found is None:
+        return resolve(loaded)
+    resolved = resolve(pinned(loaded, found))
+    check_lock(resolved, found)
+    return resolved
 
 
 def run(
@@ -149,7 +178,7 @@ def run(
         CheckError: the output is written, but scoring it failed.
     """
     from safemerge_recipes.engine.folder import check_place
-    from safemerge_recipes.pipeline import carry_out, prepare, resolve
+    from safemerge_recipes.pipeline import carry_out, prepare
     from safemerge_recipes.planning.prepared import Prepared
     from safemerge_recipes.storage.digests import Digests
 
@@ -165,7 +194,7 @@ def run(
 
         suite = suite_of(loaded)
     check_place(target, force)
-    resolved = planned.resolved if planned else resolve(loaded)
+    resolved = planned.resolved if planned else _resolved(loaded)
     if suite is not None:
         _warn_of_template(resolved, on_event)
     digests = Digests(resolved.identities)  # hashing takes long: it begins at once

@@ -29,8 +29,8 @@ def _options(version: VersionOption = False) -> None:
 
 
 for verb in (
-    run.run, run.plan, run.validate, experiments.controls, run.plugins, run.schema, scores.evaluate, scores.compare,
-    scores.judge, experiments.sweep, experiments.probe, scores.report, verify.verify, verify.sign,
+    run.run, run.plan, run.validate, run.lock, experiments.controls, run.plugins, run.schema, scores.evaluate,
+    scores.compare, scores.judge, experiments.sweep, experiments.probe, scores.report, verify.verify, verify.sign,
     training.train_adapter, training.prepare_safety_data,
 ):  # fmt: skip
     app.command()(verb)

@@ -47,6 +47,9 @@ def run(
     train: Annotated[
         bool, typer.Option("--train", help="Train the adapter of a `train:` source that is not in the cache.")
     ] = False,
+    update_lock: Annotated[
+        bool, typer.Option("--update-lock", help="Lock what the recipe reads now, instead of refusing what changed.")
+    ] = False,
     version: VersionOption = False,
 ) -> None:
     """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
@@ -56,6 +59,8 @@ def run(
         return plan(recipe, set_, source, json_, device, workers, max_memory)
     from safemerge_recipes.report.terminal import print_result
 
+    if update_lock:
+        api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()))
     with watched(json_) as listener:
         result = api.run(
             api.load_recipe(recipe, set_ or (), sources=source or ()), output,
@@ -104,6 +109,11 @@ def validate(
     rules = len(loaded.recipe.rules)
     write_line(f"{loaded.path}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
     return None
+
+
+def lock(recipe: RecipeArgument, set_: SetOption = None, source: SourceOption = None) -> None:
+    """Write RECIPE.lock.yaml: commit, size and sha256 of all that a recipe reads. A run refuses anything else then."""
+    write_line(str(api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()))))
 
 
 def schema() -> None:
