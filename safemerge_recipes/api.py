@@ -154,6 +154,8 @@ def run(
     workers: int | None = None,
     max_memory: str | int = "2GB",
     train: bool = False,
+    executor: str = "local",
+    ray_address: str | None = None,
     on_event: Listener = ignore,
 ) -> Result:
     """Writes the merged model, and scores it if its recipe says so. A run cut short is resumed by the same call.
@@ -168,6 +170,8 @@ def run(
         workers: threads.
         max_memory: own memory.
         train: train the adapter of a source that says `train: FILE` where it is not in the cache.
+        executor: `local`, `ray` or a plugin's: what carries the plan out.
+        ray_address: the Ray cluster, such as `auto` or `ray://host:10001`; None: one of its own on this machine.
         on_event: is told what goes on.
 
     Raises:
@@ -177,12 +181,14 @@ def run(
         WriteError: stopped while writing; the same call goes on from there.
         CheckError: the output is written, but scoring it failed.
     """
+    from safemerge_recipes.engine.executors import find
     from safemerge_recipes.engine.folder import check_place
     from safemerge_recipes.pipeline import carry_out, prepare
     from safemerge_recipes.planning.prepared import Prepared
     from safemerge_recipes.storage.digests import Digests
 
     planned = recipe if isinstance(recipe, Prepared) else None
+    engine = find(executor, ray_address)
     resources = planned.resources if planned else _resources(device, workers, max_memory)
     loaded = planned.resolved.loaded if planned else _loaded(recipe)  # type: ignore[arg-type]  # the other kind
     target = target_of(loaded, output)
@@ -200,7 +206,9 @@ def run(
     digests = Digests(resolved.identities)  # hashing takes long: it begins at once
     try:
         prepared = planned or prepare(resolved, resources, on_event)
-        result = carry_out(prepared, target, digests, on_event, force=force, allow_empty=allow_empty)
+        result = carry_out(
+            prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine
+        )
     finally:
         digests.cancelled.set()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))

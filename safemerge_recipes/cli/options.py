@@ -49,7 +49,11 @@ FolderOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", hel
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where gate and merge are computed.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: one a core.")]
 MemoryOption = Annotated[str, typer.Option("--max-memory", metavar="SIZE", help="Own memory, such as 256MB or 2GB.")]
-ExecutorOption = Annotated[str, typer.Option(metavar="local", help="Which engine carries out the graph.")]
+ExecutorOption = Annotated[str, typer.Option(metavar="local|ray", help="Which engine carries out the graph.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="auto|ray://HOST:PORT", help="The Ray cluster; default: one of its own."),
+]
 TasksOption = Annotated[
     list[str] | None, typer.Option("--tasks", "-t", metavar="TASK", help="Tasks; repeatable, or joined by commas.")
 ]

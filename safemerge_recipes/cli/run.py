@@ -9,6 +9,7 @@ import typer
 
 from safemerge_recipes import api
 from safemerge_recipes.cli.options import (
+    AddressOption,
     DeviceOption,
     ExecutorOption,
     JsonOption,
@@ -37,6 +38,7 @@ def run(
     workers: WorkersOption = None,
     max_memory: MemoryOption = "2GB",
     executor: ExecutorOption = "local",
+    ray_address: AddressOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished output.")] = False,
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="Write the fine-tuned model where the gate merges nothing.")
@@ -53,8 +55,6 @@ def run(
     version: VersionOption = False,
 ) -> None:
     """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
-    if executor != "local":
-        raise RecipeError(f"--executor {executor}: not available; expected local")
     if dry_run:
         return plan(recipe, set_, source, json_, device, workers, max_memory)
     from safemerge_recipes.report.terminal import print_result
@@ -65,7 +65,8 @@ def run(
         result = api.run(
             api.load_recipe(recipe, set_ or (), sources=source or ()), output,
             force=force, allow_empty=allow_empty, evaluate=not no_evaluate, train=train,
-            device=device, workers=workers, max_memory=max_memory, on_event=listener,
+            device=device, workers=workers, max_memory=max_memory,
+            executor=executor, ray_address=ray_address, on_event=listener,
         )  # fmt: skip
     if json_:
         write_json(result.as_json())

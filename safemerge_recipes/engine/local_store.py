@@ -43,6 +43,13 @@ class LocalStore:
         self._turns = [threading.Lock() for _ in layout.files]
         self._files = Descriptors(self._opened)
 
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[Path, Layout]]:
+        return LocalStore, (self.folder, self.layout)
+
+    def alone(self, shard: int) -> LocalStore:
+        """See `Store`."""
+        return LocalStore(self.folder, self.layout.alone(shard))
+
     @property
     def place(self) -> str:
         """The folder."""
@@ -134,9 +141,14 @@ class LocalStore:
 
     def seal(self, shard: int) -> None:
         """See `Store`: flushed, then renamed."""
+        final = self.folder / self.layout.files[shard]
         with self._files.use(shard) as file:
             os.fsync(file)
-        os.rename(self._working(shard), self.folder / self.layout.files[shard])
+            try:
+                os.rename(self._working(shard), final)
+            except FileNotFoundError:  # somebody else who wrote the same bytes was faster
+                if not os.path.samestat(os.stat(final), os.fstat(file)):
+                    raise
 
     def commit(self) -> None:
         """See `Store`."""

@@ -25,6 +25,9 @@ class Store(Protocol):
     def place(self) -> str:
         """What messages call it."""
 
+    def alone(self, shard: int) -> Store:
+        """The store of one file of it, which may be sent to another process or machine."""
+
     def list(self) -> frozenset[int]:
         """The files that an earlier run left whole in size and with the right opening bytes, sealed or not."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
@@ -68,6 +68,12 @@ class Graph:
         for task in self.tasks:
             found.setdefault(task.slot.shard, []).append(task)
         return [(shard, tuple(sorted(tasks, key=lambda t: t.slot.offset))) for shard, tasks in sorted(found.items())]
+
+    def alone(self, shard: int) -> Graph:
+        """The tasks of one file, in the order of its bytes, as a graph of its own."""
+        tasks = dict(self.by_file()).get(shard, ())
+        at = tuple(replace(task, slot=replace(task.slot, shard=0)) for task in tasks)
+        return Graph(self.layout.alone(shard), at, self.allow_overflow)
 
     @property
     def bytes_read(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safemerge_recipes.storage.dtypes import DTYPES
@@ -35,6 +35,11 @@ class Layout:
     headers: tuple[bytes, ...]
     sizes: tuple[int, ...]
     slots: Mapping[str, Slot]
+
+    def alone(self, shard: int) -> Layout:
+        """One file of it, as a layout of its own."""
+        slots = {name: replace(slot, shard=0) for name, slot in self.slots.items() if slot.shard == shard}
+        return Layout((self.files[shard],), (self.headers[shard],), (self.sizes[shard],), slots)
 
     def index(self) -> dict[str, Any] | None:
         """The content of the index file, or None where one file holds everything."""

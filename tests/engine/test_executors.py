@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from safemerge_recipes.engine.executor import Executor, Sealed
+from safemerge_recipes.engine.executors import find
 from safemerge_recipes.engine.executors.threads import LOCAL
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal, read_journal
 from safemerge_recipes.engine.local_store import LocalStore
@@ -32,8 +33,9 @@ from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.reader import Reader
 from tests.fixtures.plain_family import ADAPTERS, FULL, make_family, prepare_recipe, recipe_text
+from tests.fixtures.ray_cluster import cluster
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {"local": lambda: LOCAL}
+EXECUTORS = ["local", pytest.param("ray", marks=pytest.mark.slow)]
 MERGES = {
     "linear": "{method: linear, alpha: 0.8}",
     "ties": "{method: ties, alpha: 0.8, density: 0.5}",
@@ -45,10 +47,19 @@ GATE = "{tau: 0.7}"
 SHARDS = "output: {max_shard_size: 5KB}"
 
 
-@pytest.fixture(params=list(EXECUTORS))
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    """A Ray cluster that this process is connected to."""
+    with cluster() as found:
+        yield found
+
+
+@pytest.fixture(params=EXECUTORS)
 def executor(request: pytest.FixtureRequest) -> Executor:
     """Each executor in turn."""
-    return EXECUTORS[request.param]()
+    if request.param == "ray":
+        request.getfixturevalue("two_nodes")
+    return find(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.engine.store import Store
-from safemerge_recipes.errors import WriteError
+from safemerge_recipes.errors import RecipeError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, TensorDone
 from safemerge_recipes.methods.base import Copy, Tools
 from safemerge_recipes.planning.graph import Graph, Task
@@ -76,6 +76,13 @@ class Threads:
 
 LOCAL = Threads()
 """What runs where nothing else is asked for."""
+
+
+def local(address: str | None = None) -> Threads:
+    """The local executor. Raises RecipeError for an address."""
+    if address is not None:
+        raise RecipeError("--ray-address: expected only with --executor ray")
+    return LOCAL
 
 
 def _written(
