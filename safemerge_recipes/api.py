@@ -205,12 +205,11 @@ def run(
         _warn_of_template(resolved, on_event)
     digests = Digests(resolved.identities)  # hashing takes long: it begins at once
     try:
-        prepared = planned or prepare(resolved, resources, on_event)
-        result = carry_out(
-            prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine
-        )
+        prepared = planned or prepare(resolved, resources, on_event, executor=engine)
+        result = carry_out(prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine)
     finally:
         digests.cancelled.set()
+        engine.close()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
 
 

@@ -112,14 +112,21 @@ def as_source(prepared: Prepared, role: Role) -> Graph:
     return build(Plan(prepared.recipe, tuple(tensors), ()), prepared.resolved, prepared.resources.device)
 
 
-def prepare(resolved: Resolved, resources: Resources, on_event: Listener, *, use_cache: bool = True) -> Prepared:
+def prepare(
+    resolved: Resolved,
+    resources: Resources,
+    on_event: Listener,
+    *,
+    use_cache: bool = True,
+    executor: Executor = LOCAL,
+) -> Prepared:
     """Measures what is gated, decides every tensor and builds the work.
 
     Raises:
         SafemergeError: the plan cannot be made or carried out; nothing has been written.
     """
     begun = time.perf_counter()
-    measurer = measurer_of(resolved, resources, on_event, use_cache=use_cache)
+    measurer = measurer_of(resolved, resources, on_event, use_cache=use_cache, executor=executor)
     plan = decide(resolved, measurer)
     measured = time.perf_counter()
     graph = build(plan, resolved, resources.device)
@@ -131,7 +138,12 @@ def prepare(resolved: Resolved, resources: Resources, on_event: Listener, *, use
 
 
 def measurer_of(
-    resolved: Resolved, resources: Resources, on_event: Listener = ignore, *, use_cache: bool = True
+    resolved: Resolved,
+    resources: Resources,
+    on_event: Listener = ignore,
+    *,
+    use_cache: bool = True,
+    executor: Executor = LOCAL,
 ) -> Measurer | None:
     """What measures the family's tensors; None where nothing is gated or there is no base and so no V."""
     family, gated = resolved.family, [outlook.name for outlook in resolved.outlooks if outlook.policy]
@@ -147,7 +159,7 @@ def measurer_of(
         )
     )
     on_event(PhaseStarted("measure", sum(ref.nbytes for ref in refs)))
-    return Measurer(family, resources, use_cache=use_cache, on_event=on_event)
+    return Measurer(family, resources, use_cache=use_cache, on_event=on_event, by=executor.measure)
 
 
 def carry_out(

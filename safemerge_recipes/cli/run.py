@@ -22,7 +22,6 @@ from safemerge_recipes.cli.options import (
     WorkersOption,
 )
 from safemerge_recipes.cli.streams import console, watched, write_json, write_line
-from safemerge_recipes.errors import RecipeError
 
 
 def run(

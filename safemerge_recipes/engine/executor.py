@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.events import Listener
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.workers import Resources
+
+if TYPE_CHECKING:
+    from safemerge_recipes.gate.measurer import Asked, Measured
+    from safemerge_recipes.gate.moments import Effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,20 @@ class Sealed:
 
 class Executor(Protocol):
     """Does all tasks of a graph, in any order and place: tasks share no data, and each has bytes and offset fixed."""
+
+    def measure(
+        self,
+        asked: Sequence[Asked],
+        effort: Effort,
+        rank: int,
+        null: bool,
+        resources: Resources,
+        on_event: Listener,
+    ) -> Measured:
+        """Measures tensors for the gate; see `gate.measurer.measure_all`, whose numbers it must find."""
+
+    def close(self) -> None:
+        """Lets go of whatever it holds between calls."""
 
     def run(
         self,

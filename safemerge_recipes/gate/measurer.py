@@ -7,9 +7,10 @@ of the files behind it and the exact operands, so another τ or α costs no read
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import add
 
@@ -31,6 +32,38 @@ ARITHMETIC = 4
 """Version of the measuring: changes whenever the same operands would give other numbers."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A tensor to measure.
+
+    Attributes:
+        name: the tensor.
+        matrices: (name, (V, Δ)) of each matrix `(d_out, d_in)` that it is, one or those of a fused tensor's experts.
+        nbytes: bytes of what is read.
+    """
+
+    name: str
+    matrices: tuple[tuple[str, tuple[Weight, Weight]], ...]
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of V."""
+        return sum(math.prod(v.shape) if v.terms else 1 for _, (v, _) in self.matrices)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Moments by tensor, and the bytes of own memory that finding them took at most."""
+
+    moments: Mapping[str, Moments]
+    peak: int
+
+
+MeasureAll = Callable[[Sequence[Asked], Effort, int, bool, Resources, Listener], Measured]
+"""Measures many tensors somewhere: `measure_all`, or the same on other machines."""
+
+
 class Measurer:
     """Measures tensors of a family by name; the `Measure` that `plan.make_plan` wants."""
 
@@ -41,8 +74,10 @@ class Measurer:
         *,
         use_cache: bool = True,
         on_event: Listener = ignore,
+        by: MeasureAll | None = None,
     ) -> None:
         self.family, self.resources, self.on_event = family, resources, on_event
+        self.by = by or measure_all
         self.peak = 0
         self._identity = {one.path: one.key for one in family.identities()}
         self._cache_key = self._make_key() if use_cache else None
@@ -98,42 +133,55 @@ class Measurer:
                 remember("measures", self._cache_key, self._known)
         return {name: found[name] for name in names}
 
-    def _measure(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> dict[str, Moments]:
-        operands = {name: self._operands(name) for name in names}
-        matrices = {name: self._matrices(name) for name in names}
-        needs = {
-            name: max(measure_memory(*pair, rank, effort == "exact", null) for _, pair in parts)
-            for name, parts in matrices.items()
-        }
-        budget = self.resources
-        workers = fit_workers(needs.items(), budget.workers, budget.memory)
-        share = (budget.memory - SLACK) // workers
-        found: dict[str, Moments] = {}
-        with Reader() as reader:
+    def _measure(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> Mapping[str, Moments]:
+        asked = [Asked(name, tuple(self._matrices(name)), self._nbytes(name)) for name in names]
+        found = self.by(asked, effort, rank, null, self.resources, self.on_event)
+        self.peak = max(self.peak, found.peak)
+        return found.moments
 
-            def work(name: str, arena: Arena) -> None:
-                v, delta = operands[name]
-                room = share - needs[name]
-                parts = [measure(one, *pair, reader, arena, room, effort, rank, null) for one, pair in matrices[name]]
-                found[name] = reduce(add, parts)
-                self.on_event(BytesDone(sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs)))))
-                if stop.is_set():
-                    raise StoppedError
-
-            stop = threading.Event()
-            thin = rank == 0 and not (null and effort == "exact")
-            light = thin and not any(
-                needs_torch(*pair, budget.device) for parts in matrices.values() for _, pair in parts
-            )
-            with one_blas_thread():
-                run_parallel(names, work, workers, budget.device, stop, light=light)
-        held = max((needs[n] if light else min(share, needs[n] + 8 * _numel(operands[n][0])) for n in names), default=0)
-        self.peak = max(self.peak, workers * held)
-        return found
+    def _nbytes(self, name: str) -> int:
+        v, delta = self._operands(name)
+        return sum(ref.nbytes for ref in dict.fromkeys((*v.refs, *delta.refs)))
 
 
-def _numel(weight: Weight) -> int:
-    total = 1
-    for size in weight.shape if weight.terms else ():
-        total *= size
-    return total
+def measure_all(
+    asked: Sequence[Asked], effort: Effort, rank: int, null: bool, resources: Resources, on_event: Listener
+) -> Measured:
+    """Measures tensors with threads of this process.
+
+    Args:
+        asked: the tensors.
+        effort: as in `measure.measure`, like `rank` and `null`.
+        rank: how many directions.
+        null: whether ρ₀ matters.
+        resources: what may be used.
+        on_event: is told the bytes of every tensor.
+
+    Raises:
+        PlanError: not even one tensor fits the memory.
+        SourceError: a source failed or holds values that are not finite.
+    """
+    needs = {
+        one.name: max(measure_memory(v, delta, rank, effort == "exact", null) for _, (v, delta) in one.matrices)
+        for one in asked
+    }
+    workers = fit_workers(needs.items(), resources.workers, resources.memory)
+    share = (resources.memory - SLACK) // workers
+    found: dict[str, Moments] = {}
+    stop = threading.Event()
+    with Reader() as reader:
+
+        def work(one: Asked, arena: Arena) -> None:
+            room = share - needs[one.name]
+            parts = [measure(name, *pair, reader, arena, room, effort, rank, null) for name, pair in one.matrices]
+            found[one.name] = reduce(add, parts)
+            on_event(BytesDone(one.nbytes))
+            if stop.is_set():
+                raise StoppedError
+
+        thin = rank == 0 and not (null and effort == "exact")
+        light = thin and not any(needs_torch(*pair, resources.device) for one in asked for _, pair in one.matrices)
+        with one_blas_thread():
+            run_parallel(asked, work, workers, resources.device, stop, light=light)
+    held = (needs[one.name] if light else min(share, needs[one.name] + 8 * one.numel) for one in asked)
+    return Measured(found, workers * max(held, default=0))

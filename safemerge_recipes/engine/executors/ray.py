@@ -1,4 +1,4 @@
-"""The executor of a Ray cluster: a task is one weight file, computed in byte order and sealed where it is made.
+"""The executor of a Ray cluster: a task is one weight file, or some tensors to measure.
 
 The driver plans, sends tasks (paths, offsets, sums: some kilobytes each), journals, and holds no tensor. Workers read
 the sources and write the output by the same paths, on a file system that all nodes mount. Bytes and offsets are
@@ -8,118 +8,31 @@ fixed, so a task whose worker was lost simply runs again.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes._version import __version__
 from safemerge_recipes.engine.executor import Sealed
 from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.engine.store import Store
-from safemerge_recipes.engine.whole_file import write_files
-from safemerge_recipes.errors import PlanError, SafemergeError, SourceError, WriteError
+from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone
-from safemerge_recipes.planning.graph import ENGINE, Graph
+from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.identity import fingerprint
 from safemerge_recipes.storage.workers import Resources
-from safemerge_recipes.weights import compiled
 
-RETRIES = 5
-"""Times that a task runs again after its worker was lost."""
-SPOKEN = 0.5
-"""Seconds between two words of a worker about its progress, and between two looks of the driver."""
+if TYPE_CHECKING:
+    from safemerge_recipes.gate.measurer import Asked, Measured
+    from safemerge_recipes.gate.moments import Effort, Moments
 
+from safemerge_recipes.engine.executors.ray_cluster import Cluster, connected
+from safemerge_recipes.engine.executors.ray_tasks import SPOKEN, Board, MeasureJob, WriteJob, measure, versions, write
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One weight file to write: everything a worker is told.
-
-    Attributes:
-        shard: its number in the whole output.
-        graph: its tasks, as a graph of their own.
-        store: where it goes.
-        resources: what the worker may use.
-        done: its tensors that are there from an earlier run, with their digests.
-        inputs: fingerprint of every file that is read.
-        versions: what the worker must have installed.
-    """
-
-    shard: int
-    graph: Graph
-    store: Store
-    resources: Resources
-    done: Mapping[str, str | None]
-    inputs: Mapping[str, tuple[int, str]]
-    versions: tuple[str, ...]
-
-
-class Board:
-    """An actor that keeps how many bytes of each file are done, for the driver's progress bar."""
-
-    def __init__(self) -> None:
-        self.done: dict[int, int] = {}
-
-    def tell(self, shard: int, nbytes: int) -> None:
-        """A worker's word."""
-        self.done[shard] = nbytes
-
-    def read(self) -> dict[int, int]:
-        """All words."""
-        return self.done
-
-
-def versions() -> tuple[str, ...]:
-    """What decides about bytes: package, arithmetic, compiled kernels."""
-    return __version__, f"arithmetic {ENGINE}", "compiled" if compiled.LIBRARY is not None else "not compiled"
-
-
-def write(job: Job, board: Any) -> Sealed | SafemergeError:
-    """What a worker does with a job. Errors for people are returned, as Ray would wrap them in its own."""
-    try:
-        _check(job)
-        done, spoken = 0, time.monotonic()
-
-        def tell(nbytes: int) -> None:
-            nonlocal done, spoken
-            done += nbytes
-            if time.monotonic() - spoken > SPOKEN:
-                spoken = time.monotonic()
-                board.tell.remote(job.shard, done)
-
-        return write_files(job.graph, job.store, job.resources, job.done, threading.Event(), tell)
-    except SafemergeError as error:
-        return error
-
-
-def _check(job: Job) -> None:
-    """Raises SafemergeError where the worker is no place for this job."""
-    import socket
-
-    here = socket.gethostname()
-    if versions() != job.versions:
-        raise PlanError(
-            f"--executor ray: the worker on {here} has safemerge-recipes {', '.join(versions())}; expected "
-            f"{', '.join(job.versions)} as on the driver, install the same on all nodes"
-        )
-    for path, expected in job.inputs.items():
-        try:
-            found = fingerprint(path)
-        except OSError as error:
-            raise SourceError(
-                f"{path}: {error.strerror} on {here}; expected every source on a file system that all nodes mount "
-                "at the same place"
-            ) from None
-        if found != expected:
-            raise SourceError(f"{path}: another file on {here} than on the driver, or changed; expected one for all")
+MEASURED = 1_000_000_000
+"""Bytes of operands that one task measures, unless a tensor has more."""
 
 
 class OnRay:
-    """The `Executor` of a Ray cluster.
+    """The `Executor` of a Ray cluster, connected when it is first used.
 
     Args:
         address: `auto`, `HOST:PORT` or `ray://HOST:PORT`; None: the cluster that this process is part of, else one
@@ -128,6 +41,48 @@ class OnRay:
 
     def __init__(self, address: str | None = None) -> None:
         self.address = address
+        self._held = contextlib.ExitStack()
+        self._ray: Any = None
+
+    def _cluster(self, resources: Resources) -> Cluster:
+        if self._ray is None:
+            self._ray = self._held.enter_context(connected(self.address, resources))
+        return Cluster(self._ray, resources.device != "cpu")
+
+    def close(self) -> None:
+        """See `Executor`: ends a cluster of its own."""
+        self._ray = None
+        self._held.close()
+
+    def measure(
+        self,
+        asked: Sequence[Asked],
+        effort: Effort,
+        rank: int,
+        null: bool,
+        resources: Resources,
+        on_event: Listener,
+    ) -> Measured:
+        """See `Executor`: a task is about 1 GB of operands."""
+        from safemerge_recipes.gate.measurer import Measured
+
+        cluster, prints = self._cluster(resources), Prints()
+        own = _own(resources)
+        moments: dict[str, Moments] = {}
+        peaks = [0]
+
+        def take(batch: tuple[Asked, ...], found: Measured) -> None:
+            moments.update(found.moments)
+            peaks.append(found.peak)
+            on_event(BytesDone(sum(one.nbytes for one in batch)))
+
+        def jobs() -> Iterator[tuple[tuple[Asked, ...], tuple[Any, ...]]]:
+            for batch in _batches(asked):
+                refs = {ref.path for one in batch for _, pair in one.matrices for weight in pair for ref in weight.refs}
+                yield batch, (MeasureJob(batch, effort, rank, null, own, prints.of(refs), versions()),)
+
+        cluster.do(measure, jobs(), take)
+        return Measured(moments, max(peaks))
 
     def run(
         self,
@@ -138,153 +93,90 @@ class OnRay:
         journal: Journal,
         on_event: Listener,
     ) -> Sealed:
-        """See `Executor`. Also raises PlanError when the cluster cannot be reached or has no worker."""
+        """See `Executor`. Also raises PlanError when the cluster cannot be reached."""
         store.open()  # room and permission show now
         store.close()
         for name in done:
             on_event(TensorDone(name, resumed=True))
-        with _connected(self.address, resources) as ray:
-            return _Run(ray, graph, store, resources, done, journal, on_event).finish()
+        cluster, prints = self._cluster(resources), Prints()
+        keys = {task.slot.name: task.key for task in graph.tasks}
+        files: dict[str, str] = {}
+        tensors: dict[str, str] = {}
+        told: dict[int, int] = {}
+        board = cluster.ray.remote(Board).options(num_cpus=0).remote()
+
+        def tell(shard: int, nbytes: int) -> None:
+            """A task that runs again tells nothing until it is where the lost one was."""
+            before = told.get(shard, 0)
+            if nbytes > before:
+                told[shard] = nbytes
+                on_event(BytesDone(nbytes - before))
+
+        def look() -> None:
+            """Progress is worth no failure."""
+            with contextlib.suppress(cluster.ray.exceptions.RayError):
+                for shard, nbytes in cluster.ray.get(board.read.remote(), timeout=SPOKEN).items():
+                    tell(shard, nbytes)
+
+        def jobs() -> Iterator[tuple[int, tuple[Any, ...]]]:
+            for shard, _ in graph.by_file():
+                one = graph.alone(shard)
+                there = {name: done[name] for name in one.layout.slots if name in done}
+                paths = {ref.path for task in one.tasks for ref in task.work.refs}
+                own = _own(resources)
+                job = WriteJob(shard, one, store.alone(shard), own, there, prints.of(paths), versions())
+                yield shard, (job, board)
+
+        def take(shard: int, found: Sealed) -> None:
+            for name, digest in found.tensors.items():
+                tensors[name] = digest
+                if name not in done:
+                    journal.done(name, keys[name], digest)
+                    on_event(TensorDone(name))
+            for file, digest in found.files.items():
+                files[file] = digest
+                on_event(FileSealed(file, digest))
+            tell(shard, graph.layout.sizes[shard] - len(graph.layout.headers[shard]))
+
+        cluster.do(write, jobs(), take, look)
+        store.commit()
+        return Sealed(files, tensors)
 
 
-@contextlib.contextmanager
-def _connected(address: str | None, resources: Resources) -> Iterator[Any]:
-    """Ray, connected. What was started here is ended here."""
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a merge reports nothing to anybody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    own = {"num_cpus": resources.workers, "include_dashboard": False}
-    started = own if address is None and "RAY_ADDRESS" not in os.environ else {}
-    before = signal.getsignal(signal.SIGTERM)  # Ray's own would end the program without a word
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **started)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PlanError(
-            f"--ray-address {address or 'local'}: the cluster cannot be reached: {first[:300]}; expected a running "
-            "one, see `ray status`, or leave the option out"
-        ) from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+def _own(resources: Resources) -> Resources:
+    """What one task may use: Ray shows a worker no device but its own."""
+    return Resources(1, resources.share, "cpu" if resources.device == "cpu" else "cuda:0")
 
 
-class _Run:
-    """One graph on a connected cluster."""
+class Prints:
+    """Fingerprints of files, each found once."""
 
-    def __init__(
-        self,
-        ray: Any,
-        graph: Graph,
-        store: Store,
-        resources: Resources,
-        done: Mapping[str, str | None],
-        journal: Journal,
-        on_event: Listener,
-    ) -> None:
-        self.ray, self.graph, self.store, self.done = ray, graph, store, done
-        self.resources = Resources(1, resources.share, "cuda:0" if resources.device != "cpu" else "cpu")
-        self.journal, self.on_event = journal, on_event
-        self.keys = {task.slot.name: task.key for task in graph.tasks}
-        self.files: dict[str, str] = {}
-        self.tensors: dict[str, str] = {}
-        self.told: dict[int, int] = {}
-        self.prints: dict[str, tuple[int, str]] = {}
-        gpus = 0 if resources.device == "cpu" else 1
-        self.remote = ray.remote(write).options(
-            num_cpus=1, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
-        )
-        self.board = ray.remote(Board).options(num_cpus=0).remote()
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
 
-    def finish(self) -> Sealed:
-        """Sends the files out and takes in what comes back."""
-        open_ = deque(shard for shard, _ in self.graph.by_file())
-        flying: dict[Any, int] = {}
-        try:
-            while open_ or flying:
-                while open_ and len(flying) < 2 * self._slots():
-                    shard = open_.popleft()
-                    flying[self.remote.remote(self._job(shard), self.board)] = shard
-                ready, _ = self.ray.wait(list(flying), timeout=SPOKEN)
-                self._look()
-                for ref in ready:
-                    self._take(flying.pop(ref), self._result(ref))
-        except BaseException:
-            self._cancel(list(flying))
-            raise
-        self.store.commit()
-        return Sealed(self.files, self.tensors)
-
-    def _slots(self) -> int:
-        """Tasks that the cluster can do at once, as it is now."""
-        have = self.ray.cluster_resources()
-        found = have.get("GPU" if self.resources.device != "cpu" else "CPU", 0)
-        return max(1, int(found))  # a cluster that grows may have none yet
-
-    def _job(self, shard: int) -> Job:
-        graph = self.graph.alone(shard)
-        paths = {ref.path for task in graph.tasks for ref in task.work.refs}
-        for path in paths - self.prints.keys():
-            self.prints[path] = fingerprint(path)
-        there = {task.slot.name: self.done[task.slot.name] for task in graph.tasks if task.slot.name in self.done}
-        inputs = {path: self.prints[path] for path in paths}
-        return Job(shard, graph, self.store.alone(shard), self.resources, there, inputs, versions())
-
-    def _result(self, ref: Any) -> Sealed:
-        try:
-            found = self.ray.get(ref)
-        except self.ray.exceptions.RayError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise WriteError(
-                f"--executor ray: a task was lost ({type(error).__name__}: {lines[-1].strip()[:300]}); expected "
-                f"safemerge-recipes {__version__} and enough memory on all nodes"
-            ) from None
-        if isinstance(found, SafemergeError):
-            raise found
-        assert isinstance(found, Sealed)
+    def of(self, paths: Iterable[str]) -> dict[str, tuple[int, str]]:
+        """path -> fingerprint. Raises SourceError for a file that is gone."""
+        found = {}
+        for path in sorted(paths):
+            if path not in self._found:
+                try:
+                    self._found[path] = fingerprint(path)
+                except OSError as error:
+                    raise SourceError(f"{path}: {error.strerror}; it was there when planned") from None
+            found[path] = self._found[path]
         return found
 
-    def _take(self, shard: int, found: Sealed) -> None:
-        """Journals what a worker finished."""
-        for name, digest in found.tensors.items():
-            self.tensors[name] = digest
-            if name not in self.done:
-                self.journal.done(name, self.keys[name], digest)
-                self.on_event(TensorDone(name))
-        for file, digest in found.files.items():
-            self.files[file] = digest
-            self.on_event(FileSealed(file, digest))
-        layout = self.graph.layout
-        self._tell(shard, layout.sizes[shard] - len(layout.headers[shard]))
 
-    def _look(self) -> None:
-        """Tells what the board says; progress is worth no failure."""
-        with contextlib.suppress(self.ray.exceptions.RayError):
-            for shard, nbytes in self.ray.get(self.board.read.remote(), timeout=SPOKEN).items():
-                self._tell(shard, nbytes)
-
-    def _tell(self, shard: int, nbytes: int) -> None:
-        """A task that runs again tells nothing until it is where the lost one was."""
-        before = self.told.get(shard, 0)
-        if nbytes > before:
-            self.told[shard] = nbytes
-            self.on_event(BytesDone(nbytes - before))
-
-    def _cancel(self, refs: list[Any]) -> None:
-        """Ends what is under way and waits for it, so that nobody writes after this."""
-        with contextlib.suppress(self.ray.exceptions.RayError, ConnectionError):
-            for ref in refs:
-                self.ray.cancel(ref, force=True)
-            if refs:
-                self.ray.wait(refs, num_returns=len(refs), timeout=10)
+def _batches(asked: Sequence[Asked]) -> Iterator[tuple[Asked, ...]]:
+    """Tensors in their order, some GB of operands together."""
+    batch: list[Asked] = []
+    for one in asked:
+        if batch and sum(other.nbytes for other in batch) + one.nbytes > MEASURED:
+            yield tuple(batch)
+            batch = []
+        batch.append(one)
+    if batch:
+        yield tuple(batch)
 
 
 def on_ray(address: str | None = None) -> OnRay:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from safemerge_recipes.engine.executor import Sealed
 from safemerge_recipes.engine.journal import Journal
@@ -24,9 +25,30 @@ from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.workers import Resources, check, run_parallel
 
+if TYPE_CHECKING:
+    from safemerge_recipes.gate.measurer import Asked, Measured
+    from safemerge_recipes.gate.moments import Effort
+
 
 class Threads:
     """The `Executor` of one machine."""
+
+    def measure(
+        self,
+        asked: Sequence[Asked],
+        effort: Effort,
+        rank: int,
+        null: bool,
+        resources: Resources,
+        on_event: Listener,
+    ) -> Measured:
+        """See `Executor`."""
+        from safemerge_recipes.gate.measurer import measure_all
+
+        return measure_all(asked, effort, rank, null, resources, on_event)
+
+    def close(self) -> None:
+        """Holds nothing."""
 
     def run(
         self,

@@ -1,0 +1,119 @@
+"""A connection to a Ray cluster that does jobs, a bounded number in flight, lost ones again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from safemerge_recipes._version import __version__
+from safemerge_recipes.engine.executors.ray_tasks import SPOKEN
+from safemerge_recipes.errors import PlanError, SafemergeError, WriteError
+from safemerge_recipes.storage.workers import Resources
+
+Key = TypeVar("Key")
+
+RETRIES = 5
+"""Times that a task runs again after its worker was lost."""
+
+
+@contextlib.contextmanager
+def connected(address: str | None, resources: Resources) -> Iterator[Any]:
+    """Ray, connected. What was started here is ended here."""
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a merge reports nothing to anybody
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    own = {"num_cpus": resources.workers, "include_dashboard": False}
+    started = own if address is None and "RAY_ADDRESS" not in os.environ else {}
+    before = signal.getsignal(signal.SIGTERM)  # Ray's own would end the program without a word
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **started)
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PlanError(
+            f"--ray-address {address or 'local'}: the cluster cannot be reached: {first[:300]}; expected a running "
+            "one, see `ray status`, or leave the option out"
+        ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A connected cluster, which does jobs with a bounded number in flight."""
+
+    ray: Any
+    gpu: bool
+
+    def _slots(self) -> int:
+        """Jobs that it can do at once, as it is now: one that grows may have no node yet."""
+        return max(1, int(self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 0)))
+
+    def do(
+        self,
+        function: Callable[..., Any],
+        jobs: Iterator[tuple[Key, tuple[Any, ...]]],
+        take: Callable[[Key, Any], None],
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Does `function(*arguments)` of every (key, arguments), lost workers' jobs again; takes results as they come.
+
+        Raises:
+            SafemergeError: one that a job returned; the others are ended first, as on Ctrl-C.
+            WriteError: a job was lost again and again.
+        """
+        remote = self.ray.remote(function).options(
+            num_cpus=1, num_gpus=int(self.gpu), max_retries=RETRIES, scheduling_strategy="SPREAD"
+        )
+        flying: dict[Any, Key] = {}
+        more = True
+        try:
+            while more or flying:
+                while more and len(flying) < 2 * self._slots():
+                    job = next(jobs, None)
+                    if job is None:
+                        more = False
+                    else:
+                        flying[remote.remote(*job[1])] = job[0]
+                if flying:
+                    ready, _ = self.ray.wait(list(flying), timeout=SPOKEN)
+                    look()
+                    for ref in ready:
+                        take(flying.pop(ref), self._result(ref))
+        except BaseException:
+            self._cancel(list(flying))
+            raise
+
+    def _result(self, ref: Any) -> Any:
+        try:
+            found = self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise WriteError(
+                f"--executor ray: a task was lost ({type(error).__name__}: {lines[-1].strip()[:300]}); expected "
+                f"safemerge-recipes {__version__} and enough memory on all nodes"
+            ) from None
+        if isinstance(found, SafemergeError):
+            raise found
+        return found
+
+    def _cancel(self, refs: list[Any]) -> None:
+        """Ends what is under way and waits for it, so that nobody writes after this."""
+        with contextlib.suppress(self.ray.exceptions.RayError, ConnectionError):
+            for ref in refs:
+                self.ray.cancel(ref, force=True)
+            if refs:
+                self.ray.wait(refs, num_returns=len(refs), timeout=10)
