@@ -114,8 +114,8 @@ def main() -> int:
             else:
                 campaign(bench, asked.kills, dice)
         finally:
-            bench.close()
             print(bench.table(), *losses(bench), sep="\n", flush=True)
+            bench.close()
         if asked.page:
             write_table(bench, asked.page, time.monotonic() - begun)
     return 1 if losses(bench) else 0

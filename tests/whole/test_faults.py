@@ -32,24 +32,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 def test_verbs_killed_anywhere_lose_nothing(bench: Bench) -> None:
     dice = random.Random(13)
-    for verb in bench.verbs:
-        if bench.expected(verb)[2]:
-            assert reliability.kill(bench, verb, dice, 2) == ""
+    for verb in reliability.writing(bench)[::4]:
+        assert reliability.kill(bench, verb, dice, 2) == ""
 
 
 @pytest.mark.parametrize("how", ["EIO", "ENOSPC"])
 def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, how: str) -> None:
     dice = random.Random(how)
-    for verb in bench.verbs:
-        if bench.expected(verb)[2]:
-            assert reliability.fail(bench, verb, dice, how) == ""
+    for verb in reliability.writing(bench)[::12]:
+        assert reliability.fail(bench, verb, dice, how) == ""
 
 
 @pytest.mark.parametrize(
     "fault", [faults.SIGNALS, faults.FEW_FILES, faults.SMALL_FILES, faults.STREAMS[1]], ids=lambda fault: fault.kind
 )
 def test_what_lasts_for_a_whole_run_loses_nothing(bench: Bench, fault: faults.Fault) -> None:
-    for verb in bench.verbs[:3]:
+    for verb in bench.verbs[2:4]:
         assert bench.attempt(verb, fault) == ""
 
 
