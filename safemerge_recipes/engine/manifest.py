@@ -16,12 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safemerge_recipes._version import __version__
-from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, SIGNATURE_FILE
+from safemerge_recipes.engine.folder import DOCUMENTS, LOCK_FILE, MANIFEST_FILE, SIGNATURE_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.sources.checkpoint import inside
 from safemerge_recipes.storage.digests import InputDigest
-from safemerge_recipes.storage.files import write_file
+from safemerge_recipes.storage.files import remove_left, write_file
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.weights import compiled
 
@@ -157,6 +157,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     run that is cut short in between leaves a sound output; the next one finishes it.
     """
     value = manifest_record(folder)
+    remove_left(folder, DOCUMENTS)
     data = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
     fresh = {name: {"size": len(one), "sha256": hashlib.sha256(one).hexdigest()} for name, one in data.items()}
     found = {entry["file"]: entry for entry in value["outputs"]}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -59,6 +60,14 @@ def write_file(path: Path, content: bytes | str) -> None:
     """Writes a small file so that it is either there in full or not at all, even after a power failure."""
     with written(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def remove_left(folder: Path, names: Collection[str]) -> None:
+    """Removes what killed writers of these files left beside them; nobody else may be writing them."""
+    for path in folder.glob(".*.tmp"):
+        made = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", path.name)
+        if made and made[1] in names and (path.is_symlink() or not path.is_dir()):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

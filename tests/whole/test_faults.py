@@ -36,6 +36,12 @@ def test_verbs_killed_anywhere_lose_nothing(bench: Bench) -> None:
         assert reliability.kill(bench, verb, dice, 2) == ""
 
 
+def test_a_report_killed_at_every_call_leaves_no_temporary_files(bench: Bench) -> None:
+    verb = next(verb for verb in bench.verbs if verb.name == "report")
+    for at in range(2, bench.expected(verb)[2], 2):
+        assert bench.attempt(verb, at_call("kill", at)) == ""
+
+
 @pytest.mark.parametrize("how", ["EIO", "ENOSPC"])
 def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, how: str) -> None:
     dice = random.Random(how)
