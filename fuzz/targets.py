@@ -19,8 +19,9 @@ from pathlib import Path
 from safemerge_recipes.engine.journal import read_journal
 from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.errors import CheckError, RecipeError, SafemergeError, SourceError
-from safemerge_recipes.recipe.loading import dump_recipe, parse_recipe
+from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.patterns import compile_patterns
+from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.sources.peft.apply import open_adapter
 from safemerge_recipes.storage.safetensors import read_header

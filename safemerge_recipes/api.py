@@ -75,7 +75,7 @@ def _stand_ins(sources: Mapping[str, str | Path] | Sequence[str]) -> dict[str, s
 
 def show(recipe: RecipeLike) -> str:
     """A recipe as YAML that stands alone: what it extends joined in, parameters filled in, every used value in full."""
-    from safemerge_recipes.recipe.loading import dump_recipe
+    from safemerge_recipes.recipe.writing import dump_recipe
 
     return dump_recipe(_loaded(recipe).recipe)
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.methods.base import Apply
-from safemerge_recipes.methods.catalogue import Method, Sides
-from safemerge_recipes.methods.kernels import Blocks
-from safemerge_recipes.recipe.model import Merge
-from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.plugins import Apply, Arena, Blocks, Custom, Kernel, Method, RecipeError, Sides
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(Kernel):
     """Elements beyond ±limit times the root mean square of x become ±that."""
 
     limit: float
@@ -28,11 +23,11 @@ class Clip:
         return self.limit * (square / numel) ** 0.5
 
     def apply(self, bound: float, start: int, x: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """The clipped block."""
+        """The clipped piece."""
         return x.clamp_(-bound, bound)
 
 
-def _work(merge: Merge, sides: Sides) -> Apply:
+def _work(merge: Custom, sides: Sides) -> Apply:
     limit = merge.options.get("limit")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
         raise RecipeError(f"merge.options.limit: found {limit!r}; expected a number above 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.plugins import Moments
 
 
 def stable_rank(moments: Moments, rank: int) -> tuple[float | None, float]:

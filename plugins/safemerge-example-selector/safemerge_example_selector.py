@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate.selectors import Decision, Question, Selector
+from safemerge_recipes.plugins import Decision, Question, RecipeError, Selector
 
 
 def _bounds(question: Question) -> tuple[float, float]:

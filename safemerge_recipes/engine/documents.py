@@ -12,8 +12,8 @@ from safemerge_recipes.engine.folder import PICTURES, PLAN_FILE, RECIPE_FILE, RE
 from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
 from safemerge_recipes.planning.graph import ENGINE
 from safemerge_recipes.planning.prepared import Prepared, recipe_json
-from safemerge_recipes.recipe.loading import dump_recipe
 from safemerge_recipes.recipe.model import Recipe
+from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
 from safemerge_recipes.sources.side_files import copy_side_files, only_tokenizer

@@ -29,7 +29,7 @@ def produce(task: Task, tools: Tools, stop: threading.Event, *, allow_overflow: 
     if isinstance(task.work, Copy):
         return _stored(task.work, tools)
     if task.native:
-        return on_compiled.rounded(task.work, task.slot, tools, stop, allow_overflow)  # type: ignore[arg-type]  # fits
+        return on_compiled.rounded(task.work, task.slot, tools, stop, allow_overflow)
     return on_torch.rounded(task.work, task.slot, tools, stop, allow_overflow)
 
 

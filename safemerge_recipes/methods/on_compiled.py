@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools, Work
-from safemerge_recipes.methods.kernels import Consensus, Dare, Slerp, Ties
-from safemerge_recipes.methods.threshold import Bracket, Trim, trims
-from safemerge_recipes.storage.cut import ranges
+from safemerge_recipes.methods.base import Tools, Work
+from safemerge_recipes.methods.threshold import Bracket, Magnitudes
+from safemerge_recipes.storage.cut import largest, ranges
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
@@ -20,75 +19,69 @@ from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights import compiled as native
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
-from safemerge_recipes.weights.draw import Draw
 
 if TYPE_CHECKING:
     import numpy as np
 
-KERNELS = (Slerp, Ties, Dare)
-"""Methods that are compiled."""
-
 
 def fits(work: Work, dtype: str) -> bool:
     """Whether the compiled kernels are there and can do this work, in float32, with an output of the dtype."""
-    if native.LIBRARY is None or dtype not in native.DTYPES:
-        return False
-    if not (isinstance(work, Sum) or (isinstance(work, Apply) and isinstance(work.kernel, KERNELS))):
+    if native.LIBRARY is None or dtype not in native.DTYPES or not work.is_compiled:
         return False
     return all(
         isinstance(operand, Stored | LowRank) and all(ref.dtype in native.DTYPES for ref in operand.refs)
-        for weight in _weights(work)
+        for weight in work.weights
         for _, operand in weight
     )
 
 
-def memory(work: Sum | Apply, slot: Slot, block: int) -> int:
-    """Bytes for work that `fits`, with blocks of `block` elements: as stored and as written, factors and strips."""
+def memory(work: Work, slot: Slot) -> int:
+    """Bytes for work that `fits`, with what a search holds: pieces as stored and as written, factors, strips."""
+    piece = largest(slot.shape)
     width = sum(itemsize(ref.dtype) for ref in _stored(work)) + itemsize(slot.dtype)
-    factors = 4 * sum(weight.memory(block) for weight in _weights(work))
+    factors = 4 * sum(weight.memory(piece) for weight in work.weights)
     columns = slot.shape[-1] if slot.shape else 1
-    strips = 3 * 4 * native.strip(columns if any(map(has_factors, _weights(work))) else None)
-    found = 4 * block if isinstance(work, Apply) else 0
-    return block * width + factors + strips + found
+    strips = 3 * 4 * native.strip(columns if any(map(has_factors, work.weights)) else None)
+    found = 4 * piece if len(work.weights) > 1 else 0
+    return piece * width + factors + strips + found + work.held(slot)
 
 
-def _weights(work: Sum | Apply) -> tuple[Weight, ...]:
-    return (work.weight,) if isinstance(work, Sum) else (*work.inputs, work.origin)
-
-
-def _stored(work: Sum | Apply) -> tuple[TensorRef, ...]:
-    """Every tensor that is read block by block, once."""
-    operands = (operand for weight in _weights(work) for _, operand in weight)
+def _stored(work: Work) -> tuple[TensorRef, ...]:
+    """Every tensor that is read piece by piece, once."""
+    operands = (operand for weight in work.weights for _, operand in weight)
     return tuple(dict.fromkeys(operand.ref for operand in operands if isinstance(operand, Stored)))
 
 
-class _Blocks:
-    """A tensor's blocks of all weights: where their bytes go, and the structure that points there."""
+class Tensor:
+    """A tensor's pieces of all weights: where their bytes go, and the structure of native/merge.c that points there.
 
-    def __init__(self, work: Sum | Apply, slot: Slot, tools: Tools) -> None:
+    A kernel's `set_up` sets the rest of the structure, `merge`, from passes over the pieces.
+    """
+
+    def __init__(self, work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> None:
         import numpy as np
 
         assert native.LIBRARY is not None  # callers have asked `fits`
         self.compiled, self.reader, arena = native.LIBRARY, tools.reader, tools.arena
-        weights, shape, dtype = _weights(work), slot.shape, slot.dtype
+        weights, shape, dtype = work.weights, slot.shape, slot.dtype
+        self.name, self.numel, self.stop = slot.name, math.prod(shape), stop
         self.ranges = list(ranges(shape, any(map(has_factors, weights))))
         self.columns = shape[-1] if shape else 1
-        largest = max((last - first for first, last in self.ranges), default=0)
+        most = max((last - first for first, last in self.ranges), default=0)
         self.refs = _stored(work)
         self.raw = [
-            arena.array(f"raw {number}", largest * itemsize(ref.dtype), np.uint8)
-            for number, ref in enumerate(self.refs)
+            arena.array(f"raw {number}", most * itemsize(ref.dtype), np.uint8) for number, ref in enumerate(self.refs)
         ]
         self.merge = native.Merge()
         self.merge.dtype = native.DTYPES[dtype]
         self._kept: list[Any] = []  # what the structure points to
         self._left: list[tuple[native.Sum, int]] = []
-        for field, weight in zip(("x",) if isinstance(work, Sum) else ("x", "y", "origin"), weights, strict=True):
+        for field, weight in zip(("x",) if len(weights) == 1 else ("origin", "x", "y"), weights, strict=True):
             self._point(getattr(self.merge, field), weight)
         rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
         self.scratch = arena.array("strips", 3 * native.strip(self.columns if rows else None), np.float32)
-        self.found = arena.array("found", largest if isinstance(work, Apply) else 0, np.float32)
-        self.out = arena.array("out", largest * itemsize(dtype), np.uint8)
+        self.found = arena.array("found", most if len(weights) > 1 else 0, np.float32)
+        self.out = arena.array("out", most * itemsize(dtype), np.uint8)
 
     def _point(self, place: native.Sum, weight: Weight) -> None:
         stored = [(float(c), operand.ref) for c, operand in weight if isinstance(operand, Stored)]
@@ -107,10 +100,10 @@ class _Blocks:
             place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
             self._left.append((place, left.ctypes.data))
 
-    def __call__(self, stop: threading.Event, every: int = 1) -> Iterator[tuple[int, int]]:
-        """Reads block after block; (its first element, its number of elements)."""
+    def __call__(self, every: int = 1) -> Iterator[tuple[int, int]]:
+        """Reads piece after piece; (its first element, its number of elements)."""
         for first, last in self.ranges[::every]:
-            check(stop)
+            check(self.stop)
             count = last - first
             for ref, raw in zip(self.refs, self.raw, strict=True):
                 width = itemsize(ref.dtype)
@@ -119,26 +112,43 @@ class _Blocks:
                 place.left = left + first // self.columns * place.rank * 4
             yield first, count
 
+    def dots(self) -> tuple[float, float, float]:
+        """‖x‖², ‖y‖² and x·y in float64: one pass."""
+        found = (ctypes.c_double * 3)()
+        for _, count in self():
+            self.compiled.sm_dots(self.merge, count, found, self.scratch.ctypes.data)
+        return found[0], found[1], found[2]
+
+    def sizes(self) -> tuple[float, float, float, float]:
+        """Sums of |x|, of the |x| that the draw keeps, of |y|, of the kept |y|, in float64: one pass."""
+        found = (ctypes.c_double * 4)()
+        for first, count in self():
+            self.compiled.sm_sizes(self.merge, first, count, found, self.scratch.ctypes.data)
+        return found[0], found[1], found[2], found[3]
+
+    def magnitudes(self) -> Magnitudes:
+        """|x| and |y|, for the search of their thresholds."""
+        return _Magnitudes(self)
+
 
 @dataclass(frozen=True, slots=True)
 class _Magnitudes:
     """|x| and |y| for the search of their thresholds."""
 
-    blocks: _Blocks
-    stop: threading.Event
+    tensor: Tensor
 
     def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(side, every stride-th magnitude of a block)."""
-        b = self.blocks
-        for _, count in b(self.stop, every):
+        """(side, every stride-th magnitude of a piece)."""
+        b = self.tensor
+        for _, count in b(every):
             for side in (0, 1):
                 number = b.compiled.sm_look(b.merge, side, count, stride, b.found.ctypes.data, b.scratch.ctypes.data)
                 yield side, b.found[:number].copy()
 
     def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """(side, magnitudes above the bracket, inside it, those unless it is one value) of block after block."""
-        b, counts = self.blocks, (ctypes.c_int64 * 2)()
-        for _, count in b(self.stop):
+        """(side, magnitudes above the bracket, inside it, those unless it is one value) of piece after piece."""
+        b, counts = self.tensor, (ctypes.c_int64 * 2)()
+        for _, count in b():
             for side, bracket in enumerate(brackets):
                 if bracket is not None:
                     b.compiled.sm_count(
@@ -147,66 +157,18 @@ class _Magnitudes:
                     yield side, counts[0], counts[1], b.found[: 0 if bracket[0] == bracket[1] else counts[1]]
 
 
-def rounded(
-    work: Sum | Apply, slot: Slot, tools: Tools, stop: threading.Event, allow_overflow: bool
-) -> Iterator[memoryview]:
-    """The tensor's bytes, block by block, each valid until the next.
+def rounded(work: Work, slot: Slot, tools: Tools, stop: threading.Event, allow_overflow: bool) -> Iterator[memoryview]:
+    """The tensor's bytes, piece by piece, each valid until the next.
 
     Raises:
         SourceError: values are not finite, or do not fit the dtype and `allow_overflow` is not set.
     """
-    b = _Blocks(work, slot, tools)
-    if isinstance(work, Apply):
-        _prepare(b, work.kernel, slot.name, math.prod(slot.shape), stop)
+    b = Tensor(work, slot, tools, stop)
+    work.set_up(b)
     bad, width = (ctypes.c_int64 * 2)(), itemsize(slot.dtype)
-    for first, count in b(stop):
+    for first, count in b():
         b.compiled.sm_merge(b.merge, first, count, b.out.ctypes.data, b.scratch.ctypes.data, bad)
         if bad[0]:
             refuse_non_finite(slot.name, slot.dtype, work.refs, bad[0], bad[1], allow_overflow)
             bad[0] = bad[1] = 0
         yield b.out[: count * width].data
-
-
-def _prepare(b: _Blocks, kernel: Kernel, name: str, numel: int, stop: threading.Event) -> None:
-    """Sets what the method needs to know of the whole tensor, in as many passes as that takes."""
-    m = b.merge
-    if isinstance(kernel, Slerp):
-        dots = (ctypes.c_double * 3)()
-        for _, count in b(stop):
-            b.compiled.sm_dots(m, count, dots, b.scratch.ctypes.data)
-        m.method = native.BLEND
-        m.a, m.b = kernel.coefficients(*dots)
-    elif isinstance(kernel, Ties):
-        m.method, m.consensus = native.TIES, _consensus(kernel.consensus)
-        for side, trim in enumerate(trims(kernel.kept(numel), numel, _Magnitudes(b, stop))):
-            m.trims[side] = _trim(trim)
-    else:
-        assert isinstance(kernel, Dare)  # `fits` lets no other through
-        m.method = native.DARE_LINEAR if kernel.then is None else native.DARE_TIES
-        m.draw = _draw(kernel.draw, name)
-        sums = (ctypes.c_double * 4)()
-        if kernel.l1:
-            for first, count in b(stop):
-                b.compiled.sm_sizes(m, first, count, sums, b.scratch.ctypes.data)
-        scales = kernel.rescaling(*sums)
-        if kernel.then is None:
-            m.a, m.b = (weight * scale for weight, scale in zip(kernel.weights, scales, strict=True))
-        else:
-            m.scales[0], m.scales[1], m.consensus = *scales, _consensus(kernel.then)
-
-
-def _draw(draw: Draw, name: str) -> native.Draw:
-    return native.Draw(*draw.key(name), draw.limit)
-
-
-def _consensus(one: Consensus) -> native.Consensus:
-    alpha, beta = one.weights
-    return native.Consensus(alpha, beta, alpha + beta, one.scale, one.normalize)
-
-
-def _trim(trim: Trim) -> native.Trim:
-    if trim.threshold == math.inf:
-        return native.Trim(0, 0.0, native.KEEP_NONE)
-    if trim.keeps_all:
-        return native.Trim(0, 0.0, native.KEEP_ALL)
-    return native.Trim(-1 if trim.ties == math.inf else int(trim.ties), trim.threshold, native.KEEP_LARGEST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.methods.base import Apply, Prepare, Sum, Tools, Work
@@ -44,20 +45,21 @@ def refuse(work: Work, slot: Slot, before: torch.Tensor, after: torch.Tensor, al
         refuse_non_finite(slot.name, slot.dtype, work.refs, bad, overflows, allow_overflow)
 
 
+@singledispatch
 def values(work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> Iterator[torch.Tensor]:
     """The tensor's values before rounding: flat blocks in the dtype of the arithmetic, each valid until the next."""
-    if isinstance(work, Sum):
-        evaluate = Evaluator((work.weight,), tools.reader, tools.arena, "sum", working_dtype(work.weight))
-        for first, last in ranges(slot.shape, has_factors(work.weight)):
-            check(stop)
-            yield evaluate(first, last)[0]
-    elif isinstance(work, Prepare):
-        yield from _prepared(work, slot, tools, stop)
-    else:
-        assert isinstance(work, Apply)  # copies have no values
-        yield from _applied(work, slot, tools, stop)
+    raise TypeError(f"{type(work).__name__} has no values")  # copies are never computed
 
 
+@values.register(Sum)
+def _summed(work: Sum, slot: Slot, tools: Tools, stop: threading.Event) -> Iterator[torch.Tensor]:
+    evaluate = Evaluator((work.weight,), tools.reader, tools.arena, "sum", working_dtype(work.weight))
+    for first, last in ranges(slot.shape, has_factors(work.weight)):
+        check(stop)
+        yield evaluate(first, last)[0]
+
+
+@values.register(Prepare)
 def _prepared(work: Prepare, slot: Slot, tools: Tools, stop: threading.Event) -> Iterator[torch.Tensor]:
     shape = slot.shape
     columns = shape[-1]
@@ -70,6 +72,7 @@ def _prepared(work: Prepare, slot: Slot, tools: Tools, stop: threading.Event) ->
         yield block if origin is None else origin(first, last)[0].add_(block)
 
 
+@values.register(Apply)
 def _applied(work: Apply, slot: Slot, tools: Tools, stop: threading.Event) -> Iterator[torch.Tensor]:
     kernel, arena = work.kernel, tools.arena
     weights = (*work.inputs, work.origin)

@@ -7,24 +7,19 @@ them in any order, on any number of workers, and get the same bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
-from safemerge_recipes.methods.catalogue import METHODS, Method, Sides
-from safemerge_recipes.methods.kernels import FORMS, KERNELS, Ties
+from safemerge_recipes.methods.base import Apply, Copy, Method, Prepare, Sides, Sum, Work
 from safemerge_recipes.methods.on_compiled import fits, memory
-from safemerge_recipes.methods.threshold import HELD, LOOKS
-from safemerge_recipes.methods.transforms import Project, SvdK
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
+from safemerge_recipes.planning.plugins import METHODS
 from safemerge_recipes.sources.family import Family
-from safemerge_recipes.storage.cut import largest
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
-from safemerge_recipes.weights.algebra import Stored, Weight, describe
+from safemerge_recipes.weights.algebra import describe
 
 __all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "task_memory"]
 
@@ -108,8 +103,8 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         merge = outlook.policy.merge
         if merge.method not in found:
             found[merge.method] = find_method(merge.method, methods)
-        elif merge.space != "factors" and (merge.method in FORMS or merge.method in KERNELS):
-            continue  # fits every tensor if it fits one: no mask, no ranks to agree
+        elif found[merge.method].alike(merge):
+            continue
         sides = sides_of(outlook.name, family)
         for role in found[merge.method].needs:
             sides.need(role)
@@ -118,10 +113,10 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
 
 def _check_layout(name: str, work: Work, family: Family) -> None:
     """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
-    if not isinstance(work, Prepare) or not isinstance(work.transform, Project | SvdK):
+    if not isinstance(work, Prepare) or not work.transform.matrices:
         return
     stacked = len(family.inventory[name].shape) != 2
-    if stacked or (name in family.input_first and isinstance(work.transform, Project)):
+    if stacked or (name in family.input_first and work.transform.matrices == "oriented"):
         how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
         raise RecipeError(
             f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
@@ -164,16 +159,13 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
 def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str, arithmetic: str) -> str:
     import xxhash
 
+    text = "|".join(describe(weight, identity) for weight in work.weights)
     if isinstance(work, Copy):
         arithmetic = ""
-        text = describe(Weight.of(Stored(work.source)), identity)
-    elif isinstance(work, Sum):
-        text = describe(work.weight, identity)
-    else:
-        assert tensor.policy is not None  # nothing else is more than a sum
+    if work.is_named:
+        assert tensor.policy is not None  # what is kept is a copy or a sum
         merge = tensor.policy.merge
-        sums = [describe(weight, identity) for weight in (work.origin, *work.inputs)]
-        text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{'|'.join(sums)}"
+        text = f"{tensor.name}|{origin}|{merge.method}{told(merge)!r}|{text}"
     return xxhash.xxh3_128_hexdigest(f"{ENGINE}|{arithmetic}|{tensor.dtype}|{tensor.shape}|{text}".encode())
 
 
@@ -217,20 +209,4 @@ def build_graph(
 
 def task_memory(task: Task) -> int:
     """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
-    work, block = task.work, largest(task.slot.shape)
-    width = 8 if "F64" in {ref.dtype for ref in work.refs} else 4
-    if isinstance(work, Copy):
-        return 1 << 22
-    # Both sides as pieces, one of them joined; and what was looked at first.
-    ties = isinstance(work, Apply) and isinstance(work.kernel, Ties)
-    numel = math.prod(task.slot.shape)
-    collected = (3 * min(HELD + block, numel) + 4 * min(LOOKS[-1], numel)) * width if ties else 0
-    if task.native and isinstance(work, Sum | Apply):
-        return memory(work, task.slot, block) + collected
-    if isinstance(work, Sum):
-        return block * (3 * width + 8) + work.weight.memory(block)
-    factors = sum(weight.memory(block) for weight in (work.origin, *work.inputs))
-    if isinstance(work, Prepare):
-        return block * 6 * width + factors + work.transform.memory(work.inputs, task.slot.shape)
-    slots = 8 + 5 * len(work.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
-    return block * slots * width + collected + factors
+    return memory(task.work, task.slot) if task.native else task.work.memory(task.slot)

@@ -97,7 +97,7 @@ class TensorPlan:
             "norm_v": math.sqrt(m.v) if m else None,
             "norm_delta": math.sqrt(m.delta) if m else None,
             "method": merge.method if merge else None,
-            "alpha": merge.alpha if merge and "alpha" in merge.parameters() else None,
+            "alpha": merge.parameters().get("alpha") if merge else None,
         }
         if merge:
             line["parameters"] = {key: value for key, value in told(merge).items() if key != "alpha"}

@@ -62,10 +62,10 @@ def _wrong_kind(kind: Kind, found: Any) -> str | None:
     if kind == "selectors":
         from safemerge_recipes.gate.selectors import Selector
 
-        return None if isinstance(found, Selector) else "a safemerge_recipes.gate.selectors.Selector"
-    from safemerge_recipes.methods.catalogue import Method
+        return None if isinstance(found, Selector) else "a safemerge_recipes.plugins.Selector"
+    from safemerge_recipes.methods.base import Method
 
-    return None if isinstance(found, Method) else "a safemerge_recipes.methods.catalogue.Method"
+    return None if isinstance(found, Method) else "a safemerge_recipes.plugins.Method"
 
 
 class Loaded(Mapping[str, Any]):
@@ -76,7 +76,7 @@ class Loaded(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name.startswith("mergekit:"):
-            from safemerge_recipes.methods.catalogue import mergekit_method
+            from safemerge_recipes.methods.mergekit import mergekit_method
 
             return mergekit_method(name.removeprefix("mergekit:"))
         return self._entries[name].load()
@@ -169,3 +169,7 @@ def read_registry(installed: Iterable[EntryPoint] | None = None) -> Registry:
                 f"and by {entry.origin} ({entry.target}); expected one, uninstall one of them"
             )
     return Registry(MappingProxyType({kind: MappingProxyType(found) for kind, found in entries.items()}))
+
+
+METHODS: Mapping[str, Any] = read_registry([]).methods
+"""The built-in methods, and those of mergekit."""

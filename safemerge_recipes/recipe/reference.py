@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
-from safemerge_recipes.recipe.model import METHOD_PARAMETERS, OTHER_PARAMETERS, json_schema
+from safemerge_recipes.recipe.merge import Dare, MaskFile, MergeChange, method_parameters
+from safemerge_recipes.recipe.model import json_schema
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("the recipe", recipe.Recipe),
@@ -22,9 +23,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("a source", recipe.Source),
     ("gate", recipe.Gate),
     ("gate.random", recipe.Random),
-    ("merge", recipe.Merge),
-    ("merge.dare", recipe.Dare),
-    ("merge.mask", recipe.Mask),
+    ("merge", MergeChange),
+    ("merge.dare", Dare),
+    ("merge.mask", MaskFile),
     ("rules", recipe.Rule),
     ("output", recipe.Output),
     ("evaluate", recipe.Evaluate),
@@ -68,7 +69,7 @@ def reference() -> str:
         schema = json_schema() if model is recipe.Recipe else definitions[model.__name__]
         schema = schema["anyOf"][-1] if model is recipe.Source else schema
         heading = title if title.startswith(("the ", "a ")) else f"`{title}`"
-        parts.append(f"\n## {heading[0].upper()}{heading[1:]}\n\n{' '.join((model.__doc__ or '').split())}\n\n")
+        parts.append(f"\n## {heading[0].upper()}{heading[1:]}\n\n{_heading(model)}\n\n")
         parts.append("| key | value | default | meaning |\n|---|---|---|---|\n")
         for name, field in schema["properties"].items():
             required = name in schema.get("required", ())
@@ -77,11 +78,17 @@ def reference() -> str:
             parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
         if model is recipe.Gate:
             parts.append(f"\nExactly one of {', '.join(f'`{name}`' for name in recipe.SELECTORS)} is given.\n")
-        if model is recipe.Merge:
-            parts.append("\n| method | keys it uses | sources it needs |\n|---|---|---|\n")
-            for method, keys in METHOD_PARAMETERS.items():
-                parts.append(f"| `{method}` | {_listed(keys)} | {_listed(builtins.METHODS[method].needs)} |\n")
-            parts.append(f"| `mergekit:<name>` | {_listed(OTHER_PARAMETERS)} | `safety` |\n")
+        if model is MergeChange:
+            parts.append("\nEach method takes its own keys and no others.\n\n")
+            parts.append("| method | a selected tensor's Δ | keys it uses | sources it needs |\n|---|---|---|---|\n")
+            for method, row in builtins.METHODS.items():
+                name = f"[`{method}`]({row.link})" if row.link else f"`{method}`"
+                parts.append(
+                    f"| {name} | {row.formula} | {_listed(method_parameters(method))} | {_listed(row.needs)} |\n"
+                )
+            general = _listed(method_parameters("mergekit:"))
+            parts.append(f"| `mergekit:<name>` | mergekit's, on the full weights | {general} | `safety` |\n")
+            parts.append(f"| a plugin's | its own | {general} | its own |\n")
     return "".join([*parts, ACROSS])
 
 
@@ -109,6 +116,13 @@ output:
 Keys that start with `x-` are free, such as for anchors. `safemerge validate --show` prints the recipe as it stands
 alone. `--source ROLE=PLACE` (every verb that plans) names another folder or hub id for a role, whose kind stays.
 """
+
+
+def _heading(model: type[BaseModel]) -> str:
+    """What a part of a recipe is, in a sentence or two."""
+    if model is MergeChange:
+        return f"{recipe.Merge.__doc__} `method` says how."
+    return " ".join((model.__doc__ or "").split())
 
 
 def schema_text() -> str:

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.model import Seed, Source, Text, split_revision
+from safemerge_recipes.recipe.fields import Seed, Text
+from safemerge_recipes.recipe.source import Source, split_revision
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Keys, YamlError, describe, read_yaml
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.recipe.merge import Mask
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 
@@ -24,9 +25,9 @@ def open_masks(recipe: Recipe, directory: Path) -> dict[str, Mapping[str, Tensor
     """
     found: dict[str, Mapping[str, TensorRef]] = {}
     for policy in recipe.policies():
-        mask = policy.merge.mask
-        if policy.keep is None and mask is not None and mask.path not in found:
-            found[mask.path] = read_header(mask_path(directory, mask.path))
+        merge = policy.merge
+        if policy.keep is None and isinstance(merge, Mask) and merge.mask.path not in found:
+            found[merge.mask.path] = read_header(mask_path(directory, merge.mask.path))
     return found
 
 

@@ -1,6 +1,6 @@
 """Merge methods of the neighbouring defenses against dense references, and the published procedure itself.
 
-Guards `methods.mask`, `sources.masks`.
+Guards `methods.mask`, `sources.masks`, `methods.vectors`, `methods.products`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_on_an_alignment_that_is_an_adapter(family, method, normalize):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_project_does_not_depend_on_memory_or_workers(family, kind, monkeypatch):
     from safemerge_recipes.gate import measure
-    from safemerge_recipes.methods import transforms
+    from safemerge_recipes.methods import project as transforms
 
     monkeypatch.setattr(transforms, "PANEL", 7)
     monkeypatch.setattr(measure, "ROW_BLOCK", 100)
@@ -373,7 +373,7 @@ def test_mergekit(family, method):
     """What is written is what mergekit computes from the whole weights of its YAML's models, base first."""
     from mergekit.merge_methods import get, merge_tensors
 
-    from safemerge_recipes.methods.transforms import tensor_seed
+    from safemerge_recipes.methods.mergekit import tensor_seed
 
     options = OPTIONS.get(method, {})
     merge = f"{{method: 'mergekit:{method}', alpha: 0.7, options: {options}}}"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safemerge_recipes.methods import threshold
-from safemerge_recipes.methods.kernels import Consensus, Sizes, Slerp, Trimmer
+from safemerge_recipes.methods.slerp import SlerpKernel as Slerp
 from safemerge_recipes.methods.threshold import trims
+from safemerge_recipes.methods.ties import Consensus, Sizes, Trimmer
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Stored, Weight, exact

@@ -1,4 +1,7 @@
-"""Written weights of every method against dense float64 references, PEFT, mergekit and transformers."""
+"""Written weights of every method against dense float64 references, PEFT, mergekit and transformers.
+
+Guards `methods.linear`, `methods.factors`, `methods.replace`, `methods.task_arithmetic`.
+"""
 
 from __future__ import annotations
 

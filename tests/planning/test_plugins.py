@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from safemerge_recipes import plugins
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.gate.decide import METRICS
 from safemerge_recipes.gate.selectors import SELECTORS
-from safemerge_recipes.methods.catalogue import METHODS
-from safemerge_recipes.planning.plugins import BUILTIN, read_registry
+from safemerge_recipes.methods.base import Method
+from safemerge_recipes.planning.plugins import BUILTIN, METHODS, read_registry
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.model import SELECTORS as SELECTOR_KEYS
@@ -40,7 +42,7 @@ def test_the_built_in_ones_come_through_the_same_door():
     registry = read_registry([])
     assert {name: registry.metrics[name] for name in registry.metrics} == dict(METRICS)
     assert {name: registry.selectors[name] for name in registry.selectors} == dict(SELECTORS)
-    assert {name: registry.methods[name] for name in registry.methods} == dict(METHODS)
+    assert all(isinstance(registry.methods[name], Method) for name in registry.methods)
     assert list(builtins.METRICS) == list(METRICS)
     assert list(builtins.METHODS) == list(METHODS)
     assert [*builtins.SELECTORS, "plugin"] == [*SELECTORS, "plugin"] == list(SELECTOR_KEYS)
@@ -104,6 +106,16 @@ def test_recipes_may_name_what_is_registered_and_nothing_else(tmp_path):
         parse_recipe(recipe_text(FULL, "{metric: lout, tau: 7}", "{}"), **known)
 
 
+def test_the_public_names_are_what_authors_need_and_come_when_asked_for():
+    assert set(plugins.__all__) == set(plugins._HOME)
+    assert {name for name in plugins.__all__ if getattr(plugins, name) is None} == set()
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        plugins.Nothing  # noqa: B018
+    code = "import sys, safemerge_recipes.plugins; print(sorted(m for m in sys.modules if m.startswith('safemerge')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == str(["safemerge_recipes", "safemerge_recipes._version", "safemerge_recipes.plugins"])
+
+
 def test_nothing_is_imported_by_reading_names():
     heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate.decide")
     code = (
@@ -135,6 +147,15 @@ class TestPlugins:
 
     def test_there_is_one_of_each_kind(self):
         assert len(PLUGINS) == 3
+
+    @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
+    def test_it_imports_the_public_names_and_nothing_else(self, plugin):
+        for path in plugin.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                own = {module for module in modules if module.partition(".")[0] == "safemerge_recipes"}
+                assert own <= {"safemerge_recipes.plugins"}, path
 
     @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
     def test_its_own_test_passes(self, plugin, tmp_path):

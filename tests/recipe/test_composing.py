@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.composing import MAX_DEPTH, Place, escaped
-from safemerge_recipes.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from safemerge_recipes.recipe.loading import load_recipe, parse_recipe
+from safemerge_recipes.recipe.writing import dump_recipe
 
 BASE = """
 sources: {base: ./base, aligned: org/chat, finetuned: {adapter: ./lora, on: base}, safety: {adapter: org/safe}}

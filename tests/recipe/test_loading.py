@@ -1,4 +1,7 @@
-"""Recipe text to recipe and back: exact messages, YAML's traps, overrides, bounds, and the round trip."""
+"""Recipe text to recipe and back: exact messages, YAML's traps, overrides, bounds, and the round trip.
+
+Guards `recipe.messages`, `recipe.overrides`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.loading import dump_recipe, load_recipe, parse_recipe, read_names
-from safemerge_recipes.recipe.model import METHOD_PARAMETERS, Recipe, json_schema
+from safemerge_recipes.recipe import builtins
+from safemerge_recipes.recipe.loading import load_recipe, parse_recipe, read_names
+from safemerge_recipes.recipe.merge import method_parameters
+from safemerge_recipes.recipe.model import Recipe, json_schema
 from safemerge_recipes.recipe.reference import reference, schema_text
+from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.recipe.yaml_text import read_yaml, write_yaml
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -254,14 +260,75 @@ def test_no_text_ends_in_anything_but_a_recipe_error(text):
 
 
 def test_words_for_values_of_several_kinds():
-    expected = "expected true or false or text; put it in quotes"
-    text = changed("method: linear\n  alpha: 0.8", "method: ties\n  normalize: 3")
-    assert message(text) == f"r.yaml:12 merge.normalize: found 3; {expected}"
+    text = changed("{tau: 0.5}", "{random: {count: x}}")
+    expected = "expected a whole number or a mapping"
+    assert message(text) == f'r.yaml:15 rules.0.gate.random.count: found "x"; {expected}'
     text = changed("base: o/base", "base: [o/base]")
     assert message(text) == "r.yaml:3 sources.base: found a list; expected a path or hub id, or a mapping"
     assert (
         message(changed('"*.mlp.*"', "[1]")) == "r.yaml:14 rules.0.tensors.0: found 1; expected text; put it in quotes"
     )
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        ("{method: ties, normalize: 3}", "merge.normalize: found 3; expected true or false"),
+        ("{method: ties, normalize: spectral}", 'merge.normalize: found "spectral"; expected true or false'),
+        (
+            "{method: project, normalize: true}",
+            "merge.normalize: found true; expected frobenius, spectral or rank:k for method project",
+        ),
+        (
+            "{method: slerp, space: factors}",
+            "merge.space: found factors for method slerp; expected it only for linear and dare_linear",
+        ),
+        ("{method: mask}", "merge.mask: missing; expected a mapping with `path` for method mask"),
+        ("{method: 5}", "merge.method: found 5; expected text; put it in quotes"),
+        ("{densty: 1}", 'merge.densty: unknown key; did you mean "density"?'),
+        ("{linear: {}, alpha: 0.7}", "merge.linear: unknown key; expected one of method, alpha, space, density, "
+         "lambda, normalize, rescale, seed, lambda_finetuned, lambda_safety, gamma, dare, rank, mask, options"),
+        ("3", "merge: found 3; expected a mapping"),
+    ],
+)  # fmt: skip
+def test_a_merge_is_told_what_its_method_takes(merge, expected):
+    assert message(changed("merge:\n  method: linear\n  alpha: 0.8", f"merge: {merge}")) == f"r.yaml:10 {expected}"
+
+
+def test_a_methods_name_is_found_whatever_its_case():
+    text = changed("method: linear", "method: TIES")
+    known = {"methods": list(builtins.METHODS), "metrics": []}
+    assert message(text, **known) == 'r.yaml:11 merge.method: found "TIES", an unknown method; did you mean "ties"?'
+
+
+def test_the_schema_tells_methods_apart():
+    """What an editor is told: exactly the keys of each method; the same recipes as are loaded."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json_schema()
+    check = jsonschema.Draft202012Validator(schema)
+
+    def sound(merge, rule=None) -> bool:
+        rules = [{"tensors": "*", "merge": rule}] if rule else []
+        value = {"sources": dict.fromkeys(("base", "aligned", "finetuned", "safety"), "x"),
+                 "gate": {"tau": 0.5}, "merge": merge, "rules": rules}  # fmt: skip
+        told = check.is_valid(value)
+        try:
+            Recipe.model_validate(value)
+        except ValueError:
+            assert not told or rule, merge
+            return False
+        assert told, (merge, rule)
+        return True
+
+    for good in ({}, {"alpha": 0.5}, {"method": "ties", "density": 0.1, "lambda": 2}, {"method": "soup"},
+                 {"method": "project", "normalize": "rank:3"}, {"method": "drop"}):  # fmt: skip
+        assert sound(good)
+    for bad in ({"density": 0.5}, {"method": "drop", "alpha": 0.5}, {"method": "ties", "gamma": 1}, {"method": "mask"},
+                {"method": "project", "normalize": True}, {"method": "slerp", "space": "factors"}):  # fmt: skip
+        assert not sound(bad)
+    assert sound({}, {"alpha": 0.2})
+    assert sound({}, {"method": "svd_k", "rank": 3})
+    assert not sound({}, {"method": "svd_k", "alpha": 0.3})
 
 
 # Overrides
@@ -447,8 +514,8 @@ parameters = {
 
 @st.composite
 def merges(draw):
-    method = draw(st.sampled_from([*METHOD_PARAMETERS, "mergekit:della", "soup"]))
-    keys = METHOD_PARAMETERS.get(method, ("alpha", "seed", "space", "options"))
+    method = draw(st.sampled_from([*builtins.METHODS, "mergekit:della", "soup"]))
+    keys = method_parameters(method)
     values = {
         key: draw(parameters[key]) for key in keys if key in parameters and (key == "mask" or draw(st.booleans()))
     }

@@ -1,4 +1,7 @@
-"""The recipe's own checks: selectors, bounds, what methods use and need, and how rules resolve."""
+"""The recipe's own checks: selectors, bounds, what methods use and need, and how rules resolve.
+
+Guards `recipe.source`, `recipe.gate`, `recipe.rules`, `recipe.output`, `recipe.evaluation`, `recipe.fields`.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from safemerge_recipes.recipe import builtins
+from safemerge_recipes.recipe.merge import MergeChange
 from safemerge_recipes.recipe.model import (
-    METHOD_PARAMETERS,
     Gate,
     Merge,
     Output,
@@ -162,7 +165,7 @@ def test_gates_within_bounds_are_taken(gate):
     assert Gate.model_validate(gate)
 
 
-@pytest.mark.parametrize("method", METHOD_PARAMETERS)
+@pytest.mark.parametrize("method", builtins.METHODS)
 def test_a_method_takes_what_it_uses_and_nothing_else(method):
     examples = {
         "alpha": 0.5,
@@ -180,10 +183,10 @@ def test_a_method_takes_what_it_uses_and_nothing_else(method):
         "options": {"a": 1},
         "normalize": "spectral" if method == "project" else False,
     }
-    assert set(examples) == {f.alias or n for n, f in Merge.model_fields.items()} - {"method"}
-    used = {key: examples[key] for key in METHOD_PARAMETERS[method]}
+    assert set(examples) == set(MergeChange.key_names()) - {"method"}
+    used = {key: examples[key] for key in method_parameters(method)}
     made = Merge.model_validate({"method": method, **used})
-    assert list(made.parameters()) == list(METHOD_PARAMETERS[method])
+    assert list(made.parameters()) == list(method_parameters(method))
     for key in examples.keys() - used.keys():
         found = problems(Merge.model_validate, {"method": method, **used, key: examples[key]})
         assert found[key].startswith(f"{key} is not used by method {method}; it uses")
@@ -237,11 +240,11 @@ def test_rules_resolve_in_order_and_change_only_what_they_say():
     first, second, third, fourth, last = made.policies()
     assert (first.patterns, first.keep, first.rule) == (("a.*",), "aligned", 0)
     assert second.gate == Gate(tau=0.5, direction="above")
-    assert second.merge == Merge(method="ties", density=0.3, alpha=0.7)
+    assert second.merge == Merge.model_validate({"method": "ties", "density": 0.3, "alpha": 0.7})
     assert third.gate == Gate(lowest=2, direction="above")
-    assert third.merge == Merge(method="slerp", alpha=0.6)
+    assert third.merge == Merge.model_validate({"method": "slerp", "alpha": 0.6})
     assert fourth.gate == Gate(lowest=5, per="module", direction="above", degenerate="merge")
-    assert fourth.merge == Merge(method="project")
+    assert fourth.merge == Merge.model_validate({"method": "project"})
     assert last == (last.__class__)(("*",), None, made.gate, made.merge, None)
 
 

@@ -6,11 +6,7 @@ import pytest
 import torch
 from safemerge_example_method import CLIP, Clip
 
-from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.methods.catalogue import Sides
-from safemerge_recipes.recipe.model import Merge
-from safemerge_recipes.storage.arena import Arena
-from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.plugins import Arena, Merge, RecipeError, Sides, Weight
 
 
 def test_clips_at_a_multiple_of_the_root_mean_square():

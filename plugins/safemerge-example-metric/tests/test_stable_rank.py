@@ -6,7 +6,7 @@ import pytest
 import torch
 from safemerge_example_metric import stable_rank
 
-from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.plugins import Moments
 
 
 @pytest.mark.parametrize(("values", "expected"), [([2.0] * 5, 5.0), ([3.0, 0.0, 0.0], 1.0), ([2.0, 1.0], 25 / 17)])

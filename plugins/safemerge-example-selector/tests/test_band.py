@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 from safemerge_example_selector import BAND
 
-from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate.decide import check, decide, unsettled
-from safemerge_recipes.gate.selectors import Candidate
-from safemerge_recipes.recipe.model import Gate
+from safemerge_recipes.plugins import Candidate, Gate, RecipeError, check, decide, unsettled
 
 
 def gate(**options):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
-from safemerge_recipes.methods.kernels import Slerp
+from safemerge_recipes.methods.slerp import SlerpKernel
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 
-from safemerge_recipes.engine.adapter.update import evaluated, refuse_unfit, slerp, thin, update_of, weights_of
+from safemerge_recipes.engine.adapter.update import evaluated, refuse_unfit, slerp, thin, weights_of
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Collector:
     def add(self, name: str) -> None:
         """Takes up one tensor of the output."""
         task, reference = self.tasks[name], self.reference(name)
-        work = update_of(task.work, reference)
+        work = task.work.less(reference)
         weights = weights_of(work)
         if not weights:
             return
@@ -82,7 +82,7 @@ class Collector:
             return
         for weight in weights:
             refuse_unfit(name, weight)
-        if isinstance(work, Apply) and isinstance(work.kernel, Slerp) and work.origin.is_zero and thin(*weights):
+        if isinstance(work, Apply) and isinstance(work.kernel, SlerpKernel) and work.origin.is_zero and thin(*weights):
             work = Sum(slerp(work, self.reader, self.arena))
         if isinstance(work, Sum) and work.weight.low_rank:
             self.exact(name, work.weight)
@@ -103,7 +103,7 @@ class Collector:
             b, a, lost = recompress(b, a, self.rank)
         self.write(name, b, a, lost)
 
-    def approximate(self, name: str, task: Task, work: Sum | Apply | Prepare) -> None:
+    def approximate(self, name: str, task: Task, work: Work) -> None:
         """A dense update, truncated to the wanted rank."""
         weights = weights_of(work)
         if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
@@ -163,7 +163,7 @@ class Collector:
 
     def carry(self, name: str, task: Task) -> None:
         """A tensor that is carried over whole, rounded as the full output would have it."""
-        work = Sum(Weight.of(Stored(task.work.source))) if isinstance(task.work, Copy) else task.work
+        work = task.work.less(Weight())  # a copy as a sum, which has values
         if name == self.family.embedding and self.family.models["aligned"].checkpoint.tied:
             raise PlanError(
                 f"output.format: adapter: {name} changed and is tied to the head, which an adapter would untie; "

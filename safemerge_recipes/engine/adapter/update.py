@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods import on_torch
-from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Tools, Work
-from safemerge_recipes.methods.kernels import Slerp
+from safemerge_recipes.methods.base import Apply, Tools, Work
+from safemerge_recipes.methods.slerp import SlerpKernel
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.weights.algebra import Stored, Weight, exact
+from safemerge_recipes.weights.algebra import Weight, exact
 from safemerge_recipes.weights.operands import LowRankStack, Rescaled
 from safemerge_recipes.weights.torch_factors import joined_factors
 
@@ -21,19 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def update_of(work: Work, reference: Weight) -> Sum | Apply | Prepare:
-    """The work less the reference weight, symbolically, so that what cancels is never computed."""
-    if isinstance(work, Copy):
-        return Sum(Weight.of(Stored(work.source)) - reference)
-    if isinstance(work, Sum):
-        return Sum(work.weight - reference)
-    return replace(work, origin=work.origin - reference)
-
-
-def weights_of(work: Sum | Apply | Prepare) -> tuple[Weight, ...]:
+def weights_of(work: Work) -> tuple[Weight, ...]:
     """Every weight of an update that is not zero."""
-    weights = (work.weight,) if isinstance(work, Sum) else (work.origin, *work.inputs)
-    return tuple(weight for weight in weights if not weight.is_zero)
+    return tuple(weight for weight in work.weights if not weight.is_zero)
 
 
 def thin(*weights: Weight) -> bool:
@@ -46,7 +35,7 @@ def slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
     import torch
 
     kernel = work.kernel
-    assert isinstance(kernel, Slerp)
+    assert isinstance(kernel, SlerpKernel)
     left, right = work.inputs
     x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in work.inputs)
 
@@ -72,7 +61,7 @@ def refuse_unfit(name: str, weight: Weight) -> None:
             )
 
 
-def evaluated(task: Task, work: Sum | Apply | Prepare, reader: Reader, arena: Arena) -> torch.Tensor:
+def evaluated(task: Task, work: Work, reader: Reader, arena: Arena) -> torch.Tensor:
     """All values of a task's work, float32, in the tensor's shape."""
     import torch
 

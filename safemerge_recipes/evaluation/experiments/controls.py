@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from safemerge_recipes.errors import WriteError
 from safemerge_recipes.planning.plan import Plan
-from safemerge_recipes.recipe.loading import LoadedRecipe, dump_recipe
+from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import SELECTORS, UNMEASURED_SELECTORS, Gate, Policy, Recipe
+from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.tensor_names import module_type
 
 Kind = Literal["random", "random per module", "complement", "merge all", "merge none"]

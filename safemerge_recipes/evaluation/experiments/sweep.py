@@ -21,7 +21,7 @@ from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import compared, interval, table
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
-from safemerge_recipes.recipe.loading import dump_recipe
+from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.report.scatter import Mark, scatter
 from safemerge_recipes.storage.files import write_file, write_json
 

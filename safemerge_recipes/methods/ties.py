@@ -1,109 +1,29 @@
-"""Merge methods: what Δ a selected tensor gets from Δf (fine-tuned) and Δs (safety).
+"""`ties` (arXiv 2306.01708): of Δf and Δs the largest elements each, signs elected, the mean of what agrees.
 
-Two kinds. A *form* is linear in the weights and stays symbolic (`FORMS`): the engine evaluates it with
-whatever cancels already gone. A *kernel* is not linear (`KERNELS`): it may scan all blocks of both deltas,
-then maps them block by block. Both see only the deltas (or the weights, with `space: weights`); adding W_aligned
-and rounding is the engine's. Kernels compute in the blocks' dtype (float32 or wider), sums in float64.
+The thresholds are exact order statistics, found without sorting (`threshold`); numbers are chosen lane by lane without
+branches (`branchless`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.methods.branchless import bits, choose, spread_sign, zero_where_dropped
-from safemerge_recipes.methods.threshold import Bracket, Trim, trims
-from safemerge_recipes.recipe.model import Merge
+from safemerge_recipes.methods.base import Apply, Blocks, CompiledKernel, Method, Sides, always
+from safemerge_recipes.methods.branchless import bits, choose, spread_sign
+from safemerge_recipes.methods.threshold import HELD, LOOKS, Bracket, Trim, trims
+from safemerge_recipes.recipe.merge import DareTies, Ties
 from safemerge_recipes.storage.arena import Arena
-from safemerge_recipes.weights.algebra import Weight, exact
-from safemerge_recipes.weights.draw import Draw
+from safemerge_recipes.weights import compiled
+from safemerge_recipes.weights.algebra import exact
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from safemerge_recipes.methods.base import Kernel
-
-Blocks = Callable[..., Iterator["tuple[int, torch.Tensor, torch.Tensor]"]]
-"""A fresh pass over (first element, block of x, block of y). `every=n`: a glance at every n-th block is enough."""
-
-
-# Forms: linear in the weights
-
-
-def _linear(m: Merge, x: Weight, y: Weight, v: Weight) -> Weight:
-    """αΔf + (1−α)Δs (SafeMERGE)."""
-    alpha = exact(m.alpha)
-    return alpha * x + (1 - alpha) * y
-
-
-def _task_arithmetic(m: Merge, x: Weight, y: Weight, v: Weight) -> Weight:
-    return m.lambda_finetuned * x + m.lambda_safety * y
-
-
-def _replace(m: Merge, x: Weight, y: Weight, v: Weight) -> Weight:
-    return y
-
-
-def _drop(m: Merge, x: Weight, y: Weight, v: Weight) -> Weight:
-    return Weight()
-
-
-def _add_safety_vector(m: Merge, x: Weight, y: Weight, v: Weight) -> Weight:
-    """Δf + γV (RESTA)."""
-    return x + m.gamma * v
-
-
-FORMS: Mapping[str, Callable[[Merge, Weight, Weight, Weight], Weight]] = {
-    "linear": _linear,
-    "task_arithmetic": _task_arithmetic,
-    "replace": _replace,
-    "drop": _drop,
-    "add_safety_vector": _add_safety_vector,
-}
-"""Symbolic methods: (parameters, Δf, Δs, V) -> Δ."""
-
-
-# Kernels: everything else
-
-
-@dataclass(frozen=True, slots=True)
-class Slerp:
-    """Spherical interpolation from x to y at t, over the flattened tensor.
-
-    Straight interpolation where the two are nearly parallel (|cos| > 0.9995) or one is zero, as is usual.
-    """
-
-    t: float
-
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[float, float]:
-        """The coefficients of x and y."""
-        import torch
-
-        xx = yy = xy = 0.0
-        for _, *pair in blocks():
-            x, y = (one.double() for one in pair)
-            xx += float(torch.dot(x, x))
-            yy += float(torch.dot(y, y))
-            xy += float(torch.dot(x, y))
-        return self.coefficients(xx, yy, xy)
-
-    def coefficients(self, xx: float, yy: float, xy: float) -> tuple[float, float]:
-        """(a, b) of a·x + b·y from ‖x‖², ‖y‖² and x·y, in float64."""
-        norms = math.sqrt(xx) * math.sqrt(yy)
-        cosine = xy / norms if norms else 1.0
-        if abs(cosine) > 0.9995:
-            return 1 - self.t, self.t
-        theta = math.acos(cosine)
-        return math.sin((1 - self.t) * theta) / math.sin(theta), math.sin(self.t * theta) / math.sin(theta)
-
-    def apply(
-        self, state: tuple[float, float], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
-    ) -> torch.Tensor:
-        """a·x + b·y."""
-        return x.mul_(state[0]).add_(y, alpha=state[1])
+    from safemerge_recipes.methods.on_compiled import Tensor
 
 
 class Trimmer:
@@ -227,9 +147,15 @@ class Consensus:
         one = choose(spread_sign(bits(total), out=other), low, high, arena)
         return choose(mask, total, one, arena).mul_(self.scale)
 
+    @property
+    def compiled(self) -> compiled.Consensus:
+        """Itself as the twin has it."""
+        alpha, beta = self.weights
+        return compiled.Consensus(alpha, beta, alpha + beta, self.scale, self.normalize)
+
 
 @dataclass(frozen=True, slots=True)
-class Ties:
+class TiesKernel(CompiledKernel):
     """TIES over two deltas: trim each to ⌊density·n⌋, elect signs, merge what agrees, times lambda."""
 
     density: float
@@ -251,60 +177,36 @@ class Ties:
         trim_x, trim_y = state
         return self.consensus(trim_x(x, arena), trim_y(y, arena), arena)
 
+    def held(self, numel: int, piece: int) -> int:
+        """Both sides as collected parts, one of them joined; and what was looked at first."""
+        return 3 * min(HELD + piece, numel) + 4 * min(LOOKS[-1], numel)
 
-@dataclass(frozen=True, slots=True)
-class Dare:
-    """DARE on both deltas, then their weighted sum (`then` None) or their consensus."""
-
-    draw: Draw
-    l1: bool
-    weights: tuple[float, float]
-    then: Consensus | None
-
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[str, float, float]:
-        """(tensor name, rescaling of x, rescaling of y)."""
-        sums = [0.0, 0.0, 0.0, 0.0]
-        if self.l1:
-            for start, *pair in blocks():
-                kept = self.draw.keep(name, start, pair[0].numel(), arena)
-                for side, (block, keep) in enumerate(zip(pair, kept, strict=True)):
-                    size = block.abs().double()
-                    sums[2 * side] += float(size.sum())
-                    sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
-        return name, *self.rescaling(*sums)
-
-    def rescaling(self, x: float, kept_x: float, y: float, kept_y: float) -> tuple[float, float]:
-        """What x and y are multiplied by, from the sums of all and of the kept magnitudes, where l1 asks for them."""
-        if not self.l1:
-            return self.draw.rescale, self.draw.rescale
-        return x / kept_x if kept_x else 0.0, y / kept_y if kept_y else 0.0
-
-    def apply(
-        self, state: tuple[str, float, float], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
-    ) -> torch.Tensor:
-        """Drop, rescale, merge."""
-        name, scale_x, scale_y = state
-        keep_x, keep_y = self.draw.keep(name, start, x.numel(), arena)
-        zero_where_dropped(x, keep_x)
-        zero_where_dropped(y, keep_y)
-        if self.then is None:
-            return x.mul_(self.weights[0] * scale_x).add_(y, alpha=self.weights[1] * scale_y)
-        return self.then(x.mul_(scale_x), y.mul_(scale_y), arena)
+    def set_up(self, tensor: Tensor) -> None:
+        """The two thresholds."""
+        merge = tensor.merge
+        merge.method, merge.consensus = compiled.TIES, self.consensus.compiled
+        for side, trim in enumerate(trims(self.kept(tensor.numel), tensor.numel, tensor.magnitudes())):
+            merge.trims[side] = _as_twin(trim)
 
 
-def _weights(m: Merge) -> tuple[float, float]:
-    alpha = exact(m.alpha)
-    return float(alpha), float(1 - alpha)
+def _as_twin(trim: Trim) -> compiled.Trim:
+    if trim.threshold == math.inf:
+        return compiled.Trim(0, 0.0, compiled.KEEP_NONE)
+    if trim.keeps_all:
+        return compiled.Trim(0, 0.0, compiled.KEEP_ALL)
+    return compiled.Trim(-1 if trim.ties == math.inf else int(trim.ties), trim.threshold, compiled.KEEP_LARGEST)
 
 
-def _consensus(m: Merge) -> Consensus:
-    return Consensus(_weights(m), bool(m.normalize), m.lambda_)
+def consensus(merge: Ties | DareTies) -> Consensus:
+    """What is left to do after trimming."""
+    alpha = exact(merge.alpha)
+    return Consensus((float(alpha), float(1 - alpha)), bool(merge.normalize), merge.lambda_)
 
 
-KERNELS: Mapping[str, Callable[[Merge], Kernel]] = {
-    "slerp": lambda m: Slerp(_weights(m)[1]),
-    "ties": lambda m: Ties(m.density, _consensus(m)),
-    "dare_linear": lambda m: Dare(Draw(m.density, m.seed), m.rescale == "l1", _weights(m), None),
-    "dare_ties": lambda m: Dare(Draw(m.density, m.seed), m.rescale == "l1", _weights(m), _consensus(m)),
-}
-"""Methods that are not linear in the weights, by name, made from a recipe's `merge`."""
+def work(merge: Ties, sides: Sides) -> Apply:
+    """TIES over x and y."""
+    origin, x, y = sides.pair(merge.space)
+    return Apply(origin, (x, y), TiesKernel(merge.density, consensus(merge)))
+
+
+TIES = Method(work, alike=always)

@@ -1,0 +1,51 @@
+"""Products of a few directions with a streamed matrix: what the methods that see whole matrices share.
+
+Matrices are streamed in pieces of rows; a result of low rank stays as its two factors. Products are float32 (float64
+where a float64 tensor takes part), small matrices float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.methods.base import Rows, Tools
+from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.weights.directions import factors
+from safemerge_recipes.weights.matrix import ROW_BLOCK, Streamed
+
+if TYPE_CHECKING:
+    import torch
+
+
+def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """The rows of left @ right, `(rows, r)` and `(r, columns)`."""
+    left, right = left.to(dtype), right.to(dtype)
+    return lambda first, last: left[first:last] @ right
+
+
+def left_times(left: torch.Tensor, delta: Weight, tools: Tools) -> torch.Tensor:
+    """leftᵀ·Δ for a narrow `left` `(rows, r)`, float64: one pass over Δ, or none where it is of low rank."""
+    import torch
+
+    if delta.low_rank:
+        b, a = factors(delta, tools.reader, tools.arena)
+        return (left.T @ b) @ a
+    matrix = Streamed(delta, tools.reader, tools.arena, "delta", 0)
+    narrow = left.to(matrix.dtype)
+    total = torch.zeros(left.shape[1], matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
+    for rows, block in matrix:
+        total.addmm_(narrow[rows].T, block)
+    return total.double()
+
+
+def factor_bytes(rank: int, shape: tuple[int, ...]) -> int:
+    """Bytes of narrow matrices of this rank and their float64 originals, and of the streamed blocks."""
+    columns = shape[-1]
+    rows = math.prod(shape) // columns
+    return 4 * 8 * rank * (rows + columns) + 2 * max(ROW_BLOCK, columns) * (4 * 3 + 8)
+
+
+def ranks(*weights: Weight) -> int:
+    """The sum of the ranks of all products in some sums."""
+    return sum(operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank"))

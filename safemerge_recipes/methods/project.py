@@ -1,0 +1,133 @@
+"""`project` (Safe LoRA, arXiv 2405.16833): CΔf, the part of the update inside what alignment changed, C ~ VVᵀ.
+
+V and Δ are streamed in pieces of rows. Only the projection of a full-rank Δ is computed a panel of rows at a time, from
+as many passes over both as there are panels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from safemerge_recipes.methods.base import Method, Prepare, Rows, Sides, Sum, Tools, Transform
+from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.recipe.merge import Project
+from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.weights.directions import factors, left_directions
+from safemerge_recipes.weights.matrix import ROW_BLOCK, Streamed
+from safemerge_recipes.weights.spectrum import leading_memory
+from safemerge_recipes.weights.torch_rows import working_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+PANEL = 512
+"""Rows of a projected full-rank Δ that are computed together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection(Transform):
+    """CΔ for inputs (V, Δ): Safe LoRA (arXiv 2405.16833).
+
+    `normalize`: "frobenius", C = VVᵀ/‖V‖_F, the published form; "spectral", C = VVᵀ/‖VVᵀ‖₂, whose largest
+    eigenvalue is 1 whatever the scale of V; "rank:k", C = U_k·U_kᵀ, the orthogonal projection on the k leading
+    left singular directions of V.
+    """
+
+    normalize: str
+    matrices: ClassVar[str] = "oriented"
+
+    @property
+    def rank(self) -> int:
+        """k of `rank:k`, 1 for `spectral`, else 0: how many directions of V are wanted."""
+        return int(self.normalize.partition(":")[2] or 0) or int(self.normalize == "spectral")
+
+    def memory(self, inputs: tuple[Weight, ...], shape: tuple[int, ...]) -> int:
+        """Bytes: thin matrices; a panel and its products where both sides are of full rank."""
+        v, delta = inputs
+        columns = shape[-1]
+        rows = math.prod(shape) // columns
+        own = factor_bytes(self.rank + ranks(v, delta), shape)
+        if self.rank and not v.low_rank:
+            own += leading_memory(rows, columns, self.rank)
+        if not (v.low_rank or delta.low_rank or self.normalize.startswith("rank")):
+            own += 8 * (2 * PANEL * columns + PANEL * max(1, ROW_BLOCK // columns))
+        return own
+
+    def prepare(self, name: str, inputs: tuple[Weight, ...], shape: tuple[int, ...], tools: Tools) -> Rows:
+        """Rows of CΔ."""
+        v, delta = inputs
+        dtype = working_dtype(*inputs)
+        if self.normalize.startswith("rank"):
+            left = left_directions(name, v, self.rank, tools.reader, tools.arena, tools.room).left
+            return product(left, left_times(left, delta, tools), dtype)
+        if v.low_rank:
+            b, a = factors(v, tools.reader, tools.arena)
+            left = b @ (a @ a.T)
+            scale = self._scale(name, v, float((left * b).sum()), tools)
+            return product(left / scale, left_times(b, delta, tools), dtype)
+        matrix = Streamed(v, tools.reader, tools.arena, "v", tools.room // 2)
+        if delta.low_rank:
+            return self._narrow(name, v, matrix, *factors(delta, tools.reader, tools.arena), tools, dtype)
+        return self._wide(name, v, matrix, delta, tools)
+
+    def _scale(self, name: str, v: Weight, square: float, tools: Tools) -> float:
+        """What VVᵀ is divided by, from ‖V‖²; 1 where V is zero in numbers, so that C is, too."""
+        if not square:
+            return 1.0
+        if self.normalize == "frobenius":
+            return math.sqrt(square)
+        found = left_directions(name, v, 1, tools.reader, tools.arena, tools.room // 2)
+        return float(found.values[0]) ** 2
+
+    def _narrow(
+        self, name: str, v: Weight, matrix: Streamed, b: torch.Tensor, a: torch.Tensor, tools: Tools, dtype: torch.dtype
+    ) -> Rows:
+        """(V(VᵀB))A in two passes over V."""
+        import torch
+
+        thin = b.to(matrix.dtype)
+        inner = torch.zeros(matrix.columns, b.shape[1], dtype=matrix.dtype, device=tools.arena.device)
+        square = 0.0
+        for rows, block in matrix:
+            inner.addmm_(block.T, thin[rows])
+            square += float((block * block).sum(dim=-1).double().sum())
+        left = torch.cat([block @ inner for _, block in matrix]).double()
+        return product(left / self._scale(name, v, square, tools), a, dtype)
+
+    def _wide(self, name: str, v: Weight, matrix: Streamed, delta: Weight, tools: Tools) -> Rows:
+        """V·(VᵀΔ) by panels of rows: (V_panel·Vᵀ)·Δ, summed over the row blocks of V and Δ."""
+        import torch
+
+        square = sum(float((block * block).sum(dim=-1).double().sum()) for _, block in matrix)
+        scale = self._scale(name, v, square, tools)
+        right = Streamed(delta, tools.reader, tools.arena, "delta", tools.room // 2)
+        made: dict[int, torch.Tensor] = {}
+
+        def panel(number: int) -> torch.Tensor:
+            if number not in made:
+                made.clear()
+                own = matrix.part(number * PANEL, min((number + 1) * PANEL, matrix.rows))
+                total = torch.zeros(len(own), matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
+                for (_, v_block), (_, d_block) in zip(matrix, right, strict=True):
+                    total.addmm_(own @ v_block.T, d_block)
+                made[number] = total.div_(scale)
+            return made[number]
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            numbers = range(first // PANEL, (last - 1) // PANEL + 1)
+            pieces = [panel(n)[max(first - n * PANEL, 0) : last - n * PANEL] for n in numbers]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        return rows
+
+
+def work(merge: Project, sides: Sides) -> Prepare | Sum:
+    """W_a + CΔf."""
+    if sides.v.is_zero or sides.delta.is_zero:
+        return Sum(sides.aligned)  # C = 0, as the published code has it, or nothing to project
+    return Prepare(sides.aligned, (sides.v, sides.delta), Projection(merge.normalize))
+
+
+PROJECT = Method(work)

@@ -1,0 +1,80 @@
+"""The safety vector V added to Δf: `add_safety_vector` (RESTA, arXiv 2402.11746), `svd_k` (LoX, arXiv 2506.15606)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from safemerge_recipes.methods.base import Apply, Kernel, Method, Prepare, Rows, Sides, Sum, Tools, Transform
+from safemerge_recipes.methods.branchless import zero_where_dropped
+from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.recipe.merge import AddSafetyVector, SvdK
+from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.weights.algebra import Weight
+from safemerge_recipes.weights.directions import left_directions
+from safemerge_recipes.weights.draw import Draw
+from safemerge_recipes.weights.spectrum import leading_memory
+from safemerge_recipes.weights.torch_rows import working_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ThinnedSum(Kernel):
+    """x + γ·y with DARE on one of them: elements dropped at random, the rest divided by the density."""
+
+    gamma: float
+    draw: Draw
+    on: str
+
+    def apply(self, name: str, start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
+        """The piece's sum."""
+        keep_x, keep_y = self.draw.keep(name, start, x.numel(), arena)
+        if self.on == "delta":
+            return zero_where_dropped(x, keep_x).mul_(self.draw.rescale).add_(y, alpha=self.gamma)
+        return x.add_(zero_where_dropped(y, keep_y), alpha=self.gamma * self.draw.rescale)
+
+
+@dataclass(frozen=True, slots=True)
+class LeadingPart(Transform):
+    """γ·SVD_k(V) = γ·U_k·U_kᵀ·V for inputs (V,): the leading part of the safety vector (LoX, arXiv 2506.15606)."""
+
+    gamma: float
+    rank: int
+    matrices: ClassVar[str] = "matrix"
+
+    def memory(self, inputs: tuple[Weight, ...], shape: tuple[int, ...]) -> int:
+        """Bytes of thin matrices."""
+        columns = shape[-1]
+        return factor_bytes(self.rank + ranks(*inputs), shape) + leading_memory(
+            math.prod(shape) // columns, columns, self.rank
+        )
+
+    def prepare(self, name: str, inputs: tuple[Weight, ...], shape: tuple[int, ...], tools: Tools) -> Rows:
+        """Rows of γ·U_k·(U_kᵀV)."""
+        (v,) = inputs
+        left = left_directions(name, v, self.rank, tools.reader, tools.arena, tools.room).left
+        return product(left * self.gamma, left_times(left, v, tools), working_dtype(v))
+
+
+def added(merge: AddSafetyVector, sides: Sides) -> Apply | Sum:
+    """W_f + γV, or with DARE on one of them."""
+    if merge.dare is None:
+        return Sum(sides.finetuned + merge.gamma * sides.v)
+    kernel = ThinnedSum(merge.gamma, Draw(merge.dare.density, merge.dare.seed), merge.dare.on)
+    if merge.dare.on == "delta":
+        return Apply(sides.aligned, (sides.delta, sides.v), kernel)
+    return Apply(Weight(), (sides.finetuned, sides.v), kernel)
+
+
+def leading(merge: SvdK, sides: Sides) -> Prepare | Sum:
+    """W_f + γ·SVD_k(V)."""
+    if sides.v.is_zero or not merge.gamma:
+        return Sum(sides.finetuned)
+    return Prepare(sides.finetuned, (sides.v,), LeadingPart(merge.gamma, merge.rank))
+
+
+ADD_SAFETY_VECTOR = Method(added)
+SVD_K = Method(leading)
