@@ -35,13 +35,14 @@ from safemerge_recipes.pipeline import prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.planning.prepared import Prepared
-from safemerge_recipes.sources.checkpoint import inside, open_checkpoint, read_object
+from safemerge_recipes.sources.checkpoint import open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE
 from safemerge_recipes.sources.side_files import copy_side_files
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.files import inside, reading
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE
 from safemerge_recipes.storage.reader import Reader
@@ -172,7 +173,7 @@ def _bytes(
         start = min(ref.offset for ref in refs.values())
         regions = [(None, start), *((tensor, ref.nbytes) for tensor, ref in refs.items())]
     damaged: list[str] = []
-    with open(path, "rb", buffering=0) as file:
+    with reading(path) as file:
         for tensor, left in regions:
             own = xxhash.xxh3_128()
             while left:

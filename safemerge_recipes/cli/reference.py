@@ -13,6 +13,7 @@ import typer
 
 from safemerge_recipes.cli.app import app
 from safemerge_recipes.errors import SafemergeError
+from safemerge_recipes.storage.files import write_file
 
 INTRODUCTION = """# Commands
 
@@ -76,7 +77,7 @@ def _cell(text: str | None) -> str:
 
 def main(folder: str = "docs") -> None:
     """Writes the page into a folder."""
-    Path(folder, "commands.md").write_text(reference(), encoding="utf-8")
+    write_file(Path(folder, "commands.md"), reference())
 
 
 if __name__ == "__main__":

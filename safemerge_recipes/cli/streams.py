@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.cli.progress import Bar
 from safemerge_recipes.errors import WriteError
+from safemerge_recipes.storage.files import null_device
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,7 @@ def open_streams() -> None:
     Otherwise the next files that are opened would get their numbers, and what is printed.
     """
     while True:
-        number = os.open(os.devnull, os.O_RDWR)
+        number = null_device()
         if number > 2:
             os.close(number)
             break
@@ -33,7 +34,7 @@ def open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             _CLOSED.add(name)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 def check_open() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.folder import PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE
+from safemerge_recipes.engine.folder import MAX_PICTURE_BYTES, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE
 from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
 from safemerge_recipes.planning.graph import ENGINE
 from safemerge_recipes.planning.prepared import Prepared, recipe_json
@@ -18,7 +18,7 @@ from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
 from safemerge_recipes.sources.side_files import copy_side_files, only_tokenizer
 from safemerge_recipes.storage.digests import InputDigest
-from safemerge_recipes.storage.files import write_file, write_json
+from safemerge_recipes.storage.files import text_of, write_file, write_json
 from safemerge_recipes.storage.identity import check_unchanged
 
 
@@ -75,7 +75,7 @@ def documents(
     from safemerge_recipes.report.page import render_report
 
     drawn = ((title, folder / name) for title, name in PICTURES.items())
-    pictures = {title: path.read_text(encoding="utf-8") for title, path in drawn if path.exists()}
+    pictures = {title: text_of(path, MAX_PICTURE_BYTES) for title, path in drawn if path.exists()}
     return {
         REPORT_FILE: render_report(plan, scores=scores, provenance=provenance, pictures=pictures),
         "README.md": render_card(plan, scores=scores, provenance=provenance),

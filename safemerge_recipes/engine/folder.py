@@ -12,14 +12,13 @@ import fcntl
 import os
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safemerge_recipes.engine.journal import JOURNAL_FILE, is_journal
 from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
-from safemerge_recipes.storage.files import sync_folder
+from safemerge_recipes.storage.files import own_file, reading, sync_folder
 
 MANIFEST_FILE = "safemerge_manifest.json"
 PLAN_FILE = "safemerge_plan.json"
@@ -32,6 +31,8 @@ SIGNATURE_FILE = "model.sig"
 """What model-signing writes; it covers the manifest, so the manifest cannot hold it."""
 PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
 """Pictures that the report shows where an output has them, by title."""
+MAX_PICTURE_BYTES = 16_000_000
+"""Largest picture that a report shows, in bytes."""
 DOCUMENTS = frozenset(
     [
         "README.md",
@@ -153,14 +154,10 @@ def check_part(part: Path) -> None:
 def _lock_names(part: Path) -> bool:
     """Whether the lock in a folder was taken for a working folder of its name."""
     try:
-        file = os.open(part / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
+        with reading(part / LOCK_FILE, links="none") as file:
+            return file.read(8192).split(b"\n")[1:2] == [part.name.encode()]
+    except (OSError, SourceError):
         return False
-    try:
-        regular = stat.S_ISREG(os.fstat(file).st_mode)
-        return regular and os.pread(file, 8192, 0).split(b"\n")[1:2] == [part.name.encode()]
-    finally:
-        os.close(file)
 
 
 @contextmanager
@@ -176,12 +173,12 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     """
     path = folder / LOCK_FILE
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        file = own_file(path)
+    except SourceError as error:
+        raise PlanError(f"{error}; remove it, or choose another --output") from None
     except OSError as error:
         raise PlanError(f"{path}: cannot be locked: {error.strerror}; remove it, or choose another --output") from None
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise PlanError(f"{path}: is not a regular file; remove it, or choose another --output")
         with _tolerant():
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,15 +10,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.storage.files import write_file
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.files import own_file, reading, write_file
 
 JOURNAL_FILE = "safemerge_journal.jsonl"
+MAX_BYTES = 128_000_000
+"""Largest journal read, in bytes: about half a million tensors."""
 
 Entries = dict[str, tuple[str, str | None]]
 """Tensor -> (result key, digest of its bytes). Digest None: its bytes are those of its source."""
@@ -31,7 +33,7 @@ class Journal:
         """Starts a journal that already holds `entries`; an older one at `path` stays until this one is whole."""
         lines = [header, *(_entry(name, key, digest) for name, (key, digest) in entries.items())]
         write_file(path, b"".join(map(_line, lines)))
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._file = own_file(path, os.O_APPEND)
         self._lock = threading.Lock()
 
     def done(self, name: str, key: str, digest: str | None) -> None:
@@ -65,10 +67,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, Entries]:
     header: dict[str, Any] | None = None
     done: Entries = {}
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None, {}
+        with reading(path, MAX_BYTES, links="none") as file:
             for number, line in enumerate(file):
                 value = json.loads(line) if line.endswith(b"\n") else None
                 if not isinstance(value, dict):
@@ -80,6 +79,6 @@ def read_journal(path: Path) -> tuple[dict[str, Any] | None, Entries]:
                 if not (isinstance(name, str) and isinstance(key, str) and isinstance(digest, str | None)):
                     break
                 done[name] = key, digest
-    except (OSError, ValueError, KeyError, RecursionError):
+    except (OSError, SourceError, ValueError, KeyError, RecursionError):
         pass
     return header, done

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safemerge_recipes.errors import PlanError, WriteError
+from safemerge_recipes.errors import PlanError, SourceError, WriteError
 from safemerge_recipes.storage.descriptors import Descriptors
-from safemerge_recipes.storage.files import sync_folder, write_bytes
+from safemerge_recipes.storage.files import open_file, own_file, reading, sync_folder, write_bytes
 from safemerge_recipes.storage.layout import Layout
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -63,7 +63,7 @@ class LocalStore:
         header = self.layout.headers[shard]
         for path in (self._working(shard), self.folder / self.layout.files[shard]):
             if path.is_file() and not path.is_symlink() and path.stat().st_size == self.layout.sizes[shard]:
-                with open(path, "rb") as file:
+                with reading(path, links="none") as file:
                     return path if file.read(len(header)) == header else None
         return None
 
@@ -81,6 +81,8 @@ class LocalStore:
         try:
             for shard in range(len(self.layout.files)):
                 self._make(shard)
+        except SourceError as error:
+            raise PlanError(f"{error}; remove it, or choose another --output") from None
         except OSError as error:
             raise PlanError(f"{self.folder}: {error.strerror}; free some space or choose another --output") from None
 
@@ -98,7 +100,7 @@ class LocalStore:
             )
 
     def _make(self, shard: int) -> None:
-        file = os.open(self._working(shard), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        file = own_file(self._working(shard))
         try:
             os.ftruncate(file, self.layout.sizes[shard])
             write_bytes(file, memoryview(self.layout.headers[shard]), 0)
@@ -130,8 +132,7 @@ class LocalStore:
     def _opened(self, shard: int) -> int:
         """The file as it is being written, or as an earlier run left it."""
         found = self._left(shard) or self._working(shard)
-        mode = os.O_RDWR if os.access(found, os.W_OK) else os.O_RDONLY
-        return os.open(found, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return own_file(found) if os.access(found, os.W_OK) else open_file(found, "none")
 
     def flush(self, shard: int, start: int, end: int) -> None:
         """See `Store`."""

@@ -19,18 +19,18 @@ from safemerge_recipes._version import __version__
 from safemerge_recipes.engine.folder import DOCUMENTS, LOCK_FILE, MANIFEST_FILE, SIGNATURE_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
-from safemerge_recipes.sources.checkpoint import inside
 from safemerge_recipes.storage.digests import InputDigest
-from safemerge_recipes.storage.files import remove_left, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, reading, remove_left, write_file
 from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.storage.safetensors import check_values
 from safemerge_recipes.weights import compiled
 
 FORMAT = 2
 _BLANK = "0" * 64
 _OPENING = re.compile(rb'\{\n "format": (\d+),\n "digest": "([0-9a-f]{64})",\n')
 """How a manifest begins. Its digest is the sha256 of the whole file with zeros in the digest's place."""
-MAX_BYTES = 256_000_000
-"""Largest manifest or plan read, in bytes: about a million tensors."""
+MAX_VALUES = 4_000_000
+"""Most values a manifest, plan or scores may hold."""
 CHUNK = 1 << 20
 
 
@@ -62,7 +62,7 @@ class Manifest:
 def sha256_of(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with reading(path) as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
@@ -71,7 +71,7 @@ def sha256_of(path: Path) -> str:
 def output_files(folder: Path) -> dict[str, Path]:
     """Every file of an output by its relative path, but the lock, the journal, the manifest and its signature."""
     left_out = (LOCK_FILE, JOURNAL_FILE, MANIFEST_FILE, SIGNATURE_FILE)
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file() or p.is_symlink()}
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
     return {name: path for name, path in found.items() if name not in left_out}
 
 
@@ -164,7 +164,11 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
     between, final = dict(found), dict(found)
     for name, stamp in fresh.items():
         there = folder / name
-        old = {"size": there.stat().st_size, "sha256": sha256_of(there)} if there.is_file() else None
+        old = (
+            {"size": there.stat().st_size, "sha256": sha256_of(there)}
+            if there.is_file() and not there.is_symlink()
+            else None
+        )
         final[name] = {"file": name, **stamp}
         between[name] = {"file": name, **stamp, "new": True} if old is None else {"file": name, **old, "next": stamp}
     for outputs in (between, final):
@@ -211,9 +215,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> bytes:
     try:
-        if inside(path.parent, path.name).stat().st_size > MAX_BYTES:
-            raise CheckError(f"{path}: larger than {MAX_BYTES} bytes; expected it as it was written")
-        return path.read_bytes()
+        return content_of(path, MAX_BYTES)
     except SourceError as error:
         raise CheckError(str(error)) from None
     except OSError as error:
@@ -222,6 +224,7 @@ def _content(path: Path) -> bytes:
 
 def _object(path: Path, content: bytes) -> dict[str, Any]:
     try:
+        check_values(content, MAX_VALUES)
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckError(f"{path}: not JSON: {str(error)[:200]}; expected it as it was written") from None

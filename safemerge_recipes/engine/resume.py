@@ -19,7 +19,7 @@ from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.engine.seal import digest_of_region
 from safemerge_recipes.engine.store import Store
-from safemerge_recipes.errors import CheckError, ReadError, SourceError, WriteError
+from safemerge_recipes.errors import CheckError, SourceError, WriteError
 from safemerge_recipes.methods.base import Tools
 from safemerge_recipes.planning.graph import ENGINE, Copy, Graph, Task
 from safemerge_recipes.storage.arena import Arena
@@ -81,7 +81,7 @@ def _compared(store: Store, graph: Graph, entries: Entries) -> dict[str, str | N
                 expected = _source_digest(task, reader) if digest is None else digest
                 if digest_of_region(store, task.slot.shard, task.slot.offset, task.slot.nbytes) == expected:
                     done[name] = expected
-    except (OSError, WriteError, ReadError):
+    except (OSError, SourceError, WriteError):
         pass  # what could not be compared is written again
     finally:
         store.close()

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.errors import CheckError
+from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.evaluation import benchmarks
 from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.tasks import PUBLISHED_TASKS, benchmark_of
 from safemerge_recipes.evaluation.tasks.prompts import prompts
+from safemerge_recipes.storage.files import MAX_BYTES, text_of
 
 
 def lines(scores: Mapping[str, Scores]) -> str:
@@ -38,13 +39,13 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         CheckError: It is missing or not such a file.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in text_of(path, MAX_BYTES).splitlines()]
         for row in rows:
             if not all(isinstance(row[key], str) for key in ("model", "task", "id", "answer")):
                 raise ValueError(f"a line of {sorted(row)}")
     except FileNotFoundError:
         raise CheckError(f"{path}: missing; expected the answers that an evaluation keeps, run it first") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckError(f"{path}: not a file of answers ({type(error).__name__}: {error})") from None
     return rows
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation import packaged
+from safemerge_recipes.storage.files import MAX_BYTES, content_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +296,7 @@ def _from_hub(place: _Hub, fetch: bool) -> tuple[str, dict[str, bytes]]:
     except HfHubHTTPError as error:
         raise CheckError(f"{place.repo}: {str(error).splitlines()[0]}. {_how_to_get(place)}") from error
     files = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): content_of(path, MAX_BYTES)
         for pattern in place.patterns
         for path in sorted(folder.rglob(pattern))
         if path.is_file()

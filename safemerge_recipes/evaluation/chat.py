@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safemerge_recipes.errors import CheckError
+from safemerge_recipes.sources.checkpoint import MAX_JSON_BYTES
+from safemerge_recipes.storage.files import content_of, text_of
 
 
 def template_of(files: Mapping[str, Path]) -> str | None:
@@ -16,11 +18,11 @@ def template_of(files: Mapping[str, Path]) -> str | None:
         files: Name -> place of the files beside the weights.
     """
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
+        return text_of(files["chat_template.jinja"], MAX_JSON_BYTES)
     if "tokenizer_config.json" not in files:
         return None
     try:
-        found = json.loads(files["tokenizer_config.json"].read_text(encoding="utf-8")).get("chat_template")
+        found = json.loads(content_of(files["tokenizer_config.json"], MAX_JSON_BYTES)).get("chat_template")
     except (ValueError, AttributeError):
         return None  # transformers says better what is wrong with it
     if isinstance(found, list):  # several by name

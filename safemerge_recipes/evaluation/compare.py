@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, SCORES_FILE
 from safemerge_recipes.engine.manifest import manifest_record, read_record, replace_files
-from safemerge_recipes.errors import CheckError, RecipeError
+from safemerge_recipes.errors import CheckError, RecipeError, SourceError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
 from safemerge_recipes.evaluation.rounds import Listener, Rounds
@@ -32,6 +32,7 @@ from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, load_suite
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.provenance import portable
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, text_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -195,9 +196,9 @@ def read_scores(path: Path) -> dict[str, Scores]:
         CheckError: It is none.
     """
     try:
-        details = json.loads(path.read_text(encoding="utf-8"))["details"]
+        details = json.loads(content_of(path, MAX_BYTES))["details"]
         return {name: Scores.from_json(json.dumps(one)) for name, one in details.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckError(f"{path}: cannot be read as scores ({type(error).__name__}: {error})") from None
 
 
@@ -249,10 +250,10 @@ def provenance_in(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = manifest_record(folder)
-        text = (folder / RECIPE_FILE).read_text(encoding="utf-8")
+        text = text_of(folder / RECIPE_FILE, MAX_BYTES)
         known = {key: manifest[key] for key in ("sources", "pipeline_tag")}
         return {**known, "versions": manifest["versions"], "recipe": portable(text, known["sources"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError) as error:
         raise CheckError(
             f"{folder}: no finished output of safemerge ({type(error).__name__}: {error}); expected {MANIFEST_FILE}, "
             f"{PLAN_FILE} and {RECIPE_FILE} there"
@@ -277,12 +278,16 @@ def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
     copied = {name: data for place in results for name, data in _results(place).items()}
     if copied:
         replace_files(folder, copied)
-    replace_files(folder, documents(plan, scores, provenance, folder))
+    try:
+        rendered = documents(plan, scores, provenance, folder)
+    except SourceError as error:  # a picture that is none
+        raise CheckError(str(error)) from None
+    replace_files(folder, rendered)
 
 
 def _results(place: Path) -> dict[str, bytes]:
     names = [Path(picture).with_suffix(end).name for picture in PICTURES.values() for end in (".svg", ".json")]
-    found = {name: (place / name).read_bytes() for name in names if (place / name).is_file()}
+    found = {name: content_of(place / name, MAX_BYTES) for name in names if (place / name).is_file()}
     if not found:
         raise CheckError(f"{place}: holds no result of a sweep or probe; expected {' or '.join(names[1::2])} there")
     return found

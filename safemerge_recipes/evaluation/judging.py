@@ -6,7 +6,6 @@ without one, be it that the reply could not be read or that there was none. Live
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -113,7 +112,7 @@ def judge_folder(
     from safemerge_recipes.evaluation.compare import provenance_in
     from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, attach, document
 
-    before = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8")) if (folder / SCORES_FILE).is_file() else {}
+    before = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else {}
     found = judged(with_answers(folder), judge, tell)
     references = dict.fromkeys(row["reference"] for row in before.get("comparisons", ())) or REFERENCES
     content = document(found, tuple(references), MERGED if MERGED in found else None)

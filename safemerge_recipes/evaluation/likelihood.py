@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes.storage.files import text_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,7 +22,7 @@ TOKENS = 4
 
 def openings() -> tuple[str, ...]:
     """Refusals as models say them, written for this project."""
-    lines = (Path(__file__).parent / "tasks" / "openings.txt").read_text(encoding="utf-8").splitlines()
+    lines = text_of(Path(__file__).parent / "tasks" / "openings.txt", 1 << 20, "any").splitlines()
     return tuple(line for line in lines if line)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.storage.cache import cache_folder
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, reading
 
 
 def wheel_folder() -> Path:
@@ -37,12 +38,12 @@ def files(package: str, *, prefix: str = "", suffix: str = "") -> dict[str, byte
         listed = metadata.files(package) or []
         paths = [str(path) for path in listed if str(path).startswith(prefix) and str(path).endswith(suffix)]
         installed = metadata.distribution(package)
-        return {path: Path(str(installed.locate_file(path))).read_bytes() for path in sorted(paths)}
+        return {path: content_of(str(installed.locate_file(path)), MAX_BYTES, "any") for path in sorted(paths)}
     except metadata.PackageNotFoundError:
         wheel = _wheel(package)
     if wheel is None:
         return {}
-    with zipfile.ZipFile(wheel) as archive:
+    with reading(wheel, MAX_BYTES, "any") as file, zipfile.ZipFile(file) as archive:
         names = sorted(n for n in archive.namelist() if n.startswith(prefix) and n.endswith(suffix))
         return {name: archive.read(name) for name in names}
 

@@ -16,6 +16,7 @@ from typing import Any
 from safemerge_recipes.errors import CheckError, PlanError
 from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.storage.cache import cache_folder
+from safemerge_recipes.storage.files import MAX_BYTES, own_file, text_of
 
 
 def scores_folder() -> Path:
@@ -46,7 +47,7 @@ class Store:
         self._scores: dict[str, Scores] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = text_of(path, MAX_BYTES, "any").splitlines()
         except FileNotFoundError:
             return
         except OSError as error:
@@ -82,7 +83,7 @@ class Store:
     def _append(self, entry: dict[str, Any], sync: bool = False) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
-        with open(self.path, "ab+") as file:
+        with os.fdopen(own_file(self.path, os.O_APPEND), "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # torn by an interruption

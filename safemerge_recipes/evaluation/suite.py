@@ -19,6 +19,8 @@ from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation import benchmarks
 from safemerge_recipes.evaluation.quiet import first_line, quiet
 from safemerge_recipes.evaluation.tasks import FOLDER, PUBLISHED_TASKS, TAGS, TASKS, TUNING_TASKS, benchmark_of
+from safemerge_recipes.sources.checkpoint import MAX_JSON_BYTES
+from safemerge_recipes.storage.files import content_of
 
 ANSWER_TOKENS = 128
 """Tokens an answer to a request may have: long enough to see a refusal that turns into help."""
@@ -198,5 +200,5 @@ def _fingerprint(task_path: Path | str | None) -> str:
     for folder in (FOLDER, *([] if task_path is None else [Path(task_path)])):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".yaml", ".py", ".jsonl") and path.is_file():
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+                digest.update(path.name.encode() + b"\0" + content_of(path, MAX_JSON_BYTES, "any"))
     return digest.hexdigest()[:16]

@@ -19,6 +19,7 @@ from typing import Literal
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation import packaged
+from safemerge_recipes.storage.files import text_of
 
 Label = Literal["safe", "unsafe", "unparseable", "unanswered"]
 Messages = list[dict[str, str]]
@@ -82,7 +83,7 @@ def prompt_of(name: str, folder: Path | None = None) -> Prompt:
         return _strongreject()
     path = (folder or Path.cwd()) / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path, 1_000_000, "any")
     except (OSError, UnicodeDecodeError):
         raise CheckError(
             f"judge.prompt: {name}: no such file; expected verdict, llama-guard-3, harmbench, strongreject, or a text "

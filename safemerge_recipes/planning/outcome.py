@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.files import reading
 from safemerge_recipes.text import figure
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _alike(first: Path, second: Path) -> bool:
     size = first.stat().st_size
     if size != second.stat().st_size:
         return False
-    with open(first, "rb") as one, open(second, "rb") as two:
+    with reading(first) as one, reading(second) as two:
         for piece in range(PIECES):
             at = max(0, size - SAMPLE) * piece // (PIECES - 1)
             one.seek(at)

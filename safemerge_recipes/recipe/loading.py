@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.recipe.composing import Place, compose
 from safemerge_recipes.recipe.messages import Reader
 from safemerge_recipes.recipe.model import Recipe
@@ -25,6 +25,7 @@ from safemerge_recipes.recipe.overrides import override
 from safemerge_recipes.recipe.source import Source
 from safemerge_recipes.recipe.writing import path_keys, plain_values
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Keys, YamlError, describe, read_yaml
+from safemerge_recipes.storage.files import content_of, within
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ def load_recipe(
         text, path = _standard_input(), STANDARD_INPUT
     else:
         path = Path(path)
-        text = place.text if place else _read(path)
+        text = place.text if place else _recipe_text(path)
     return parse_recipe(text, path, overrides, metrics=metrics, methods=methods, stand_ins=stand_ins, place=place)
 
 
@@ -170,7 +171,8 @@ def parse_recipe(
     context = {"directory": directory, "metrics": metrics, "methods": methods}
     try:
         recipe = Recipe.model_validate(document.value, context=context)
-        recipe = _with_names(recipe, reader, directory)
+        if not composed.problems:  # no file is read for a recipe from elsewhere that may name none
+            recipe = _with_names(recipe, reader, directory)
     except ValidationError as errors:
         reader.explain(errors)
     if reader.problems:
@@ -182,7 +184,7 @@ def parse_recipe(
 def _parent_of(directory: Path, named: str) -> Place:
     """The recipe that a local one extends: a file beside it, or further off."""
     path = _absolute(named, directory)
-    return Place(str(path), _read(path), path.parent, partial(_parent_of, path.parent))
+    return Place(str(path), _recipe_text(path), path.parent, partial(_parent_of, path.parent))
 
 
 STANDARD_INPUT = Path("standard input")
@@ -201,6 +203,13 @@ def _standard_input() -> str:
         raise RecipeError(f"{STANDARD_INPUT}: cannot be read: {error}") from None
 
 
+def _recipe_text(path: Path) -> str:
+    try:
+        return _read(path)
+    except SourceError as error:  # a pipe, a device
+        raise RecipeError(str(error)) from None
+
+
 def _read(path: Path, what: str = "a recipe file", kin: str = "*.y*ml") -> str:
     try:
         size = path.stat().st_size
@@ -208,7 +217,7 @@ def _read(path: Path, what: str = "a recipe file", kin: str = "*.y*ml") -> str:
             raise RecipeError(f"{path}: found a folder{_folder_hint(path)}; expected {what}")
         if size > MAX_BYTES:
             raise RecipeError(f"{path}: found {size} bytes; expected a recipe of at most {MAX_BYTES}")
-        return path.read_bytes().decode("utf-8-sig")
+        return content_of(path, MAX_BYTES, "any").decode("utf-8-sig")
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob(kin)) if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, near, n=1)
@@ -247,6 +256,7 @@ def read_names(path: Path) -> tuple[str, ...]:
 
     Raises:
         RecipeError: the file cannot be read or holds none.
+        SourceError: it is no regular file.
     """
     lines = (line.split("#", 1)[0].strip() for line in _read(path, "a file of names", "*").splitlines())
     names = tuple(line for line in lines if line)
@@ -263,7 +273,7 @@ def _with_names(recipe: Recipe, reader: Reader, directory: Path) -> Recipe:
             return None
         if gate.names_file is not None:
             try:
-                names = read_names(_absolute(gate.names_file, directory))
+                names = read_names(within(directory, _absolute(gate.names_file, directory)))
             except RecipeError as error:
                 reader.fail((*keys, "names_file"), str(error))
                 return gate

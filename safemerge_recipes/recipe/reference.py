@@ -16,6 +16,7 @@ from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
 from safemerge_recipes.recipe.merge import Dare, MaskFile, MergeChange, method_parameters
 from safemerge_recipes.recipe.model import json_schema
+from safemerge_recipes.storage.files import write_file
 
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("the recipe", recipe.Recipe),
@@ -169,8 +170,8 @@ def _kind(field: dict[str, Any]) -> str:
 
 def main(folder: str = "docs") -> None:
     """Writes both files into a folder."""
-    Path(folder, "recipe.md").write_text(reference(), encoding="utf-8")
-    Path(folder, "safemerge-recipe.schema.json").write_text(schema_text(), encoding="utf-8")
+    write_file(Path(folder, "recipe.md"), reference())
+    write_file(Path(folder, "safemerge-recipe.schema.json"), schema_text())
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.recipe.fields import Seed, Text
 from safemerge_recipes.recipe.source import Source, split_revision
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Keys, YamlError, describe, read_yaml
+from safemerge_recipes.storage.files import content_of
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama or Qwen block."""
@@ -304,7 +305,9 @@ def load_training(path: str | Path) -> LoadedTraining:
     """
     path = Path(path)
     try:
-        text = path.read_bytes()[: MAX_BYTES + 1].decode("utf-8-sig")
+        text = content_of(path, MAX_BYTES, "any").decode("utf-8-sig")
+    except SourceError as error:
+        raise RecipeError(str(error)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecipeError(f"{path}: {reason}; expected a training file, see docs/training.md") from None

@@ -7,7 +7,6 @@ folder's own inventory is the only authority on what a model consists of.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,15 +15,12 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.model_config import setting
+from safemerge_recipes.storage.files import content_of, inside, reading
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
 
 MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
-
-
-MAX_NAME = 200
-"""Longest file name accepted, in characters; file systems take 255 bytes, and working names are longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +42,7 @@ class Checkpoint:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUES) -> Any:
     """The content of a JSON file. Raises SourceError when it is missing, huge, or not JSON."""
     try:
-        if path.stat().st_size > limit:
-            raise SourceError(f"{path}: larger than {limit} bytes; expected an ordinary JSON file")
-        text = path.read_bytes()
+        text = content_of(path, limit)
         check_values(text, values)
         return json.loads(text.decode("utf-8"))
     except OSError as error:
@@ -65,35 +59,12 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES, values: int = MAX_VALUE
     return value
 
 
-def inside(directory: Path, name: str) -> Path:
-    """The path of file `name` of `directory`, refused when it leads out of it.
-
-    The hub's cache keeps snapshot files as links into the repository's own `blobs` folder, and older downloads into
-    a folder of one's own (`local_dir`) do the same: those count as inside.
-
-    Raises:
-        SourceError: the name is not a plain file name, or a link leads elsewhere.
-    """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or not name.isprintable() or len(name) > MAX_NAME:
-        raise SourceError(f"{directory}: names the file {name[:200]!r}; expected a plain file name of this folder")
-    path = directory / name
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"):
-        allowed.append(real.parent)  # where older versions of the hub's library let a folder's links lead
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise SourceError(f"{path}: a link that leads out of its folder; expected a file inside, copy it there")
-    return path
-
-
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     """Whether two stored tensors are equal byte for byte. Reads up to the first difference, 4 MiB at a time."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     try:
-        with open(one.path, "rb") as left, open(other.path, "rb") as right:
+        with reading(one.path) as left, reading(other.path) as right:
             left.seek(one.offset)
             right.seek(other.offset)
             for done in range(0, one.nbytes, 1 << 22):

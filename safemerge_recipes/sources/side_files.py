@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from safemerge_recipes.errors import ReadError
-from safemerge_recipes.sources.checkpoint import inside
+from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.model_config import edited
-from safemerge_recipes.storage.files import written
+from safemerge_recipes.storage.files import check_file, inside, reading, written
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER = (
@@ -29,6 +28,8 @@ _TOKENIZER = (
     "spiece",
     "sentencepiece",
 )
+_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Endings of what must be a file; other folders are nobody's business."""
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
 _NEVER = (
     ".safetensors",
@@ -43,6 +44,8 @@ _NEVER = (
     ".part",
     ".index.json",
 )
+MAX_FILE_BYTES = 2_000_000_000
+"""Largest side file copied, in bytes."""
 _NEVER_NAMES = ("README.md", ".gitattributes", ".gitignore", "training_args.bin", "trainer_state.json")
 
 
@@ -50,8 +53,15 @@ def _plain_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         name = path.name
         ours = name.startswith(("safemerge_", "safemerge.", "adapter_", "."))
-        if path.is_file() and not ours and not name.endswith(_NEVER) and name not in _NEVER_NAMES:
-            yield inside(folder, name)
+        if ours or name.endswith(_NEVER) or name in _NEVER_NAMES or (path.is_dir() and not name.endswith(_FILES)):
+            continue
+        try:
+            check_file(path, MAX_FILE_BYTES)
+        except FileNotFoundError:
+            continue  # a link that leads nowhere
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+        yield path
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -78,7 +88,8 @@ def side_files(family: Family) -> dict[str, Path]:
     """Relative name -> source of every file that is copied beside the weights, and nothing else.
 
     Raises:
-        SourceError: a file is a link that leads out of its folder, or has an unprintable name.
+        SourceError: a file is a link that leads out of its folder, a pipe or a device, too large, or has an unprintable
+            name.
     """
     chain = _chain(family)
     chosen: dict[str, Path] = {}
@@ -139,6 +150,6 @@ def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str,
 
 def _opened(source: Path) -> IO[bytes]:
     try:
-        return open(source, "rb")
+        return reading(source, MAX_FILE_BYTES)
     except OSError as error:
         raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.model_config import setting
+from safemerge_recipes.storage.files import content_of
 from safemerge_recipes.tensor_names import block_of
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.operands import Rows
@@ -83,7 +84,7 @@ def same_tokenizer(one: Path, other: Path) -> bool:
     names = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer.model")
 
     def content(folder: Path) -> list[bytes | None]:
-        return [(folder / name).read_bytes() if (folder / name).exists() else None for name in names]
+        return [content_of(folder / n, MAX_TOKENIZER_BYTES) if (folder / n).exists() else None for n in names]
 
     return one == other or content(one) == content(other)
 

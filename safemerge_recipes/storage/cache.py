@@ -6,11 +6,15 @@ import errno
 import hashlib
 import json
 import os
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.files import content_of, write_file
+
+MAX_ENTRY_BYTES = 64_000_000
+"""Largest entry read, in bytes: the moments of 100 000 tensors stay below it."""
 STALE = 3600
 """Seconds after which a file that is no entry is one that a killed writer left."""
 
@@ -35,12 +39,7 @@ def remember(kind: str, key: str, value: Any) -> None:
     try:
         path = _entry(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            temporary.write_text(json.dumps({"key": key, "value": value, "check": _check(value)}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, json.dumps({"key": key, "value": value, "check": _check(value)}), durable=False)
         _clean(path.parent)
     except OSError:
         pass
@@ -56,9 +55,9 @@ def _clean(folder: Path) -> None:
 def recall(kind: str, key: str) -> Any:
     """What was stored under the key, or None. Damaged entries count as absent."""
     try:
-        entry = json.loads(_entry(kind, key).read_text())
+        entry = json.loads(content_of(_entry(kind, key), MAX_ENTRY_BYTES))
         return entry["value"] if entry["key"] == key and entry["check"] == _check(entry["value"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, SourceError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -19,6 +19,7 @@ from typing import Literal
 
 from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.storage.cache import recall, remember
+from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 
 CHUNK = 1 << 22
@@ -53,7 +54,7 @@ def file_digest(
     named = blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else ""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     git = hashlib.sha1(b"blob %d\0" % identity.size, usedforsecurity=False) if len(named) == 40 else None
-    with open(identity.path, "rb", buffering=0) as file:
+    with reading(identity.path) as file:
         while count := file.readinto(buffer):
             piece = memoryview(buffer)[:count]
             digest.update(piece)

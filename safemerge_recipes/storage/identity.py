@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.files import reading
 
 _END = 1 << 20
 """Bytes looked at from either end by `fingerprint`."""
@@ -44,11 +45,11 @@ class FileIdentity:
 def fingerprint(path: str) -> tuple[int, str]:
     """(size in bytes, xxh3 of the first and the last MiB): what a file is wherever it is mounted, at little cost.
 
-    A safetensors file begins with its header. Raises OSError.
+    A safetensors file begins with its header. Raises OSError, or SourceError for what is no regular file.
     """
     import xxhash
 
-    with open(path, "rb", buffering=0) as file:
+    with reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         ends = xxhash.xxh3_128(os.pread(file.fileno(), _END, 0))
         ends.update(os.pread(file.fileno(), _END, max(0, size - _END)))

@@ -15,7 +15,7 @@ from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.storage.arena import Arena, torch_bytes, torch_dtype
 from safemerge_recipes.storage.descriptors import Descriptors
 from safemerge_recipes.storage.dtypes import itemsize
-from safemerge_recipes.storage.files import write_bytes
+from safemerge_recipes.storage.files import open_file, write_bytes
 from safemerge_recipes.storage.safetensors import TensorRef
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Reader:
 
 def _opened(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_file(path)
     except OSError as error:
         raise ReadError(f"{path}: cannot be opened: {error.strerror}; it was readable when planned") from None
 

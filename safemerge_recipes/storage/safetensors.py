@@ -17,6 +17,7 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import DTYPES
+from safemerge_recipes.storage.files import reading
 
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
@@ -119,7 +120,7 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
     """
     path = str(path)
     try:
-        with open(path, "rb") as file:
+        with reading(path) as file:
             prefix = file.read(8)
             size = file.seek(0, 2)
             if len(prefix) < 8:

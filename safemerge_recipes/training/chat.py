@@ -7,6 +7,8 @@ from typing import Any
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.recipe.training import Schedule
+from safemerge_recipes.sources.checkpoint import MAX_JSON_BYTES
+from safemerge_recipes.storage.files import text_of
 from safemerge_recipes.training.rows import Row
 
 _MARK = "safemerge"
@@ -29,7 +31,7 @@ def load_tokenizer(full: Path, adapter: Path | None, template: Path | None, sche
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckError(f"{folder}: no tokenizer that transformers can load ({first})") from None
     if template is not None:
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = text_of(template, MAX_JSON_BYTES, "any")
     if schedule.template == "chat":
         if not tokenizer.chat_template:
             raise CheckError(

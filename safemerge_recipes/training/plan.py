@@ -19,6 +19,7 @@ from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.peft.apply import open_adapter
 from safemerge_recipes.sources.trained import data_files, device_class, model_folders, trained_adapter
+from safemerge_recipes.storage.files import MAX_BYTES, text_of
 from safemerge_recipes.training.rows import Kind, Near, Row, nested, read_rows, with_kind, without_copies
 from safemerge_recipes.training.steps import steps_of
 
@@ -214,7 +215,7 @@ def _kept_out(loaded: LoadedTraining, source: Rows) -> Near:
             for row in read_prompts(path):
                 near.add(row)
         else:
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in text_of(path, MAX_BYTES, "any").splitlines():
                 near.add(line)
     return near
 
@@ -228,7 +229,7 @@ def read_prompts(path: Path) -> list[str]:
     import json
 
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text_of(path, MAX_BYTES, "any").splitlines(), 1):
         value = json.loads(line) if line.strip() else {"prompt": ""}
         prompt = value.get("prompt", value.get("question")) if isinstance(value, dict) else None
         if not isinstance(prompt, str):

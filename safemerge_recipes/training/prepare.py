@@ -15,6 +15,7 @@ from typing import Any
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.evaluation.refusal import classify
 from safemerge_recipes.sources.trained import SHIPPED
+from safemerge_recipes.storage.files import MAX_BYTES, text_of
 from safemerge_recipes.training.plan import evaluation_prompts, read_prompts, refuse_overlap
 from safemerge_recipes.training.rows import Row, read_rows, without_copies, write_rows
 
@@ -114,7 +115,7 @@ def _prompts(path: Path) -> list[str]:
         raise RecipeError(f"{path}: there is no such file; expected prompts, JSONL or a line each")
     if path.suffix in (".json", ".jsonl"):
         return read_prompts(path)
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in text_of(path, MAX_BYTES, "any").splitlines() if line.strip()]
 
 
 def _refused(path: Path) -> list[Row]:

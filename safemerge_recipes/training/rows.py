@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
 
 Kind = Literal["harmful", "harmless", "task"]
 
@@ -74,7 +75,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 def _values(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content_of(path, MAX_BYTES, "any").decode("utf-8-sig")
         if path.suffix == ".json" or text.lstrip().startswith("["):
             yield from enumerate(json.loads(text), 1)
             return
@@ -125,7 +126,7 @@ def _checked(row: Row) -> Row:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as JSONL."""
-    path.write_text("".join(json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_file(path, "".join(json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in rows))
 
 
 def with_kind(rows: Sequence[Row], kind: Kind) -> list[Row]:

@@ -20,6 +20,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
 from safemerge_recipes.training.steps import Listen
@@ -77,7 +78,7 @@ def train_adapter(
                 os.replace(part, folder)
     if loaded.training.output is not None:
         copy_adapter(folder, loaded.resolve(loaded.training.output))
-    record = json.loads((folder / RECORD_FILE).read_text())
+    record = json.loads(content_of(folder / RECORD_FILE, MAX_BYTES))
     scores = record.get("scores")
     return TrainedAdapter(folder, plan.key, record["rows"], scores, tuple((scores or {}).get("warnings", ())))
 
@@ -141,15 +142,15 @@ def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> N
             runs[size] = train(
                 model, tokenizer, chosen, training.lora, training.train, place, base_name(full, adapter), listen
             )
-            done.write_text(json.dumps(runs[size]))
-        runs[size] = json.loads(done.read_text())
+            write_file(done, json.dumps(runs[size]))
+        runs[size] = json.loads(content_of(done, MAX_BYTES))
     scores = _scored(plan, part, model, tokenizer, say) if training.choose else None
     size = scores["chosen"] if scores else plan.sizes[-1]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(part / f"size-{size}" / name, part / name)
     record = _record(plan, runs, size, scores, device, dtype, cut, base_name(full, adapter))
-    (part / "README.md").write_text(card(record), encoding="utf-8")
-    (part / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(part / "README.md", card(record))
+    write_file(part / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def base_name(full: Folder, adapter: Folder | None) -> str:
@@ -167,7 +168,7 @@ def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say
     ask = plan.loaded.training.choose
     assert ask is not None  # asked by the caller
     kept = part / "scores.json"
-    known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    known: dict[str, Any] = json.loads(content_of(kept, MAX_BYTES)) if kept.exists() else {}
 
     def of(name: str, adapters: list[Path]) -> Any:
         from safemerge_recipes.training.choose import Rates
@@ -176,7 +177,7 @@ def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say
             say(f"scoring {name}")
             found = rates(model, tokenizer, adapters, ask)
             known[name] = {key: value for key, value in found.as_json().items() if key != "separation"}
-            kept.write_text(json.dumps(known))
+            write_file(kept, json.dumps(known))
         return Rates(**known[name])
 
     aligned = of("aligned", [])

@@ -10,20 +10,24 @@ from typing import Any
 
 from safemerge_recipes.evaluation.harness import evaluate
 from safemerge_recipes.recipe.training import Choose
+from safemerge_recipes.storage.files import MAX_BYTES, content_of
 from safemerge_recipes.training.choose import Rates
+
+MAX_ADAPTER_BYTES = 1 << 32
+"""Largest adapter read, in bytes."""
 
 
 @contextlib.contextmanager
 def with_adapters(model: Any, adapters: Sequence[Path]) -> Iterator[Any]:
     """The model with the sum of the adapters' updates, in its own dtype; as it was afterwards, byte for byte."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     own: dict[str, Any] = dict(model.named_parameters())
     updates: dict[str, Any] = {}
     for folder in adapters:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        factors = load_file(folder / "adapter_model.safetensors")
+        config = json.loads(content_of(folder / "adapter_config.json", MAX_BYTES))
+        factors = load(content_of(folder / "adapter_model.safetensors", MAX_ADAPTER_BYTES))
         for key in (key for key in factors if key.endswith(".lora_A.weight")):
             name = key.removeprefix("base_model.model.").replace(".lora_A", "")
             update = factors[key.replace("lora_A", "lora_B")].float() @ factors[key].float()

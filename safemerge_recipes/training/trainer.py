@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import time
 import warnings
@@ -17,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.errors import CheckError, PlanError, WriteError
+from safemerge_recipes.errors import CheckError, PlanError, SourceError, WriteError
 from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.recipe.training import Lora, Schedule
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
 from safemerge_recipes.training.chat import example, turn_end
 from safemerge_recipes.training.rows import Row
 from safemerge_recipes.training.steps import Listen, TrainingStep, steps_of
@@ -182,9 +182,9 @@ def _last_checkpoint(folder: Path) -> Path | None:
     sound: Path | None = None
     for place in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2] or 0)):
         try:
-            json.loads((place / "trainer_state.json").read_text())  # the last file of a checkpoint
+            json.loads(content_of(place / "trainer_state.json", MAX_BYTES))  # the last file of a checkpoint
             sound = place
-        except (OSError, ValueError):
+        except (OSError, SourceError, ValueError):
             shutil.rmtree(place, ignore_errors=True)
     return sound
 
@@ -219,7 +219,7 @@ def _save(model: Any, lora: Lora, folder: Path, base_name: str, dtype: str) -> N
     """Writes the adapter's two files; its config names no path of this machine."""
     import torch
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     factors = get_peft_model_state_dict(model, save_embedding_layers=False)
     kept = {key: value.detach().to("cpu", getattr(torch, dtype)).contiguous() for key, value in sorted(factors.items())}
@@ -236,8 +236,5 @@ def _save(model: Any, lora: Lora, folder: Path, base_name: str, dtype: str) -> N
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
-    part = folder / "adapter_model.safetensors.part"
-    save_file(kept, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # safetensors writes 0600 whatever the umask
-    os.replace(part, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_file(folder / "adapter_model.safetensors", save(kept, metadata={"format": "pt"}))
+    write_file(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

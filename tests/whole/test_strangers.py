@@ -532,8 +532,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(family, own_cache, monkeypat
         place.write_text("in the way")
     else:
         monkeypatch.setattr(
-            "safemerge_recipes.storage.cache.os.replace",
-            lambda *a: (_ for _ in ()).throw(PermissionError(13, "denied")),
+            "safemerge_recipes.storage.files.os.replace",
+            lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied")),
         )
     if broken == "file":
         monkeypatch.setenv("SAFEMERGE_CACHE", str(place))

@@ -19,6 +19,7 @@ from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import SELECTORS, UNMEASURED_SELECTORS, Gate, Policy, Recipe
 from safemerge_recipes.recipe.writing import dump_recipe
+from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.tensor_names import module_type
 
 Kind = Literal["random", "random per module", "complement", "merge all", "merge none"]
@@ -149,7 +150,7 @@ def write_controls(loaded: LoadedRecipe, plan: Plan, folder: Path, seeds: int) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_file(folder / name, text)
     except OSError as error:
         raise WriteError(f"{folder}: {error.strerror}; choose another --output") from None
     return [folder / name for name in texts]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safemerge_recipes.storage.files import text_of
+
 Split = Literal["tuning", "test"]
 
 
@@ -26,6 +28,6 @@ class Prompt:
 
 def prompts(kind: Literal["harmful", "harmless"], split: Split) -> tuple[Prompt, ...]:
     """Return the prompts of a split: what a safe model declines (`harmful`) or should answer (`harmless`)."""
-    lines = Path(__file__).with_name(f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = text_of(Path(__file__).with_name(f"{kind}.jsonl"), 1 << 24, "any").splitlines()
     rows = (Prompt(**json.loads(line)) for line in lines)
     return tuple(row for row in rows if row.split == split)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.sources.checkpoint import inside
 from safemerge_recipes.sources.parts import unwrapped
 from safemerge_recipes.sources.peft.config import AdapterConfig
 from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
+from safemerge_recipes.storage.files import inside
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.tensor_names import block_of
 
