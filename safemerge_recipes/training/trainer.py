@@ -127,17 +127,18 @@ def train(
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)
     every = max(1, min(steps // 20, 10))
-    config = SFTConfig(
-        output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
-        gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
-        learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule, warmup_steps=schedule.warmup_steps,
-        weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
-        max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
-        eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
-        gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
-        use_cpu=device.type == "cpu", dataloader_pin_memory=False, logging_steps=every, save_strategy="steps",
-        save_steps=schedule.save_steps, save_total_limit=1, report_to=[], disable_tqdm=True,
-    )  # fmt: skip
+    with _kept_quiet():
+        config = SFTConfig(
+            output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
+            gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
+            learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule, warmup_steps=schedule.warmup_steps,
+            weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
+            max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
+            eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
+            gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
+            use_cpu=device.type == "cpu", dataloader_pin_memory=False, logging_steps=every, save_strategy="steps",
+            save_steps=schedule.save_steps, save_total_limit=1, report_to=[], disable_tqdm=True,
+        )  # fmt: skip
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
         task_type="CAUSAL_LM", bias="none",
