@@ -131,7 +131,8 @@ def train(
         config = SFTConfig(
             output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
             gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
-            learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule, warmup_steps=schedule.warmup_steps,
+            learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule,
+            warmup_steps=schedule.warmup_steps,
             weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
             max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
             eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
