@@ -38,19 +38,19 @@ from benchmarks.study.results import (
     PROBES,
     REFUSAL,
 )
-from safemerge_recipes.engine.folder import write_json
 from safemerge_recipes.engine.manifest import versions
 from safemerge_recipes.errors import PlanError, SafemergeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.probe import By, probe
-from safemerge_recipes.evaluation.experiments.workbench import Bench, model_key
+from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import Scores, TaskScores
 from safemerge_recipes.evaluation.rates import holm
-from safemerge_recipes.evaluation.scoring import compared, table
+from safemerge_recipes.evaluation.scoring import compared, model_key, table
 from safemerge_recipes.evaluation.statistics import Difference
 from safemerge_recipes.events import ignore
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.storage.cache import cache_folder
+from safemerge_recipes.storage.files import write_json
 from safemerge_recipes.storage.workers import Resources
 
 HERE = Path(__file__).resolve().parents[2]

@@ -203,11 +203,11 @@ from safemerge_recipes.engine.manifest import replace_files
 
 left, real = [int(sys.argv[2])], os.replace
 
-def replace(*paths):
+def replace(*paths, **folders):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(*paths)
+    real(*paths, **folders)
 
 os.replace = replace
 replace_files(Path(sys.argv[1]), {"README.md": "new", "safemerge_scores.json": "{}", "b.svg": b"picture"})

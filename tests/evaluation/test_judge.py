@@ -1,3 +1,8 @@
+"""A judge over answers: a real server that goes down, and a small real model.
+
+Guards `evaluation.judging`.
+"""
+
 import itertools
 import json
 import threading

@@ -208,7 +208,8 @@ class _Application:
         embedding = embedding_of(self.above, self.model)
         for name in self.adapter.keys.unlisted:
             found = self.find(name)
-            if found is None or not (found == embedding or is_head(found)):
+            fits = found is not None and self.adapter.keys.whole[name].shape[1:] == self.above[found].shape[1:]
+            if found is None or not fits or not (found == embedding or is_head(found)):
                 raise SourceError(
                     f"{self.adapter.keys.path}: unexpected key {name[:200]!r}; expected LoRA factors and what "
                     "modules_to_save and bias name"
