@@ -41,6 +41,11 @@ _NEVER = (
     ".onnx",
     ".h5",
     ".msgpack",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
     ".part",
     ".index.json",
 )

@@ -327,14 +327,14 @@ def test_files_are_hashed_and_checked_in_pieces_of_any_size(
     llama: Family, merge: Callable[..., Any], tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a tensor of an odd number of bytes lies before those of two-byte numbers."""
-    from safemerge_recipes.engine.executors import threads as execute
+    from safemerge_recipes.engine import seal
 
     family = Family(tmp_path / "odd", llama.dtype)
     shutil.copytree(llama.path, family.path)
     for role in ROLES:
         (file,) = (family / role).glob("*.safetensors")
         _save_after_an_odd_one(family.tensors(role), file)
-    monkeypatch.setattr(execute, "HASH_CHUNK", chunk)
+    monkeypatch.setattr(seal, "HASH_CHUNK", chunk)
     output, _ = merge(family, gate={"tau": 0.5})
     manifest = json.loads((output / "safemerge_manifest.json").read_text())
     written = {entry["file"]: entry["sha256"] for entry in manifest["outputs"]}

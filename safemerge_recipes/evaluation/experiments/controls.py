@@ -19,7 +19,7 @@ from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import SELECTORS, UNMEASURED_SELECTORS, Gate, Policy, Recipe
 from safemerge_recipes.recipe.writing import dump_recipe
-from safemerge_recipes.storage.files import write_file
+from safemerge_recipes.storage.files import remove_left, write_file
 from safemerge_recipes.tensor_names import module_type
 
 Kind = Literal["random", "random per module", "complement", "merge all", "merge none"]
@@ -149,6 +149,7 @@ def write_controls(loaded: LoadedRecipe, plan: Plan, folder: Path, seeds: int) -
     texts = {f"{loaded.path.stem}-{one.suffix}.yaml": _text(one, loaded, plan, folder) for one in controls(seeds)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_left(folder, texts)
         for name, text in texts.items():
             write_file(folder / name, text)
     except OSError as error:

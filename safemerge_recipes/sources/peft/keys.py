@@ -165,6 +165,8 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
             raise SourceError(
                 f"{path}: unexpected key {key[:200]!r}; expected LoRA factors and what modules_to_save and bias name"
             )
+    if not keys.modules and not keys.whole:
+        raise SourceError(f"{path}: holds no tensor of an adapter; expected LoRA factors, is the file complete?")
     _check_parts(keys, config)
     return keys
 
