@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from safemerge_recipes import plugins
     from safemerge_recipes.api import compare, evaluate, load_recipe, plan, run, sweep, verify
     from safemerge_recipes.errors import (
         CheckError,
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckError", "PlanError", "ReadError", "RecipeError", "SafemergeError", "SourceError", "WriteError",
-    "__version__", "compare", "evaluate", "load_recipe", "plan", "run", "sweep", "verify",
+    "__version__", "compare", "evaluate", "load_recipe", "plan", "plugins", "run", "sweep", "verify",
 ]  # fmt: skip
 
-_HOMES = {name: "errors" if name.endswith("Error") else "api" for name in __all__ if name != "__version__"}
+_HOMES = {
+    name: "errors" if name.endswith("Error") else "api" for name in __all__ if name not in ("__version__", "plugins")
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ def path(llama: Family, recipe: Any) -> Path:
 
 
 def test_the_names_are_exactly_those_promised() -> None:
-    assert sorted(sm.__all__) == sorted(["__version__", *ERRORS, *FUNCTIONS])
+    assert sorted(sm.__all__) == sorted(["__version__", "plugins", *ERRORS, *FUNCTIONS])
     assert set(sm.__all__) <= set(dir(sm))
     for name in ERRORS:
         assert issubclass(getattr(sm, name), sm.SafemergeError)
