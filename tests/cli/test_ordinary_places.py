@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -61,13 +63,20 @@ def test_a_current_folder_that_was_deleted(recipe: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody without an entry")
-def test_nobody_without_a_home_or_a_name(recipe: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    os.chown(work, 12345, 12345)
-    for place in (*recipe.parent.rglob("*"), recipe.parent, *recipe.parent.parents, tmp_path, *tmp_path.parents):
-        if not place.stat().st_mode & 0o004:
-            place.chmod(place.stat().st_mode | (0o055 if place.is_dir() else 0o044))
+def test_nobody_without_a_home_or_a_name(recipe: Path, expected: dict[str, str]) -> None:
+    # Not under pytest's own folder, which another session of pytest closes to others.
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        shutil.copytree(recipe.parent, Path(place) / "family", symlinks=True)
+        work = Path(place) / "work"
+        work.mkdir()
+        os.chown(work, 12345, 12345)
+        for one in (Path(place) / "family", *(Path(place) / "family").rglob("*")):
+            one.chmod(0o755 if one.is_dir() else 0o644)
+        _run_as_nobody(Path(place) / "family" / recipe.name, expected, work)
+
+
+def _run_as_nobody(recipe: Path, expected: dict[str, str], work: Path) -> None:
     unset = "unset HOME SAFEMERGE_CACHE XDG_CACHE_HOME; exec setpriv --reuid 12345 --regid 12345 --clear-groups"
     done = shell(f'{unset} "$@"', "run", recipe, "--output", work / "out", cwd=work)
     if "ModuleNotFoundError" in done.stderr or "can't open" in done.stderr:
