@@ -1,7 +1,7 @@
 """Two checkouts of the project over the same recipes: are the bytes, plans, messages and exit codes the same?
 
     python -m tests.whole.versions OLD/.venv/bin/safemerge NEW/.venv/bin/safemerge
-    python -m tests.whole.versions OLD NEW --only ties sweep --work /tmp/families
+    python -m tests.whole.versions OLD NEW --only ties sweep --work families
 
 Every method and metric, adapters and checkpoints, one file and shards, written models and written adapters, recipes
 that are refused, and a sweep, over tiny families that are made anew. Weights are compared by sha256, plans and
