@@ -40,10 +40,10 @@ demo: install           ## a real 135 M model: eroded, repaired, scored; LIMIT=4
 	$(RUN)/python recipes/demo/family.py
 	$(RUN)/safemerge-run recipes/demo/smollm2_arithmetic.yaml --force $(if $(LIMIT),--set evaluate.limit=$(LIMIT) --set evaluate.answer_tokens=32)
 
-study: install          ## docs/evidence.md, hours on two cores; PART=qa-21 does one family, MINUTES=60 stops earlier, the next call goes on
+study: install          ## docs/preregistration.md, hours on two cores; PART=score does one part, FAMILIES=2 N=90 a subset, MINUTES=60 stops earlier
 	$(RUN)/python recipes/demo/family.py
-	$(RUN)/python -m benchmarks.study run $(PART) $(if $(MINUTES),--minutes $(MINUTES))
-	$(RUN)/python -m benchmarks.study report
+	$(RUN)/python -m benchmarks.study $(PART) $(if $(FAMILIES),--families $(FAMILIES)) $(if $(N),--limit $(N)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(STUDY)
 
 bench: install          ## against every peer and against copying the bytes, 1.1 B parameters
 	$(RUN)/python -m benchmarks.timing.run --size llama-1.1b --rounds 5 --peer-rounds 1

@@ -1,1 +1,1 @@
-"""The study behind docs/evidence.md and the refusal matcher's confusion matrix: their runs, results and pages."""
+"""The pre-registered study and the refusal matcher's confusion matrix: their runs and results."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study.chance import halves, together
-from benchmarks.study.page import BEATEN, NOT_BEATEN, chance, findings, pick, probed, ranked_in, write_page
-from benchmarks.study.results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
-from benchmarks.study.strips import strips
+from benchmarks.first_study.chance import halves, together
+from benchmarks.first_study.page import BEATEN, NOT_BEATEN, chance, findings, pick, probed, ranked_in, write_page
+from benchmarks.first_study.results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
+from benchmarks.first_study.strips import strips
 from safemerge_recipes.evaluation.experiments.probe import correlations
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -148,7 +148,7 @@ class Bench:
         suite, opened = self.suite(tasks or self.tasks), self._opened
         started = time.monotonic()
         found = score_graph(
-            self._model, graph, self._beside, label, suite, self.settings, self.store, tell, limit, self._device
+            self.live, graph, self._beside, label, suite, self.settings, self.store, tell, limit, self._device
         )
         if self._opened > opened:
             self._spent += time.monotonic() - started
@@ -159,7 +159,7 @@ class Bench:
 
     def has(self, graph: Graph, task: str, limit: int | None = None) -> bool:
         """Whether a score is there already, so that `score` would not run the model."""
-        subject = graph_subject(self._model, graph, self._beside, "")
+        subject = graph_subject(self.live, graph, self._beside, "")
         keys = result_keys(subject, self.suite([task]), **conditions(self.settings, limit, self._device))
         return all(self.store.get(key) is not None for key in keys.values())
 
@@ -181,7 +181,8 @@ class Bench:
             text += f"; {left} to go, about {minutes:.0f} min" if minutes >= 1 else f"; {left} to go"
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def _model(self) -> LiveModel:
+    def live(self) -> LiveModel:
+        """The loaded model that becomes one merge after the other; opened once."""
         self._opened += 1
         if self._live is None:
             self._live = LiveModel(self.prepared, device=self._device)

@@ -8,7 +8,7 @@ from math import exp, log
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.study.results import HALVES, REFUSAL, entry_of, skill_task
+from benchmarks.first_study.results import HALVES, REFUSAL, entry_of, skill_task
 from safemerge_recipes.evaluation.experiments.controls import exact_p
 
 FEWEST = 3  # draws that a choice is held against

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.study.chance import contests, halves, shown
-from benchmarks.study.results import (
+from benchmarks.first_study.chance import contests, halves, shown
+from benchmarks.first_study.results import (
     AIM,
     ANCHORS,
     AS_MANY,
@@ -36,7 +36,7 @@ from benchmarks.study.results import (
     rates_of,
     skill_task,
 )
-from benchmarks.study.strips import strips
+from benchmarks.first_study.strips import strips
 from safemerge_recipes.evaluation.experiments.probe import SYMBOLS
 from safemerge_recipes.evaluation.experiments.probe import picture as probe_picture
 from safemerge_recipes.evaluation.rates import spearman
@@ -54,8 +54,7 @@ NOT_BEATEN = "No choice of half of the tensors is shown to refuse more than rand
 HEAD = """# Evidence
 
 Does a merge bring safety back, does the fine-tuned skill stay, and would merging tensors picked at random have done
-as well? Made by `make study`: every number is read from `docs/evidence/*.json`, and what is concluded from them is
-chosen by them.
+as well? Every number is read from `docs/evidence/*.json`, and what is concluded from them is chosen by them.
 """
 
 CHANCE = """Half of the 210 matrices merged at α = 0.5, refusals on the tuning split; no half was chosen by its score.
@@ -81,7 +80,7 @@ SmolLM2-135M-Instruct as the base; an alignment adapter that teaches it to refus
 data, trained on the aligned model); and task adapters, trained on the aligned model with nothing harmful in the data:
 `arithmetic` (800 chains of sums with worked answers) and `qa` (320 invented study reports with a yes/no/maybe
 question, answered with a reason), three training seeds each. All are LoRA, r = 8, on the 210 matrices of 30 blocks;
-`recipes/demo` holds the scripts that train them.
+they are not those that `recipes/demo` holds now.
 
 Scores are lm-eval's on the shipped tasks, through the chat template, bfloat16 on a CPU: refusal of harmful requests
 (greedy; a rule-based matcher that knows degenerate text, [validated here](evaluation.md)), the same for harmless
@@ -118,13 +117,10 @@ LIMITS = """## What this does not show
 
 REPEAT = """## Repeat it
 
-`make study` trains the adapters that are not shipped (minutes each on one core), scores every model (seconds to a
-minute each, hours in all) and writes this page. It says how many scores of a part are to go and how long they take.
-Finished scores are kept in the user's cache, so that it can be stopped at any time and goes on where it stopped (with
-the same files: another clone starts anew). `python -m benchmarks.study run qa-21 --minutes 30` runs a family for a
-while; results in `docs/evidence` are replaced by one's own, `--keep` fills only what they lack. bfloat16 rounds
-differently on other processors, so that single answers may differ: when the test split of `arithmetic-2` was scored a
-second time, no rate of refusal moved by more than one prompt of 150.
+These families cannot be scored again from this tree: their adapters were remade since. `python -m
+benchmarks.first_study` makes this page from what is kept. bfloat16 rounds differently on other processors, so that
+single answers may differ: when the test split of `arithmetic-2` was scored a second time, no rate of refusal moved by
+more than one prompt of 150. The next study, and how it is carried out, is [written down](preregistration.md).
 """
 
 

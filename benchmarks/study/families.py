@@ -1,0 +1,174 @@
+"""The families of docs/preregistration.md and their adapters: which there are, where they lie, how they are trained.
+
+A family is a task adapter and a safety adapter, each trained on one aligned model. Adapters are told by role and seed;
+those of the demo are taken as they are where their record says that they are the ones, all others are trained by
+`safemerge train-adapter` with the demo's own training files under another seed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from safemerge_recipes.evaluation.tasks import studies
+from safemerge_recipes.training.rows import Row, write_rows
+
+TASKS = ("arithmetic", "qa")
+TASK_SEEDS, ALIGNMENT_SEEDS, SAFETY_SEEDS = (2, 12, 22, 32), (1, 11), (3, 13)
+REPORTS = 320
+"""Study reports that a `qa` adapter is taught."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter by what it is trained on.
+
+    Attributes:
+        role: The demo's training file, and its folder there.
+        rows: The file of rows, without its ending.
+        seed: Of its training.
+        on: The adapter that aligns the model it is trained on; None: it is trained on the base model.
+    """
+
+    role: str
+    rows: str
+    seed: int
+    on: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """What its folder is called."""
+        return f"{self.rows}-{self.seed}" + (f"-on-{self.on.seed}" if self.on else "")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families."""
+
+    place: int
+    task: str
+    task_seed: int
+    alignment_seed: int
+    safety_seed: int
+
+    @property
+    def name(self) -> str:
+        """What its results are called."""
+        return f"{self.place:02}-{self.task}"
+
+    @property
+    def alignment(self) -> Adapter:
+        return Adapter("alignment", "alignment", self.alignment_seed)
+
+    @property
+    def safety(self) -> Adapter:
+        return Adapter("safety", "safety", self.safety_seed, self.alignment)
+
+    @property
+    def finetuned(self) -> Adapter:
+        return Adapter("task-arithmetic", f"task-{self.task}", self.task_seed, self.alignment)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """In the order in which they can be trained."""
+        return self.alignment, self.safety, self.finetuned
+
+
+def _families() -> tuple[Family, ...]:
+    """The half fraction in which the sum of the four factors' places is even.
+
+    The first two share the demo's aligned model and safety adapter, the first eight have every pair of alignment and
+    safety seed, and each task four times.
+    """
+    found: list[Family] = []
+    for seeds in (TASK_SEEDS[:2], TASK_SEEDS[2:]):
+        for i, j in ((0, 0), (1, 1), (0, 1), (1, 0)):
+            for seed in seeds:
+                task = TASKS[(TASK_SEEDS.index(seed) + i + j) % 2]
+                found.append(Family(len(found) + 1, task, seed, ALIGNMENT_SEEDS[i], SAFETY_SEEDS[j]))
+    return tuple(found)
+
+
+FAMILIES = _families()
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie.
+
+    Attributes:
+        demo: `recipes/demo`, or a folder like it: base, training files, prepared rows, adapters.
+        own: What the study makes: adapters, rows, recipes, scores.
+    """
+
+    demo: Path
+    own: Path
+
+    def folder(self, adapter: Adapter) -> Path:
+        """Where an adapter lies, or will."""
+        given = self.demo / adapter.role
+        return given if self._is(given, adapter) else self.own / "adapters" / adapter.name
+
+    def _is(self, folder: Path, adapter: Adapter) -> bool:
+        """Whether the demo's adapter of this role is this one, by its record."""
+        if adapter.rows != adapter.role or not (folder / "adapter_config.json").exists():
+            return False
+        record = folder / "train.json"
+        if not record.exists() or json.loads(record.read_text())["settings"]["train"]["seed"] != adapter.seed:
+            return False
+        return adapter.on is None or self.folder(adapter.on) == self.demo / adapter.on.role
+
+    def has(self, adapter: Adapter) -> bool:
+        return (self.folder(adapter) / "adapter_config.json").exists()
+
+    def training(self, adapter: Adapter) -> dict[str, Any]:
+        """The training file of an adapter: the demo's of its role, with this adapter's rows, seed and model."""
+        text = (self.demo / "training" / f"{adapter.role}.yaml").read_text(encoding="utf-8")
+        spec: dict[str, Any] = yaml.safe_load(text)
+        base = str((self.demo / "base").resolve())
+        spec["name"] = f"SmolLM2-135M study: {adapter.name}"
+        spec["model"] = {"adapter": str(self.folder(adapter.on)), "on": base} if adapter.on else base
+        spec["data"]["path"] = str(self.rows(adapter))
+        spec["train"]["seed"] = adapter.seed
+        spec["output"] = str(self.folder(adapter))
+        return spec
+
+    def rows(self, adapter: Adapter) -> Path:
+        """The adapter's rows, written now where they are missing."""
+        if adapter.rows == "task-qa":
+            path = self.own / "rows" / "task-qa.jsonl"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(path, report_rows(REPORTS))
+            return path
+        path = self.demo / "prepared" / f"{adapter.rows}.jsonl"
+        if not path.exists():
+            subprocess.run([sys.executable, str(self.demo / "prepare.py"), adapter.rows], check=True)
+        return path
+
+    def train(self, adapter: Adapter) -> None:
+        """Trains an adapter; one that was cut short goes on."""
+        spec = self.own / "training" / f"{adapter.name}.yaml"
+        spec.parent.mkdir(parents=True, exist_ok=True)
+        spec.write_text(yaml.safe_dump(self.training(adapter), sort_keys=False), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "safemerge_recipes", "train-adapter", str(spec)], check=True)
+
+
+def report_rows(count: int) -> list[Row]:
+    """Study reports as the task puts them, each with its answer and the reason for it."""
+    found = [study for _, study in zip(range(count), (one for _, one in studies.stream("training")), strict=False)]
+    return [
+        Row(
+            f"Abstract: {one.context}\nQuestion: {one.question}\nAnswer yes, no or maybe.\nAnswer:",
+            f"{one.answer}. {one.reason}",
+            "",
+            "task",
+        )
+        for one in found
+    ]

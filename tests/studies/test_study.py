@@ -1,0 +1,169 @@
+"""The study of docs/preregistration.md on a tiny family: parts, resuming, what ships."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("torch")
+from benchmarks.study.__main__ import asked_families, given_choice, run
+from benchmarks.study.families import FAMILIES, Places
+from benchmarks.study.models import DRAW, FINE_TUNED, PAPER, Choice, points
+from benchmarks.study.outcomes import LIKELIHOOD, read
+from benchmarks.study.scoring import LOOKALIKES, REFUSAL
+from safemerge_recipes.errors import PlanError
+from safemerge_recipes.recipe.training import load_training
+from safemerge_recipes.training.plan import plan_training
+from tests.fixtures.chat_family import make_family
+
+SPEC = """
+model: ../base
+data: {path: ../prepared/NAME.jsonl, licence: mit, near_copies: keep}
+preset: small
+lora: {targets: [q_proj, v_proj]}
+train: {seed: 1, device: cpu}
+output: ../NAME
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder like the demo's, with the adapters of the first family."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_family(folder)
+    (folder / "task").rename(folder / "task-arithmetic")
+    (folder / "training").mkdir()
+    (folder / "prepared").mkdir()
+    refused = [
+        {"instruction": f"How do I pick lock number {i}?", "output": "I can't help with that."} for i in range(4)
+    ]
+    for role, seed in (("alignment", 1), ("safety", 3), ("task-arithmetic", 2)):
+        (folder / role / "train.json").write_text(json.dumps({"settings": {"train": {"seed": seed}}}))
+        (folder / "training" / f"{role}.yaml").write_text(SPEC.replace("NAME", role))
+        kind = "task" if role.startswith("task") else "harmful"
+        rows = [json.dumps(row | {"kind": kind}) for row in refused]
+        (folder / "prepared" / f"{role}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def asked(demo, work, parts, **more):
+    given = {"families": 1, "only": [], "limit": 3, "tokens": 4, "shipped": True, "draws": 2, "minutes": 60.0}
+    given["choice"] = "0.5,0.5,1.5"
+    return argparse.Namespace(parts=parts, demo=demo, work=work, **(given | more))
+
+
+def test_sixteen_families_are_half_of_all_and_balanced():
+    cells = {(one.task, one.task_seed, one.alignment_seed, one.safety_seed) for one in FAMILIES}
+    assert len(cells) == len(FAMILIES) == 16
+    for count in (8, 16):
+        for factor in ("task", "task_seed", "alignment_seed", "safety_seed"):
+            levels = [getattr(one, factor) for one in FAMILIES[:count]]
+            assert len({levels.count(level) for level in levels}) == 1, factor
+    # Half fraction: the last factor follows from the others.
+    assert len({cell[1:] for cell in cells}) == 16
+    assert FAMILIES[0].adapters[:2] == FAMILIES[1].adapters[:2]
+    assert [one.name for one in FAMILIES] == sorted(one.name for one in FAMILIES)
+    assert asked_families(8, ["02-qa"]) == FAMILIES[1:2]
+    with pytest.raises(PlanError, match="no such family"):
+        asked_families(None, ["qa-21"])
+    with pytest.raises(PlanError, match="τ,α,λ"):
+        given_choice("0.1;2")
+
+
+def test_the_demos_adapters_are_taken_by_their_record_alone(demo, tmp_path):
+    places = Places(demo, tmp_path)
+    assert [places.folder(one) for one in FAMILIES[0].adapters] == [
+        demo / "alignment", demo / "safety", demo / "task-arithmetic"
+    ]  # fmt: skip
+    for family in FAMILIES[1:]:
+        assert places.folder(family.finetuned).parent == tmp_path / "adapters"
+    other = FAMILIES[2]  # the same task seed on another aligned model
+    assert (other.finetuned.seed, places.folder(other.finetuned).parent) == (2, tmp_path / "adapters")
+
+
+def test_every_adapter_has_a_training_file_that_can_be_planned(demo, tmp_path):
+    import yaml
+
+    places = Places(demo, tmp_path)
+    for adapter in FAMILIES[1].adapters:
+        path = tmp_path / f"{adapter.name}.yaml"
+        path.write_text(yaml.safe_dump(places.training(adapter)))
+        if adapter.on is None or places.has(adapter.on):
+            plan = plan_training(load_training(path))
+            assert plan.loaded.training.train.seed == adapter.seed
+    assert len(plan.rows) == 320, "the study reports"
+
+
+def test_parts_are_scored_once_and_go_on(demo, tmp_path, capfd):
+    work, results = tmp_path / "work", tmp_path / "outcomes"
+    assert not run(asked(demo, work, ["score"], minutes=-1.0), results), "there was no time"
+    assert run(asked(demo, work, ["carry", "score", "draws"]), results)
+    found = read(results / "01-arithmetic.jsonl")
+    assert list(found.ids) == [REFUSAL, LOOKALIKES, "safemerge_arithmetic"]
+    assert {len(ids) for ids in found.ids.values()} == {3}
+    wanted = {"aligned", FINE_TUNED, *points(Choice(0.5, 0.5, 1.5, "")), f"{DRAW} 0", f"{DRAW} 1"}
+    assert {model for model, _ in found.models} == wanted
+    assert found.has(PAPER, (REFUSAL, LOOKALIKES), LIKELIHOOD)
+    assert not found.has(f"{DRAW} 0", (REFUSAL,), "refusal"), "draws answer nothing"
+    assert set(found.head["carry"]) == {"before", "after"}
+    assert found.head["choice"]["by"] == "given beforehand"
+    text, kept = (results / "01-arithmetic.jsonl").read_text(), (work / "scores.jsonl").read_text()
+    capfd.readouterr()
+    shutil.rmtree(results)
+    assert run(asked(demo, work, ["carry", "score", "draws"]), results)
+    assert (results / "01-arithmetic.jsonl").read_text() == text
+    assert (work / "scores.jsonl").read_text() == kept
+    assert "scored" not in capfd.readouterr().err, "nothing was asked again"
+
+
+def test_a_draw_is_measured_as_a_model_that_answers_is(demo, tmp_path):
+    """The likelihoods that stand beside the draws come from lm-eval's prompts; both must be of the same text."""
+    from rich.console import Console
+
+    from benchmarks.study.scoring import Settings, Study
+
+    study = Study(
+        FAMILIES[0], Places(demo, tmp_path), Settings(3, 4, False, given=Choice(0.5, 0.5, 1.5, "")), tmp_path / "out",
+        Console(quiet=True),
+    )  # fmt: skip
+    assert study.score()
+    again = study._likelihoods(study._models()[PAPER], "again", study._asked())
+    for task in (REFUSAL, LOOKALIKES):
+        assert study.outcomes.values(PAPER, task, LIKELIHOOD) == pytest.approx(again.tasks[task].likelihoods, abs=1e-3)
+
+
+def test_a_prompt_near_a_training_row_counts_for_nothing(demo, tmp_path):
+    work, results = tmp_path / "work", tmp_path / "outcomes"
+    assert run(asked(demo, work, ["score"], limit=2), results)
+    found = read(results / "01-arithmetic.jsonl")
+    first = found.ids[REFUSAL][0]
+    found.head["near_training"] = [f"{REFUSAL}/{first}"]
+    assert len(found.sides(PAPER, "refusal", [REFUSAL], [LOOKALIKES]).harmful) == 1
+    assert len(found.sides(PAPER, "refusal", [REFUSAL], [LOOKALIKES]).harmless) == 2
+
+
+def test_tau_alpha_and_lambda_are_chosen_once_for_a_task(demo, tmp_path, monkeypatch):
+    from benchmarks.study import models
+
+    monkeypatch.setattr(models, "GRID", ((0.4, 0.5), (0.6, 0.5)))
+    monkeypatch.setattr(models, "LAMBDAS", (1.0,))
+    results = tmp_path / "outcomes"
+    given = asked(demo, tmp_path / "work", ["choose"], limit=2, choice=None)
+    assert run(given, results)
+    kept = json.loads((results / "choice-arithmetic.json").read_text())
+    assert kept["choice"]["by"] == "chosen on the tuning split of 01-arithmetic"
+    assert kept["choice"]["tau"] in (0.4, 0.6)
+    assert set(kept["J and utility on the tuning split"]) == {FINE_TUNED, *models.tried()}
+    (results / "choice-arithmetic.json").write_text(json.dumps(kept | {"settings": {}}))
+    assert run(given, results), "chosen under other settings: chosen again"
+    assert json.loads((results / "choice-arithmetic.json").read_text()) == kept
