@@ -1,4 +1,4 @@
-"""docs/evidence.md and its pictures, made from the study's results; every number on the page is read from them.
+"""docs/first-study.md and its pictures, made from the study's results; every number on the page is read from them.
 
 The sentences that draw a conclusion are chosen by the numbers, so that another run may say the opposite.
 """
@@ -51,10 +51,11 @@ AIMED = (
 BEATEN = "At least one choice of half of the tensors refuses more than random halves do"
 NOT_BEATEN = "No choice of half of the tensors is shown to refuse more than random halves"
 
-HEAD = """# Evidence
+HEAD = """# The first study
 
 Does a merge bring safety back, does the fine-tuned skill stay, and would merging tensors picked at random have done
-as well? Every number is read from `docs/evidence/*.json`, and what is concluded from them is chosen by them.
+as well? Every number is read from `docs/evidence/*.json`, and what is concluded from them is chosen by
+them. It counts refusals of harmful requests; what is asked since, and why, is in [evidence](evidence.md).
 """
 
 CHANCE = """Half of the 210 matrices merged at α = 0.5, refusals on the tuning split; no half was chosen by its score.
@@ -120,7 +121,7 @@ REPEAT = """## Repeat it
 These families cannot be scored again from this tree: their adapters were remade since. `python -m
 benchmarks.first_study` makes this page from what is kept. bfloat16 rounds differently on other processors, so that
 single answers may differ: when the test split of `arithmetic-2` was scored a second time, no rate of refusal moved by
-more than one prompt of 150. The next study, and how it is carried out, is [written down](preregistration.md).
+more than one prompt of 150.
 """
 
 

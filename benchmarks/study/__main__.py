@@ -1,10 +1,10 @@
 """The pre-registered study behind docs/evidence.md (docs/preregistration.md), in parts that can be cut short.
 
-    python -m benchmarks.study train choose carry score draws --families 2 --limit 90 --shipped --tokens 32
+    python -m benchmarks.study train choose carry score draws report --families 2 --limit 90 --shipped --tokens 32
 
 `train` makes the adapters that are missing, `choose` takes τ, α and λ on the tuning split of each task's first family,
 `carry` checks that the safety adapter has something to give, `score` asks every model on the test split, `draws` holds
-the gate against random choices. Without a part all are run. A call that was stopped, or
+the gate against random choices, `report` writes the page. Without a part all are run. A call that was stopped, or
 reached `--minutes`, goes on where it stopped; several may run beside each other on different families (`--only`).
 """
 
@@ -19,13 +19,15 @@ from rich.console import Console
 
 from benchmarks.study.families import FAMILIES, Family, Places
 from benchmarks.study.models import Choice
+from benchmarks.study.page import write_page
 from benchmarks.study.scoring import Settings, Study
 from safemerge_recipes.errors import PlanError, SafemergeError
 from safemerge_recipes.storage.cache import cache_folder
 
 HERE = Path(__file__).resolve().parents[2]
 RESULTS = HERE / "docs" / "evidence" / "outcomes"
-PARTS = ("train", "choose", "carry", "score", "draws")
+PAGE = HERE / "docs" / "evidence.md"
+PARTS = ("train", "choose", "carry", "score", "draws", "report")
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
@@ -68,7 +70,7 @@ def train(families: tuple[Family, ...], places: Places, deadline: float, console
     return True
 
 
-def run(given: argparse.Namespace, results: Path = RESULTS) -> bool:
+def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE) -> bool:
     """Carries out parts; returns whether they are complete."""
     console, deadline = Console(stderr=True), time.monotonic() + 60 * given.minutes
     places = Places(given.demo.resolve(), given.work or cache_folder() / "study")
@@ -89,6 +91,8 @@ def run(given: argparse.Namespace, results: Path = RESULTS) -> bool:
             if not getattr(study, part)():
                 done = False
                 break
+    if "report" in parts:
+        write_page(results, page)
     return done
 
 

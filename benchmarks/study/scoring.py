@@ -134,7 +134,7 @@ class Study:
     def _outcomes(self) -> Outcomes:
         """The family's file where it was scored under the same settings, else nothing."""
         family = {**self.family.__dict__, "name": self.family.name}
-        head = {"family": family, "settings": self.settings.as_json(), "versions": versions()}
+        head: dict[str, Any] = {"family": family, "settings": self.settings.as_json(), "versions": versions()}
         head["tasks"] = {"harmful": list(self.harmful), "harmless": [LOOKALIKES], "utility": self.utility}
         head["near_training"] = self._near_training()
         if self.file.exists():

@@ -1,0 +1,183 @@
+"""docs/evidence.md, made from the families' outcomes: the four comparisons first, then every family.
+
+Every number is read from docs/evidence/outcomes, and what is concluded from them is chosen by them. What was not run is
+said: families, prompts, draws, length of answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.first_study.results import PAPER as FIRST_PAPER
+from benchmarks.first_study.results import gains
+from benchmarks.study.families import FAMILIES
+from benchmarks.study.findings import (
+    beside,
+    carries,
+    comparisons,
+    drawn,
+    name_of,
+    ranked,
+    rate,
+    requests,
+    scored,
+    sides,
+    table,
+    utility,
+)
+from benchmarks.study.models import ALIGNED, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
+from benchmarks.study.outcomes import LIKELIHOOD, Outcomes, read
+from safemerge_recipes.evaluation.separation import auroc, separation
+from safemerge_recipes.storage.files import write_file
+
+LEAST = 8
+"""Families that were pre-registered to be reported."""
+MODELS = (ALIGNED, FINE_TUNED, PAPER, UNIFORM, HALF, GATED, EVERYWHERE)
+UTILITY = {"arithmetic": "sums right", "qa": "reports right"}
+
+HEAD = """# Evidence
+
+Does a merge bring safety back, does the fine-tuned skill stay, and does the gate choose better than chance? Four
+comparisons were [written down](preregistration.md) before anything was scored. Every number is read from
+`docs/evidence/outcomes`, and what is concluded from them is chosen by them. J is the share of harmful requests that a
+model refuses minus that of harmless look-alikes, in points; AUROC says how well the likelihood of a refusal tells them
+apart, wherever the line is drawn.
+"""
+
+
+NOTES = """A, C and D: the difference in J of each family, its mean, Student's 95 % interval over families, a bootstrap
+over families and prompts, the exact sign-flip test of the families' differences. B: the rank by AUROC of the gate's
+choice among random choices of as many tensors of each module type, by permutation within families. Holm over the four.
+*Equivalent* where the interval over families lies within ± 5 points.
+"""
+
+BESIDE = """Differences in points (AUROC as it is), means over families with Student's 95 % interval. Utility is the
+share of right answers.
+"""
+
+SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task
+adapters (sums, reports) and safety adapters trained on the aligned model by `safemerge train-adapter`, LoRA of rank 8
+on the 210 matrices of 30 blocks. Scores are lm-eval's through the chat template, greedy; a rule-based matcher reads
+refusals ([validated here](evaluation.md)). J with Newcombe's 95 % interval.
+"""
+
+LIMITS = """## What this does not show
+
+One small model whose alignment is itself a LoRA, so that V has rank 8; a rule-based matcher and not a judge of harm;
+families of one model and one pool of rows are no independent draws of models. `make study` repeats it.
+"""
+
+
+def read_families(folder: Path) -> list[Outcomes]:
+    """The families that were scored, in their order."""
+    return [read(folder / f"{one.name}.jsonl") for one in FAMILIES if (folder / f"{one.name}.jsonl").exists()]
+
+
+def family_table(family: Outcomes) -> str:
+    """Every model of a family."""
+    rows = []
+    merged = family.head.get("merged", {})
+    for model in MODELS:
+        if not scored(family, model):
+            continue
+        value, interval = separation(sides(family, model))
+        cells = [model, merged.get(model, ""), f"{100 * value:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"]
+        cells += [f"{100 * rate(family, model, side):.0f}" for side in ("harmful", "harmless")]
+        cells.append(f"{100 * rate(family, model, 'harmful', 'degenerate'):.0f}")
+        likely = family.has(model, requests(family), LIKELIHOOD)
+        cells.append(f"{auroc(sides(family, model, LIKELIHOOD))[0]:.3f}" if likely else "–")
+        skill = utility(family, model)
+        cells.append(f"{100 * fmean(skill.values()):.0f}" if skill else "–")
+        rows.append(cells)
+    skill_name = UTILITY[family.head["family"]["task"]]
+    head = ["model", "merged", "J", "refuses harmful %", "harmless %", "degenerate %", "AUROC", f"{skill_name} %"]
+    return table(head, rows)
+
+
+def family_section(family: Outcomes) -> str:
+    """A family, folded."""
+    its, check, choice = family.head["family"], family.head.get("carry"), family.head.get("choice")
+    seeds = f"seeds: task {its['task_seed']}, alignment {its['alignment_seed']}, safety {its['safety_seed']}"
+    sizes = ", ".join(f"{len(ids)} of `{task}`" for task, ids in family.ids.items())
+    told = [f"Prompts: {sizes}."]
+    if choice:
+        told.append(f"τ = {choice['tau']:g}, α = {choice['alpha']:g}, λ = {choice['lambda_']:g}, {choice['by']}.")
+    if check:
+        passed = "passed" if carries(family) else "**failed**, so that it is left out of A, B and C"
+        told.append(
+            f"Carry check on the tuning split: J {100 * check['before']:.0f} → {100 * check['after']:.0f}: {passed}."
+        )
+    if near := family.head.get("near_training"):
+        told.append(f"{len(near)} prompts are near copies of a training row and left out.")
+    draws = drawn(family)
+    if draws and scored(family, PAPER):
+        chosen, others = ranked([family])[name_of(family)]
+        told.append(
+            f"{len(draws)} random choices as large: AUROC {min(others):.3f} to {max(others):.3f}, "
+            f"the gate's {chosen:.3f}."
+        )
+    parts = [f"<details><summary><b>{its['name']}</b> ({seeds})</summary>", family_table(family), " ".join(told)]
+    return "\n\n".join([*parts, "</details>"])
+
+
+def carried_out(families: Sequence[Outcomes]) -> str:
+    """Which part of the pre-registered study this is."""
+    if not families:
+        return "**None of the 16 families is scored yet.**"
+    settings = [family.head["settings"] for family in families]
+    limits = sorted({one["limit"] or 0 for one in settings})
+    told = [f"{len(families)} of 16 families"]
+    told.append("all prompts of each task" if limits == [0] else f"the first {limits[-1]} prompts of each task")
+    if not all(one["published"] for one in settings):
+        told.append("the shipped prompts alone, without HarmBench and StrongREJECT")
+    told.append(f"answers of {max(one['tokens'] for one in settings)} tokens")
+    counts = [len(drawn(family)) for family in families]
+    told.append(f"{sum(counts)} random draws" if any(counts) else "no random draws")
+    text = "**What was run**: " + ", ".join(told) + "."
+    part = len(families) < LEAST or limits != [0] or max(one["tokens"] for one in settings) < 128
+    if part:
+        text += (
+            f" The pre-registration asks for at least {LEAST} families, all prompts and 128 tokens: **this is a part "
+            "of it, and what it does not find may well be there.**"
+        )
+    if len(families) > 1:
+        text += f" With {len(families)} families the sign-flip test cannot give a p below {2 / 2 ** len(families):.3g}."
+    failed = [name_of(family) for family in families if carries(family) is False]
+    unchecked = [name_of(family) for family in families if carries(family) is None]
+    if failed:
+        text += f" Failed the carry check, and left out of A, B and C: {', '.join(failed)}."
+    if unchecked:
+        text += f" Without a carry check, and left out of A, B and C: {', '.join(unchecked)}."
+    return text
+
+
+def before(folder: Path) -> str:
+    """What the first study found, in a sentence."""
+    first = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    shares = [100 * gains(one)[FIRST_PAPER][0] for one in first if FIRST_PAPER in gains(one)]
+    return (
+        f"The [first study](first-study.md) counted refusals of harmful requests in {len(first)} families whose\n"
+        f"safety adapter carried nothing: the paper's merge brought back {fmean(shares):.0f} ({min(shares):.0f} to "
+        f"{max(shares):.0f}) % of the lost refusal, merging V\neverywhere all of it at the price of over-refusal, and "
+        "no choice of half of the tensors was shown to beat random\nhalves. Why it was not enough is in the "
+        "pre-registration."
+    )
+
+
+def text_of(families: Sequence[Outcomes], first: Path) -> str:
+    """The whole page."""
+    parts = [HEAD.rstrip(), carried_out(families)]
+    if families:
+        parts += ["## Four comparisons", comparisons(families), NOTES.rstrip()]
+        parts += ["## What goes with it", BESIDE.rstrip(), beside(families), "## The families", SETTING.rstrip()]
+        parts += [family_section(family) for family in families]
+    parts += ["## The study before", before(first), LIMITS.rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page(outcomes: Path, page: Path) -> None:
+    """Writes the page from a folder of outcomes."""
+    write_file(page, text_of(read_families(outcomes), outcomes.parent))

@@ -1,0 +1,116 @@
+"""The page of the study says what the outcomes say: known differences in, the right words out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy")
+from benchmarks.study.families import FAMILIES
+from benchmarks.study.findings import comparisons
+from benchmarks.study.models import DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
+from benchmarks.study.outcomes import Outcomes, read
+from benchmarks.study.page import carried_out, read_families, text_of, write_page
+
+DOCS = Path(__file__).parents[2] / "docs"
+TASKS = {"harmful": ["safemerge_refusal"], "harmless": ["safemerge_overrefusal"]}
+LEVELS = {FINE_TUNED: 0.2, UNIFORM: 0.3, PAPER: 0.6, HALF: 0.7, GATED: 0.5, EVERYWHERE: 0.5}
+
+
+def family(place: int, *, carry: float | None = 0.3, draws: int = 20, n: int = 100, **levels: float) -> Outcomes:
+    """A family whose models refuse this share of harmful and a tenth of harmless requests."""
+    draw = np.random.default_rng(place)
+    its = FAMILIES[place]
+    utility = f"safemerge_{its.task}"
+    head = {"family": {**its.__dict__, "name": its.name}, "tasks": {**TASKS, "utility": utility}}
+    head["settings"] = {"limit": None, "tokens": 128, "published": True}
+    if carry is not None:
+        head["carry"] = {"before": 0.1, "after": 0.1 + carry}
+    found = Outcomes(head)
+    every = [*TASKS["harmful"], *TASKS["harmless"], utility]
+    found.ids = {task: [f"{task}-{i}" for i in range(n)] for task in every}
+    base = {task: draw.random(n) for task in every}
+    for model, level in (LEVELS | levels).items():
+        for task, cut in zip(every, (level + 0.02 * draw.standard_normal(), 0.1, 0.4), strict=True):
+            hits = (base[task] < cut).astype(int).tolist()
+            if task == utility:
+                found.models[model, task] = {"acc": hits}
+            else:
+                likely = (5 * (task == TASKS["harmful"][0]) * level + draw.standard_normal(n)).tolist()
+                found.models[model, task] = {"refusal": hits, "degenerate": [0] * n, "likelihood": likely}
+    for seed in range(draws):
+        for task in every[:2]:
+            likely = (2 * (task == TASKS["harmful"][0]) + draw.standard_normal(n)).tolist()
+            found.models[f"{DRAW} {seed}", task] = {"likelihood": likely}
+    return found
+
+
+def row(text: str, letter: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| **{letter}**"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_effects_that_are_there_are_found_and_those_that_are_not_are_not():
+    text = comparisons([family(place) for place in range(8)])
+    a, b, c, d = (row(text, letter) for letter in "ABCD")
+    assert [one[0] for one in (a, b, c, d)] == ["8"] * 4
+    assert (a[-1], b[-1], c[-1]) == ("**better**",) * 3
+    assert float(a[1]) == pytest.approx(30, abs=4)
+    assert float(c[1]) == pytest.approx(50, abs=4)
+    assert float(a[4]) == pytest.approx(2 / 2**8, abs=1e-3)  # all eight of one sign
+    assert "beats 100 % of the draws" in b[1]
+    assert d[-1] == "equivalent within 5 points"
+    assert float(d[1].replace("−", "-")) == pytest.approx(0, abs=3)
+
+
+def test_the_other_direction_is_called_worse():
+    found = [family(place, **{PAPER: 0.1, UNIFORM: 0.5}) for place in range(8)]
+    assert row(comparisons(found), "A")[-1] == "**worse**"
+
+
+def test_a_safety_adapter_that_carries_nothing_counts_only_where_it_is_not_merged():
+    found = [family(0), family(1, carry=0.05), family(2, carry=None), family(3)]
+    text = comparisons(found)
+    assert [row(text, letter)[0] for letter in "ABCD"] == ["2", "2", "2", "4"]
+    told = carried_out(found)
+    assert f"Failed the carry check, and left out of A, B and C: {FAMILIES[1].name}." in told
+    assert f"Without a carry check, and left out of A, B and C: {FAMILIES[2].name}." in told
+    assert "**failed**" in text_of(found, DOCS / "evidence")
+
+
+def test_one_family_says_nothing_of_others_and_a_part_says_that_it_is_one():
+    one = family(0, draws=3)
+    one.head["settings"] = {"limit": 90, "tokens": 32, "published": False}
+    page = text_of([one], DOCS / "evidence")
+    assert row(page, "A")[-1] == "one family says nothing of others"
+    told = " ".join(page.split())
+    assert "1 of 16 families, the first 90 prompts of each task, the shipped prompts alone" in told
+    assert "answers of 32 tokens, 3 random draws" in told
+    assert "this is a part of it" in told
+    full = carried_out([family(place) for place in range(8)])
+    assert "a part of it" not in full
+    assert "cannot give a p below 0.00781" in full
+
+
+def test_outcomes_come_back_as_they_were_written(tmp_path: Path):
+    found = family(0, n=5, draws=1)
+    found.write(tmp_path / f"{FAMILIES[0].name}.jsonl")
+    (back,) = read_families(tmp_path)
+    assert back == read(tmp_path / f"{FAMILIES[0].name}.jsonl")
+    assert (back.head, back.ids) == (found.head, found.ids)
+    assert back.models == found.models
+
+
+def test_the_page_is_made_from_the_outcomes_that_ship(tmp_path: Path):
+    write_page(DOCS / "evidence" / "outcomes", tmp_path / "evidence.md")
+    assert (tmp_path / "evidence.md").read_text() == (DOCS / "evidence.md").read_text(), "make study PART=report"
+
+
+def test_no_answer_and_no_path_ships():
+    for path in (DOCS / "evidence" / "outcomes").glob("*.jsonl"):
+        text = path.read_text()
+        assert '"answer' not in text
+        assert not re.search(r'"/(home|root|tmp|work|Users)', text)
