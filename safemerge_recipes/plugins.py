@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError, SourceError
-    from safemerge_recipes.gate.decide import Metric, check, decide, unsettled
+    from safemerge_recipes.gate.decide import check, decide, unsettled
+    from safemerge_recipes.gate.metrics import Metric
     from safemerge_recipes.gate.moments import Moments
     from safemerge_recipes.gate.selectors import Candidate, Decision, Question, Selector
     from safemerge_recipes.methods.base import (
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": ("PlanError", "RecipeError", "SafemergeError", "SourceError"),
-    "gate.decide": ("Metric", "check", "decide", "unsettled"),
+    "gate.decide": ("check", "decide", "unsettled"),
+    "gate.metrics": ("Metric",),
     "gate.moments": ("Moments",),
     "gate.selectors": ("Candidate", "Decision", "Question", "Selector"),
     "methods.base": (

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from safemerge_recipes.gate.moments import Moments, with_null
 from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
-from safemerge_recipes.weights.matrix import Streamed, inner_product, panel_width, square_sum
+from safemerge_recipes.weights.matrix import TorchRows, inner_product, panel_width, square_sum
 from safemerge_recipes.weights.spectrum import normal_probes
 
 
-def dense(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:
-    """Both dense, exactly: products on the smaller side of V, a panel of columns at a time.
+def exact_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: bool) -> Moments:
+    """Of two full matrices, exactly: products on the smaller side of V, a panel of columns at a time.
 
     Where V is tall its Gram matrix is not needed for ρ, so ρ₀ comes from random columns unless `null`.
     """

@@ -1,8 +1,8 @@
 """ρ where a side is low-rank: products with a few columns, so that it costs little more than reading.
 
 From LoRA factors Δ = B·A, with M = VᵀB and G = AAᵀ, ‖VᵀΔ‖² = tr(MᵀM·G) and ‖VVᵀΔ‖² = tr((VM)ᵀ(VM)·G): two passes
-over V, exact to rounding. ρ₀ comes along in a few more columns, at random. Blocks are numpy arrays where the
-weights are plain, and torch tensors otherwise; everything small is float64 in numpy.
+over V, exact to rounding. ρ₀ comes along in a few more columns, at random. Blocks are numpy arrays where
+numpy suffices, and torch tensors otherwise; everything small is float64 in numpy.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import THIN_BLOCK, Streamed, square_sum
-from safemerge_recipes.weights.numpy_rows import PlainRows, add_product, dot, is_plain, plain_factors, wide
+from safemerge_recipes.weights.matrix import NARROW_BLOCK, TorchRows, square_sum
+from safemerge_recipes.weights.numpy_rows import NumpyRows, add_product, dot, numpy_factors, numpy_suffices, wide
 from safemerge_recipes.weights.spectrum import SMALL, normal
 
 
 def needs_torch(v: Weight, delta: Weight, device: str) -> bool:
     """Whether measuring these two takes torch, also if only ρ and a rough ρ₀ are asked for."""
     full = not (v.is_zero or delta.is_zero or v.low_rank or delta.low_rank)
-    return device != "cpu" or full or not all(weight.is_zero or is_plain(weight) for weight in (v, delta))
+    return device != "cpu" or full or not all(weight.is_zero or numpy_suffices(weight) for weight in (v, delta))
 
 
-def row_blocks(weight: Weight, reader: Reader, arena: Arena) -> PlainRows | Streamed:
-    """A weight in thin row blocks, as numpy arrays where that will do."""
-    if arena.device == "cpu" and is_plain(weight):
-        return PlainRows(weight, reader, arena, THIN_BLOCK)
-    return Streamed(weight, reader, arena, "thin", block=THIN_BLOCK)
+def row_blocks(weight: Weight, reader: Reader, arena: Arena) -> NumpyRows | TorchRows:
+    """A weight in small row blocks, as numpy arrays where that will do."""
+    if arena.device == "cpu" and numpy_suffices(weight):
+        return NumpyRows(weight, reader, arena, NARROW_BLOCK)
+    return TorchRows(weight, reader, arena, "rows", block=NARROW_BLOCK)
 
 
 def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, np.ndarray]:
     """(B, A) of a purely low-rank weight, coefficients and scales folded into A, float64."""
-    if is_plain(weight):
-        return plain_factors(weight, reader)
+    if numpy_suffices(weight):
+        return numpy_factors(weight, reader)
     import torch
 
     from safemerge_recipes.weights.torch_factors import joined_factors
@@ -107,7 +107,7 @@ def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moment
     )
 
 
-def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, null: bool) -> Moments:
+def low_rank_delta(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, null: bool) -> Moments:
     """V streamed twice, Δ from its factors: ρ exact, ρ₀ from random columns S beside those of B."""
     matrix = row_blocks(v, reader, arena)
     b, a = factors(delta, reader, arena)
@@ -143,7 +143,7 @@ def dense_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, n
     return with_null(replace(moments, gram=found), matrix.columns, error)
 
 
-def small_gram(matrix: PlainRows | Streamed) -> float:
+def small_gram(matrix: NumpyRows | TorchRows) -> float:
     """‖VᵀV‖² of a matrix with a short side, from its Gram matrix on that side, in float64."""
     if matrix.columns <= matrix.rows:
         return float(np.square(sum(wide(block.T @ block) for _, block in matrix)).sum())

@@ -1,9 +1,9 @@
-"""The gate's reading of one tensor: which way its moments are found.
+"""Measures one tensor: picks the way in which its moments are found (exact, low_rank or sketch), and takes it.
 
-Neither VVᵀ nor a low-rank Δ is ever formed. Two full matrices are sketched (`deflated`) or multiplied out
-(`dense`); where a side is low-rank two passes over the other are exact (`thin`). Matrices are streamed in row blocks
-of fixed size; products are float32, sums of squares and everything of size r × r float64. Knows nothing of thresholds
-or recipes.
+Neither VVᵀ nor a low-rank Δ is ever formed. Two full matrices are sketched (`sketch`) or multiplied out
+(`exact`); where a side is low-rank two passes over the other are exact (`low_rank`). Matrices are streamed in row
+blocks of fixed size; products are float32, sums of squares and everything of size r × r float64. Knows nothing of
+thresholds or recipes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import math
 from dataclasses import fields, replace
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.gate import low_rank as thin
-from safemerge_recipes.gate.exact import dense
+from safemerge_recipes.gate import low_rank
+from safemerge_recipes.gate.exact import exact_moments
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.gate.sketch import deflated
+from safemerge_recipes.gate.sketch import sketched_moments
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.directions import energy_inside
-from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK, Streamed
+from safemerge_recipes.weights.matrix import NARROW_BLOCK, ROW_BLOCK, TorchRows
 from safemerge_recipes.weights.spectrum import SMALL
 
 EXACT_SIDE = 640
@@ -29,9 +29,9 @@ a fifth of the tensors open where spectra are flat."""
 
 
 def exact_null(v: Weight, reader: Reader, arena: Arena, room: int) -> float:
-    """‖VᵀV‖² of a dense V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
-    matrix = Streamed(v, reader, arena, "v", room)
-    return dense("", matrix, matrix, arena.device, True).gram
+    """‖VᵀV‖² of a full V, exactly. Costs 2·d_out·d_in·min(d_out, d_in) operations."""
+    matrix = TorchRows(v, reader, arena, "v", room)
+    return exact_moments("", matrix, matrix, arena.device, True).gram
 
 
 def measure(
@@ -64,27 +64,27 @@ def measure(
         SourceError: V or Δ holds NaN or infinite values.
     """
     if v.is_zero or delta.is_zero:
-        squares = [thin.square_norm(weight, reader, arena) for weight in (delta, v)]
+        squares = [low_rank.square_norm(weight, reader, arena) for weight in (delta, v)]
         return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
     side = min(v.shape[-1], math.prod(v.shape[:-1]))
     if v.low_rank and delta.low_rank:
-        found = thin.both_low_rank(v, delta, reader, arena)
+        found = low_rank.both_low_rank(v, delta, reader, arena)
     elif v.low_rank:
-        found = thin.low_rank_v(v, delta, reader, arena)
+        found = low_rank.low_rank_v(v, delta, reader, arena)
     elif delta.low_rank:
-        found = thin.dense_v(name, v, delta, reader, arena, null)
+        found = low_rank.low_rank_delta(name, v, delta, reader, arena, null)
         if null and effort == "exact" and found.null_error:
             found = replace(found, gram=exact_null(v, reader, arena, room), null_error=0.0)
     else:
         exact = effort == "exact" or side <= EXACT_SIDE
         left, right = (
-            Streamed(weight, reader, arena, slot, room // 2, ROW_BLOCK if exact else THIN_BLOCK)
+            TorchRows(weight, reader, arena, slot, room // 2, ROW_BLOCK if exact else NARROW_BLOCK)
             for weight, slot in ((v, "v"), (delta, "delta"))
         )
         if exact:
-            found = dense(name, left, right, arena.device, null or side <= SMALL)
+            found = exact_moments(name, left, right, arena.device, null or side <= SMALL)
         else:
-            found = deflated(name, left, right, arena.device, null)
+            found = sketched_moments(name, left, right, arena.device, null)
     if rank and found.degenerate is None and all(map(math.isfinite, (found.v, found.delta))):
         inside, error = energy_inside(name, v, delta, rank, reader, arena, room, effort == "exact")
         found = replace(found, inside=inside, inside_error=error)
@@ -98,7 +98,7 @@ def _not_finite(name: str, v: Weight, delta: Weight, reader: Reader, arena: Aren
     for ref in dict.fromkeys((*v.refs, *delta.refs)):
         count = 0
         flat = Weight.of(Stored(ref))
-        for _, block in Streamed(flat, reader, arena, "scan", 0):
+        for _, block in TorchRows(flat, reader, arena, "scan", 0):
             count += int((~block.isfinite()).sum())
         if count:
             return f"{ref.path}: {name}: {count} of {ref.numel} values are NaN or infinite; expected finite weights"

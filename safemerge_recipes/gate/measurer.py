@@ -179,8 +179,8 @@ def measure_all(
             if stop.is_set():
                 raise StoppedError
 
-        thin = rank == 0 and not (null and effort == "exact")
-        light = thin and not any(needs_torch(*pair, resources.device) for one in asked for _, pair in one.matrices)
+        rough = rank == 0 and not (null and effort == "exact")
+        light = rough and not any(needs_torch(*pair, resources.device) for one in asked for _, pair in one.matrices)
         with one_blas_thread():
             run_parallel(asked, work, workers, resources.device, stop, light=light)
     held = (needs[one.name] if light else min(share, needs[one.name] + 8 * one.numel) for one in asked)

@@ -7,7 +7,7 @@ import math
 from safemerge_recipes.gate.null import NULL_PROBES
 from safemerge_recipes.gate.sketch import RANK
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import ROW_BLOCK, THIN_BLOCK, panel_width
+from safemerge_recipes.weights.matrix import NARROW_BLOCK, ROW_BLOCK, panel_width
 from safemerge_recipes.weights.spectrum import SMALL, leading_memory
 
 PRODUCTS = 16_000_000
@@ -26,7 +26,7 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
     rows = math.prod(shape) // max(1, columns)
     low_rank = v.low_rank or delta.low_rank
     wide = exact and (null or not low_rank)  # d × d products
-    block = min(rows * columns, max(ROW_BLOCK if directions or wide or not low_rank else THIN_BLOCK, columns))
+    block = min(rows * columns, max(ROW_BLOCK if directions or wide or not low_rank else NARROW_BLOCK, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.gate.moments import Moments, with_null
-from safemerge_recipes.weights.matrix import Streamed, inner_product, square_sum
+from safemerge_recipes.weights.matrix import TorchRows, inner_product, square_sum
 from safemerge_recipes.weights.spectrum import normal_probes
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _half_width(samples: torch.Tensor) -> float:
     return QUANTILE * float(samples.std()) / math.sqrt(len(samples))
 
 
-def deflated(name: str, v: Streamed, delta: Streamed, device: str, null: bool) -> Moments:
+def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: bool) -> Moments:
     """The moments of V and Δ, `(d_out, d_in)`, with intervals for ρ and ρ₀. Sums of squares are float64.
 
     `null`: whether ρ₀ is needed with the same care as ρ.

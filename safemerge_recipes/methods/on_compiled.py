@@ -17,7 +17,7 @@ from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.storage.workers import check
-from safemerge_recipes.weights import compiled as native
+from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 def fits(work: Work, dtype: str) -> bool:
     """Whether the compiled kernels are there and can do this work, in float32, with an output of the dtype."""
-    if native.LIBRARY is None or dtype not in native.DTYPES or not work.is_compiled:
+    if compiled.LIBRARY is None or dtype not in compiled.DTYPES or not work.is_compiled:
         return False
     return all(
-        isinstance(operand, Stored | LowRank) and all(ref.dtype in native.DTYPES for ref in operand.refs)
+        isinstance(operand, Stored | LowRank) and all(ref.dtype in compiled.DTYPES for ref in operand.refs)
         for weight in work.weights
         for _, operand in weight
     )
@@ -41,7 +41,7 @@ def memory(work: Work, slot: Slot) -> int:
     width = sum(itemsize(ref.dtype) for ref in _stored(work)) + itemsize(slot.dtype)
     factors = 4 * sum(weight.memory(piece) for weight in work.weights)
     columns = slot.shape[-1] if slot.shape else 1
-    strips = 3 * 4 * native.strip(columns if any(map(has_factors, work.weights)) else None)
+    strips = 3 * 4 * compiled.strip(columns if any(map(has_factors, work.weights)) else None)
     found = 4 * piece if len(work.weights) > 1 else 0
     return piece * width + factors + strips + found + work.held(slot)
 
@@ -61,8 +61,8 @@ class Tensor:
     def __init__(self, work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> None:
         import numpy as np
 
-        assert native.LIBRARY is not None  # callers have asked `fits`
-        self.compiled, self.reader, arena = native.LIBRARY, tools.reader, tools.arena
+        assert compiled.LIBRARY is not None  # callers have asked `fits`
+        self.compiled, self.reader, arena = compiled.LIBRARY, tools.reader, tools.arena
         weights, shape, dtype = work.weights, slot.shape, slot.dtype
         self.name, self.numel, self.stop = slot.name, math.prod(shape), stop
         self.ranges = list(ranges(shape, any(map(has_factors, weights))))
@@ -72,30 +72,30 @@ class Tensor:
         self.raw = [
             arena.array(f"raw {number}", most * itemsize(ref.dtype), np.uint8) for number, ref in enumerate(self.refs)
         ]
-        self.merge = native.Merge()
-        self.merge.dtype = native.DTYPES[dtype]
+        self.merge = compiled.Merge()
+        self.merge.dtype = compiled.DTYPES[dtype]
         self._kept: list[Any] = []  # what the structure points to
-        self._left: list[tuple[native.Sum, int]] = []
+        self._left: list[tuple[compiled.Sum, int]] = []
         for field, weight in zip(("x",) if len(weights) == 1 else ("origin", "x", "y"), weights, strict=True):
             self._point(getattr(self.merge, field), weight)
         rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
-        self.scratch = arena.array("strips", 3 * native.strip(self.columns if rows else None), np.float32)
+        self.scratch = arena.array("strips", 3 * compiled.strip(self.columns if rows else None), np.float32)
         self.found = arena.array("found", most if len(weights) > 1 else 0, np.float32)
         self.out = arena.array("out", most * itemsize(dtype), np.uint8)
 
-    def _point(self, place: native.Sum, weight: Weight) -> None:
+    def _point(self, place: compiled.Sum, weight: Weight) -> None:
         stored = [(float(c), operand.ref) for c, operand in weight if isinstance(operand, Stored)]
-        terms = native.terms([(c, ref.dtype, self.raw[self.refs.index(ref)].ctypes.data) for c, ref in stored])
+        terms = compiled.terms([(c, ref.dtype, self.raw[self.refs.index(ref)].ctypes.data) for c, ref in stored])
         place.terms, place.count = terms, len(stored)
         self._kept.append(terms)
-        thin = Weight(tuple((c, operand) for c, operand in weight if isinstance(operand, LowRank)))
-        if thin.terms:
+        low_rank = Weight(tuple((c, operand) for c, operand in weight if isinstance(operand, LowRank)))
+        if low_rank.terms:
             import numpy as np
 
-            from safemerge_recipes.weights.numpy_rows import plain_factors
+            from safemerge_recipes.weights.numpy_rows import numpy_factors
 
-            left, right = plain_factors(thin, self.reader)
-            left, tiles = np.ascontiguousarray(left, np.float32), native.tiled(right)
+            left, right = numpy_factors(low_rank, self.reader)
+            left, tiles = np.ascontiguousarray(left, np.float32), compiled.tiled(right)
             self._kept += [left, tiles]
             place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
             self._left.append((place, left.ctypes.data))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.methods.base import Rows, Tools
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors
-from safemerge_recipes.weights.matrix import ROW_BLOCK, Streamed
+from safemerge_recipes.weights.matrix import ROW_BLOCK, TorchRows
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def left_times(left: torch.Tensor, delta: Weight, tools: Tools) -> torch.Tensor:
     if delta.low_rank:
         b, a = factors(delta, tools.reader, tools.arena)
         return (left.T @ b) @ a
-    matrix = Streamed(delta, tools.reader, tools.arena, "delta", 0)
+    matrix = TorchRows(delta, tools.reader, tools.arena, "delta", 0)
     narrow = left.to(matrix.dtype)
     total = torch.zeros(left.shape[1], matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
     for rows, block in matrix:

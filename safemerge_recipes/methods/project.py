@@ -15,7 +15,7 @@ from safemerge_recipes.methods.products import factor_bytes, left_times, product
 from safemerge_recipes.recipe.merge import Project
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors, left_directions
-from safemerge_recipes.weights.matrix import ROW_BLOCK, Streamed
+from safemerge_recipes.weights.matrix import ROW_BLOCK, TorchRows
 from safemerge_recipes.weights.spectrum import leading_memory
 from safemerge_recipes.weights.torch_rows import working_dtype
 
@@ -67,7 +67,7 @@ class Projection(Transform):
             left = b @ (a @ a.T)
             scale = self._scale(name, v, float((left * b).sum()), tools)
             return product(left / scale, left_times(b, delta, tools), dtype)
-        matrix = Streamed(v, tools.reader, tools.arena, "v", tools.room // 2)
+        matrix = TorchRows(v, tools.reader, tools.arena, "v", tools.room // 2)
         if delta.low_rank:
             return self._narrow(name, v, matrix, *factors(delta, tools.reader, tools.arena), tools, dtype)
         return self._wide(name, v, matrix, delta, tools)
@@ -82,7 +82,14 @@ class Projection(Transform):
         return float(found.values[0]) ** 2
 
     def _narrow(
-        self, name: str, v: Weight, matrix: Streamed, b: torch.Tensor, a: torch.Tensor, tools: Tools, dtype: torch.dtype
+        self,
+        name: str,
+        v: Weight,
+        matrix: TorchRows,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        tools: Tools,
+        dtype: torch.dtype,
     ) -> Rows:
         """(V(VᵀB))A in two passes over V."""
         import torch
@@ -96,13 +103,13 @@ class Projection(Transform):
         left = torch.cat([block @ inner for _, block in matrix]).double()
         return product(left / self._scale(name, v, square, tools), a, dtype)
 
-    def _wide(self, name: str, v: Weight, matrix: Streamed, delta: Weight, tools: Tools) -> Rows:
+    def _wide(self, name: str, v: Weight, matrix: TorchRows, delta: Weight, tools: Tools) -> Rows:
         """V·(VᵀΔ) by panels of rows: (V_panel·Vᵀ)·Δ, summed over the row blocks of V and Δ."""
         import torch
 
         square = sum(float((block * block).sum(dim=-1).double().sum()) for _, block in matrix)
         scale = self._scale(name, v, square, tools)
-        right = Streamed(delta, tools.reader, tools.arena, "delta", tools.room // 2)
+        right = TorchRows(delta, tools.reader, tools.arena, "delta", tools.room // 2)
         made: dict[int, torch.Tensor] = {}
 
         def panel(number: int) -> torch.Tensor:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safemerge_recipes.errors import PlanError, RecipeError
-from safemerge_recipes.gate.decide import METRICS, Candidate, Decision, Metric, candidate, check, decide, unsettled
+from safemerge_recipes.gate.decide import candidate, check, decide, unsettled
+from safemerge_recipes.gate.metrics import METRICS, Metric
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.gate.selectors import SELECTORS, Selector
+from safemerge_recipes.gate.selectors import SELECTORS, Candidate, Decision, Selector
 from safemerge_recipes.planning.outcome import check_v, findings
 from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from importlib import import_module
+from typing import Any, Literal, get_args
 
 Role = Literal["base", "aligned", "finetuned", "safety"]
 """What a source is to a recipe."""
@@ -65,26 +66,26 @@ class MethodRow:
 
 
 METRICS: Mapping[str, MetricRow] = {
-    "rho": MetricRow("safemerge_recipes.gate.decide:rho", 0.0, 1.0),
-    "rho_ratio": MetricRow("safemerge_recipes.gate.decide:rho_ratio", 0.0, math.inf),
-    "cosine": MetricRow("safemerge_recipes.gate.decide:cosine", -1.0, 1.0),
-    "residual": MetricRow("safemerge_recipes.gate.decide:residual", 0.0, 1.0),
-    "norm_ratio": MetricRow("safemerge_recipes.gate.decide:norm_ratio", 0.0, math.inf),
-    "e_diem": MetricRow("safemerge_recipes.gate.decide:e_diem", -math.inf, math.inf),
+    "rho": MetricRow("safemerge_recipes.gate.metrics:rho", 0.0, 1.0),
+    "rho_ratio": MetricRow("safemerge_recipes.gate.metrics:rho_ratio", 0.0, math.inf),
+    "cosine": MetricRow("safemerge_recipes.gate.metrics:cosine", -1.0, 1.0),
+    "residual": MetricRow("safemerge_recipes.gate.metrics:residual", 0.0, 1.0),
+    "norm_ratio": MetricRow("safemerge_recipes.gate.metrics:norm_ratio", 0.0, math.inf),
+    "e_diem": MetricRow("safemerge_recipes.gate.metrics:e_diem", -math.inf, math.inf),
 }
 """The built-in metrics, by name."""
 
 SELECTORS: Mapping[str, SelectorRow] = {
-    "tau": SelectorRow("safemerge_recipes.gate.selectors:TAU"),
-    "at_most": SelectorRow("safemerge_recipes.gate.selectors:AT_MOST"),
-    "lowest": SelectorRow("safemerge_recipes.gate.selectors:LOWEST"),
-    "fraction": SelectorRow("safemerge_recipes.gate.selectors:FRACTION"),
-    "random": SelectorRow("safemerge_recipes.gate.selectors:RANDOM", measured=False),
-    "complement": SelectorRow("safemerge_recipes.gate.selectors:COMPLEMENT"),
-    "names": SelectorRow("safemerge_recipes.gate.selectors:NAMES", measured=False),
-    "names_file": SelectorRow("safemerge_recipes.gate.selectors:NAMES", measured=False),
-    "always": SelectorRow("safemerge_recipes.gate.selectors:ALWAYS", measured=False),
-    "never": SelectorRow("safemerge_recipes.gate.selectors:NEVER", measured=False),
+    "tau": SelectorRow("safemerge_recipes.gate.selectors.threshold:TAU"),
+    "at_most": SelectorRow("safemerge_recipes.gate.selectors.threshold:AT_MOST"),
+    "lowest": SelectorRow("safemerge_recipes.gate.selectors.rank:LOWEST"),
+    "fraction": SelectorRow("safemerge_recipes.gate.selectors.rank:FRACTION"),
+    "random": SelectorRow("safemerge_recipes.gate.selectors.drawn:RANDOM", measured=False),
+    "complement": SelectorRow("safemerge_recipes.gate.selectors.complement:COMPLEMENT"),
+    "names": SelectorRow("safemerge_recipes.gate.selectors.named:NAMES", measured=False),
+    "names_file": SelectorRow("safemerge_recipes.gate.selectors.named:NAMES", measured=False),
+    "always": SelectorRow("safemerge_recipes.gate.selectors.constant:ALWAYS", measured=False),
+    "never": SelectorRow("safemerge_recipes.gate.selectors.constant:NEVER", measured=False),
 }
 """The built-in selectors, by their key in a gate."""
 
@@ -164,3 +165,9 @@ METHODS: Mapping[str, MethodRow] = {
     ),
 }
 """The built-in merge methods, by name."""
+
+
+def load(rows: Mapping[str, MetricRow] | Mapping[str, SelectorRow] | Mapping[str, MethodRow]) -> dict[str, Any]:
+    """The objects of some rows by name, imported now."""
+    found = {name: row.target.partition(":") for name, row in rows.items()}
+    return {name: getattr(import_module(module), attribute) for name, (module, _, attribute) in found.items()}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import Streamed, panel_width, square_sum
+from safemerge_recipes.weights.matrix import TorchRows, panel_width, square_sum
 from safemerge_recipes.weights.spectrum import NEGLIGIBLE, SMALL, Leading, leading, leading_of_gram
 from safemerge_recipes.weights.torch_factors import joined_factors
 
@@ -36,7 +36,7 @@ def left_directions(
         left, values, _ = torch.linalg.svd(r @ torch.linalg.qr(a.T).R.T, full_matrices=False)
         real = values[:rank] > NEGLIGIBLE * values[:1]
         return Leading((q @ left[:, :rank])[:, real], values[:rank][real], 0.0)
-    matrix = Streamed(v, reader, arena, "v", room)
+    matrix = TorchRows(v, reader, arena, "v", room)
     if not exact and min(matrix.rows, matrix.columns) > SMALL:
         return leading(matrix, rank, name, arena.device)
     side = min(matrix.rows, matrix.columns)
@@ -69,7 +69,7 @@ def energy_inside(
         inside, total = found.left.T @ b, float((b.T @ b * (a @ a.T)).sum())
         energy = float((inside.T @ inside * (a @ a.T)).sum())
     else:
-        matrix = Streamed(delta, reader, arena, "delta", 0)
+        matrix = TorchRows(delta, reader, arena, "delta", 0)
         narrow = found.left.to(matrix.dtype)
         product = torch.zeros(narrow.shape[1], matrix.columns, dtype=matrix.dtype, device=arena.device)
         total = 0.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ROW_BLOCK = 1 << 20
 """Elements of a row block of the streamed matrices ..."""
-THIN_BLOCK = 1 << 18
+NARROW_BLOCK = 1 << 18
 """... and where products have but a few columns: its float32 form is 1 MiB and stays in a core's cache."""
 
 
@@ -30,7 +30,7 @@ def panel_width(longest: int) -> int:
     return max(64, min(1024, PANEL // longest))
 
 
-class Streamed:
+class TorchRows:
     """A weight as row blocks of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
 
     def __init__(

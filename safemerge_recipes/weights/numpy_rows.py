@@ -7,10 +7,9 @@ model of a billion parameters.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,13 @@ DOT = 1 << 15
 """Elements of one dot product: short enough that its rounding does not add up."""
 
 
-def is_plain(weight: Weight) -> bool:
+def numpy_suffices(weight: Weight) -> bool:
     """Whether the weight is a sum of stored tensors, or of LoRA products, and nothing else."""
     kinds = {type(operand) for _, operand in weight}
     return kinds in ({Stored}, {LowRank}) and all(ref.dtype in FLOAT_DTYPES for ref in weight.refs)
 
 
-class PlainRows:
+class NumpyRows:
     """A sum of stored tensors as row blocks of a matrix `(rows, columns)`; a block is valid until the next one."""
 
     def __init__(self, weight: Weight, reader: Reader, arena: Arena, block: int) -> None:
@@ -106,11 +105,11 @@ def load(reader: Reader, ref: TensorRef) -> np.ndarray:
     return found.reshape(ref.shape)
 
 
-def plain_factors(weight: Weight, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
+def numpy_factors(weight: Weight, reader: Reader) -> tuple[np.ndarray, np.ndarray]:
     """(B, A) in float64 whose product is the sum of LoRA products, coefficients and scales folded into A."""
     left, right = [], []
     for coefficient, operand in weight:
-        assert isinstance(operand, LowRank)  # callers have asked is_plain
+        assert isinstance(operand, LowRank)  # callers have asked numpy_suffices
         first, step = operand.columns
         b, a = load(reader, operand.b)[:, first::step], load(reader, operand.a)
         a = a * (float(coefficient) * operand.scale)
@@ -125,25 +124,12 @@ def dot(x: np.ndarray, y: np.ndarray) -> float:
     return math.fsum(float(np.dot(x[i : i + DOT], y[i : i + DOT])) for i in range(0, len(x), DOT))
 
 
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Numpy's products on the calling thread alone, as the workers are parallel already.
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Numpy's products on the calling thread alone, as the workers are parallel already."""
+    from threadpoolctl import threadpool_limits
 
-    Does nothing where numpy comes with another library than OpenBLAS, whose own settings then hold.
-    """
-    library = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # finds what it is linked to
-    prefixes = (("scipy_openblas", "64_"), ("openblas", "64_"), ("openblas", ""))
-    names = [(f"{start}_get_num_threads{end}", f"{start}_set_num_threads{end}") for start, end in prefixes]
-    found = next((pair for pair in names if hasattr(library, pair[1])), None)
-    if found is None:
-        yield
-        return
-    before = getattr(library, found[0])()
-    getattr(library, found[1])(1)
-    try:
-        yield
-    finally:
-        getattr(library, found[1])(before)
+    limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
 
 
 def add_product(total: Any, x: Any, y: Any, arena: Arena) -> None:

@@ -147,20 +147,20 @@ def test_numpy_and_torch_measure_alike(tmp_path: Path, forms: Any, monkeypatch: 
     assert not low_rank.needs_torch(v, delta, "cpu")
     assert low_rank.needs_torch(v, delta, "cuda:0")
     light = _measure(v, delta, exact=False, null=False)
-    monkeypatch.setattr(low_rank, "is_plain", lambda weight: False)
+    monkeypatch.setattr(low_rank, "numpy_suffices", lambda weight: False)
     heavy = _measure(v, delta, exact=False, null=False)
     assert asdict(light) == pytest.approx(asdict(heavy), rel=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_plain_sums_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    from safemerge_recipes.weights.numpy_rows import PlainRows
+    from safemerge_recipes.weights.numpy_rows import NumpyRows
 
     x, y = _random(1, 30, 20).to(dtype), _random(2, 30, 20).to(dtype)
     refs = _stored(tmp_path, x=x, y=y)
     weight = Weight.of(Stored(refs["x"])) * 0.5 - Weight.of(Stored(refs["y"]))
     with Reader() as reader:
-        rows = PlainRows(weight, reader, Arena(), 128)
+        rows = NumpyRows(weight, reader, Arena(), 128)
         found = torch.cat([torch.from_numpy(block.copy()) for _, block in rows])
     wide = torch.promote_types(dtype, torch.float32)
     assert torch.equal(found, x.to(wide) * 0.5 - y.to(wide))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from safemerge_recipes.gate import measure as measuring
-from safemerge_recipes.gate.decide import METRICS
 from safemerge_recipes.gate.measure import measure
+from safemerge_recipes.gate.metrics import METRICS
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader

@@ -15,7 +15,7 @@ import pytest
 
 from safemerge_recipes import plugins
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate.decide import METRICS
+from safemerge_recipes.gate.metrics import METRICS
 from safemerge_recipes.gate.selectors import SELECTORS
 from safemerge_recipes.methods.base import Method
 from safemerge_recipes.planning.plugins import BUILTIN, METHODS, read_registry
@@ -117,7 +117,7 @@ def test_the_public_names_are_what_authors_need_and_come_when_asked_for():
 
 
 def test_nothing_is_imported_by_reading_names():
-    heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate.decide")
+    heavy = ("torch", "pydantic", "mergekit", "safemerge_recipes.gate.metrics")
     code = (
         "import sys; from safemerge_recipes.planning.plugins import read_registry; read_registry().names('methods'); "
         f"print([m for m in {heavy!r} if m in sys.modules])"

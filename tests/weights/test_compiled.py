@@ -38,7 +38,7 @@ from safemerge_recipes.verification import verify
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from safemerge_recipes.weights.draw import Draw
-from safemerge_recipes.weights.numpy_rows import PlainRows
+from safemerge_recipes.weights.numpy_rows import NumpyRows
 from tests.fixtures.plain_family import ADAPTERS, FULL, make_family, recipe_text, run_recipe
 
 pytestmark = pytest.mark.skipif(compiled.LIBRARY is None, reason="the kernels were not compiled")
@@ -139,7 +139,7 @@ def test_differences_for_the_gate_are_those_of_float64_rounded_once(
     for library in (*LIBRARIES.values(), None):
         monkeypatch.setattr(compiled, "LIBRARY", library)
         with Reader() as reader:
-            found = [part.copy() for _, part in PlainRows(w["aligned"] - w["base"], reader, Arena(), block)]
+            found = [part.copy() for _, part in NumpyRows(w["aligned"] - w["base"], reader, Arena(), block)]
         assert np.array_equal(np.concatenate(found), wanted)
 
 
