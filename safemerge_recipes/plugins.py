@@ -17,18 +17,9 @@ if TYPE_CHECKING:
     from safemerge_recipes.gate.metrics import Metric
     from safemerge_recipes.gate.moments import Moments
     from safemerge_recipes.gate.selectors import Candidate, Decision, Question, Selector
-    from safemerge_recipes.methods.base import (
-        Apply,
-        Blocks,
-        Kernel,
-        Method,
-        Prepare,
-        Rows,
-        Sides,
-        Sum,
-        Tools,
-        Transform,
-    )
+    from safemerge_recipes.methods.base import Method, Sides
+    from safemerge_recipes.methods.kernel import Blocks, Kernel, Rows, Tools, Transform
+    from safemerge_recipes.methods.work import Apply, Prepare, Sum
     from safemerge_recipes.recipe.gate import Gate
     from safemerge_recipes.recipe.merge import Custom, Merge
     from safemerge_recipes.storage.arena import Arena
@@ -40,9 +31,9 @@ _HOMES = {
     "gate.metrics": ("Metric",),
     "gate.moments": ("Moments",),
     "gate.selectors": ("Candidate", "Decision", "Question", "Selector"),
-    "methods.base": (
-        "Apply", "Blocks", "Kernel", "Method", "Prepare", "Rows", "Sides", "Sum", "Tools", "Transform",
-    ),
+    "methods.base": ("Method", "Sides"),
+    "methods.kernel": ("Blocks", "Kernel", "Rows", "Tools", "Transform"),
+    "methods.work": ("Apply", "Prepare", "Sum"),
     "recipe.gate": ("Gate",),
     "recipe.merge": ("Custom", "Merge"),
     "storage.arena": ("Arena",),

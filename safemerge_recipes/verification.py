@@ -30,7 +30,7 @@ from safemerge_recipes.engine.manifest import (
 from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
-from safemerge_recipes.methods.base import Tools
+from safemerge_recipes.methods.kernel import Tools
 from safemerge_recipes.pipeline import prepare, resolve
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of

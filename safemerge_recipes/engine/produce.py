@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 
 from safemerge_recipes.methods import on_compiled, on_torch
-from safemerge_recipes.methods.base import Copy, Tools
+from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Task
 
 COPIED = 1 << 21

@@ -11,7 +11,7 @@ from safemerge_recipes.engine.executor import Sealed
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import FileSealed, Listener
-from safemerge_recipes.methods.base import Copy
+from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.read_ahead import AHEAD, ahead

@@ -15,7 +15,8 @@ from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.engine.seal import FLUSH_CHUNK, HASH_CHUNK, check_digest, refuse_copied
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import WriteError
-from safemerge_recipes.methods.base import Copy, Tools
+from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena

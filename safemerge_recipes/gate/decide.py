@@ -13,7 +13,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.gate.metrics import METRICS, Metric
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.gate.selectors import SELECTORS, Candidate, Decision, Question, Selector, ask
-from safemerge_recipes.recipe.model import Gate
+from safemerge_recipes.recipe.gate import Gate
 
 
 def candidate(name: str, moments: Moments | None, gate: Gate, metrics: Mapping[str, Metric] = METRICS) -> Candidate:

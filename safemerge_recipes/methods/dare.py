@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from safemerge_recipes.methods.base import Apply, Blocks, CompiledKernel, Method, Sides, Sum, always
+from pydantic import ValidationInfo, field_validator
+
+from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import zero_where_dropped
 from safemerge_recipes.methods.factors import blend
+from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
 from safemerge_recipes.methods.ties import Consensus, consensus
-from safemerge_recipes.recipe.merge import DareLinear, DareTies
+from safemerge_recipes.methods.work import Apply, Sum
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_keys import Alpha, AnySpace, Density, DrawSeed, Lambda, Normalize, Rescale, Space
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import exact
@@ -19,6 +24,38 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.methods.on_compiled import Tensor
+
+
+class DareLinear(Merge):
+    """Random elements of each side, then their weighted sum."""
+
+    factors: ClassVar[bool] = True
+    method: Literal["dare_linear"]
+    alpha: Alpha = 0.8
+    density: Density = 0.5
+    rescale: Rescale = "density"
+    seed: DrawSeed = 0
+    space: AnySpace = "delta"
+
+    @field_validator("space")
+    @classmethod
+    def _as_peft(cls, space: str, info: ValidationInfo) -> str:
+        if space == "factors" and info.data.get("rescale") == "l1":
+            raise ValueError("found factors with rescale l1; expected rescale density, as PEFT does")
+        return space
+
+
+class DareTies(Merge):
+    """Random elements of each side, where their signs agree."""
+
+    method: Literal["dare_ties"]
+    alpha: Alpha = 0.8
+    density: Density = 0.5
+    lambda_: Lambda = 1.0
+    normalize: Normalize = True
+    rescale: Rescale = "density"
+    seed: DrawSeed = 0
+    space: Space = "delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +126,22 @@ def summed(merge: DareLinear, sides: Sides) -> Apply | Sum:
 def elected(merge: DareTies, sides: Sides) -> Apply:
     """The consensus of what stays."""
     origin, x, y = sides.pair(merge.space)
-    return Apply(origin, (x, y), _kernel(merge, consensus(merge)))
+    return Apply(origin, (x, y), _kernel(merge, consensus(merge.alpha, merge.normalize, merge.lambda_)))
 
 
-DARE_LINEAR = Method(summed, alike=lambda merge: merge.space != "factors")
-DARE_TIES = Method(elected, alike=always)
+DARE_LINEAR = Method(
+    summed,
+    keys=DareLinear,
+    formula="Δf and Δs dropped at random to `density` and rescaled, then as `linear`",
+    needs=("safety",),
+    link="https://arxiv.org/abs/2311.03099",
+    alike=lambda merge: merge.space != "factors",
+)
+DARE_TIES = Method(
+    elected,
+    keys=DareTies,
+    formula="Δf and Δs dropped at random to `density` and rescaled, then signs elected as in `ties`",
+    needs=("safety",),
+    link="https://arxiv.org/abs/2311.03099",
+    alike=always,
+)

@@ -4,17 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.methods.base import Apply, Kernel, Method, Sides
-from safemerge_recipes.recipe.merge import Mask
+from safemerge_recipes.methods.base import Method, Sides
+from safemerge_recipes.methods.kernel import Kernel
+from safemerge_recipes.methods.work import Apply
+from safemerge_recipes.recipe.builtins import Role
+from safemerge_recipes.recipe.fields import Strict, Text
+from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.sources.masks import mask_ref
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights.algebra import Stored, Weight
 
 if TYPE_CHECKING:
     import torch
+
+
+class MaskFile(Strict):
+    """A mask or score of every element, made elsewhere."""
+
+    path: Text
+    """A safetensors file with a tensor of the same name and shape for every merged tensor."""
+    threshold: float | None = None
+    """Elements with a value above it are replaced. null: the file holds 0 (keep) to 1 (replace); values in
+    between mix."""
+    invert: bool = False
+    """Replace the other elements instead."""
+    fill: Literal["safety", "aligned", "zero"] = "safety"
+    """What replaced elements become: the safety or the aligned weight, or 0."""
+
+
+class Mask(Merge):
+    """Elements named by a file are replaced."""
+
+    method: Literal["mask"]
+    mask: MaskFile
+    """The elements to replace (`mask`)."""
+
+    def needs(self) -> tuple[Role, ...]:
+        """What fills the elements."""
+        return ("safety",) if self.mask.fill == "safety" else ()
+
+    @property
+    def mask_file(self) -> str:
+        """The mask."""
+        return self.mask.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,4 +99,4 @@ def work(merge: Mask, sides: Sides) -> Apply:
     return Apply(Weight(), inputs, Masked(merge.mask.threshold, merge.mask.invert))
 
 
-MASK = Method(work)
+MASK = Method(work, keys=Mask, formula="Δf, with the masked elements replaced")

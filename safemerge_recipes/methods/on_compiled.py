@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.methods.base import Tools, Work
+from safemerge_recipes.methods.kernel import Tools
 from safemerge_recipes.methods.threshold import Bracket, Magnitudes
+from safemerge_recipes.methods.work import Work
 from safemerge_recipes.storage.cut import largest, ranges
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.finite import refuse_non_finite

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.methods.base import Apply, Prepare, Sum, Tools, Work
+from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.work import Apply, Prepare, Sum, Work
 from safemerge_recipes.storage.arena import torch_bytes, torch_dtype
 from safemerge_recipes.storage.cut import ranges
 from safemerge_recipes.storage.finite import refuse_non_finite

@@ -7,12 +7,17 @@ as many passes over both as there are panels.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from safemerge_recipes.methods.base import Method, Prepare, Rows, Sides, Sum, Tools, Transform
+from pydantic import BeforeValidator, Field
+
+from safemerge_recipes.methods.base import Method, Sides
+from safemerge_recipes.methods.kernel import Rows, Tools, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
-from safemerge_recipes.recipe.merge import Project
+from safemerge_recipes.methods.work import Prepare, Sum
+from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors, left_directions
 from safemerge_recipes.weights.matrix import ROW_BLOCK, TorchRows
@@ -24,6 +29,25 @@ if TYPE_CHECKING:
 
 PANEL = 512
 """Rows of a projected full-rank Δ that are computed together."""
+
+
+def _check_normalization(value: object) -> object:
+    if not isinstance(value, str) or not re.fullmatch(r"frobenius|spectral|rank:[1-9][0-9]{0,4}", value):
+        found = f'"{value[:40]}"' if isinstance(value, str) else str(value).lower()[:40]
+        raise ValueError(f"found {found}; expected frobenius, spectral or rank:k for method project")
+    return value
+
+
+class Project(Merge):
+    """The part of Δf inside what alignment changed."""
+
+    method: Literal["project"]
+    normalize: Annotated[
+        str, BeforeValidator(_check_normalization), Field(pattern=r"^(frobenius|spectral|rank:[1-9][0-9]{0,4})$")
+    ] = "frobenius"
+    """What VVᵀ is divided by (`project`): `frobenius`, C = VVᵀ/‖V‖_F (default, the published form; its effect depends
+    on the scale of V), `spectral`, C = VVᵀ/‖VVᵀ‖₂ (nothing grows, whatever the scale), or `rank:k`, the orthogonal
+    projection on the k leading left directions of V."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,4 +161,11 @@ def work(merge: Project, sides: Sides) -> Prepare | Sum:
     return Prepare(sides.aligned, (sides.v, sides.delta), Projection(merge.normalize))
 
 
-PROJECT = Method(work)
+PROJECT = Method(
+    work,
+    keys=Project,
+    formula="CΔf, C = VVᵀ normalised",
+    needs=("base",),
+    link="https://arxiv.org/abs/2405.16833",
+    low_rank=True,
+)

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from safemerge_recipes.methods.base import Method, Sides, Sum, always
-from safemerge_recipes.recipe.merge import Drop, Replace
+from typing import Literal
+
+from safemerge_recipes.methods.base import Method, Sides, always
+from safemerge_recipes.methods.work import Sum
+from safemerge_recipes.recipe.merge import Merge
+
+
+class Replace(Merge):
+    """Δs in place of Δf."""
+
+    method: Literal["replace"]
+
+
+class Drop(Merge):
+    """No Δ: the aligned weight."""
+
+    method: Literal["drop"]
 
 
 def replaced(merge: Replace, sides: Sides) -> Sum:
@@ -16,5 +31,5 @@ def dropped(merge: Drop, sides: Sides) -> Sum:
     return Sum(sides.aligned)
 
 
-REPLACE = Method(replaced, alike=always)
-DROP = Method(dropped, alike=always)
+REPLACE = Method(replaced, keys=Replace, formula="Δs", needs=("safety",), low_rank=True, alike=always)
+DROP = Method(dropped, keys=Drop, formula="0", low_rank=True, alike=always)

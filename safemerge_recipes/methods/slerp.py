@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from safemerge_recipes.methods.base import Apply, Blocks, CompiledKernel, Method, Sides, always
-from safemerge_recipes.recipe.merge import Slerp
+from safemerge_recipes.methods.base import Method, Sides, always
+from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
+from safemerge_recipes.methods.work import Apply
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_keys import Alpha, Space
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import exact
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.methods.on_compiled import Tensor
+
+
+class Slerp(Merge):
+    """Spherical interpolation."""
+
+    method: Literal["slerp"]
+    alpha: Alpha = 0.8
+    space: Space = "delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +78,12 @@ def work(merge: Slerp, sides: Sides) -> Apply:
     return Apply(origin, (x, y), SlerpKernel(float(1 - exact(merge.alpha))))
 
 
-SLERP = Method(work, alike=always)
+SLERP = Method(
+    work,
+    keys=Slerp,
+    formula="spherical interpolation from Δf to Δs at 1−α, over the flattened tensor",
+    needs=("safety",),
+    link="https://en.wikipedia.org/wiki/Slerp",
+    low_rank=True,
+    alike=always,
+)

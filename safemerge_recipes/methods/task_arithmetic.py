@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from safemerge_recipes.methods.base import Method, Sides, Sum, always
-from safemerge_recipes.recipe.merge import TaskArithmetic
+from typing import Literal
+
+from safemerge_recipes.methods.base import Method, Sides, always
+from safemerge_recipes.methods.work import Sum
+from safemerge_recipes.recipe.fields import Weight
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_keys import Space
+
+
+class TaskArithmetic(Merge):
+    """A sum with factors of one's own."""
+
+    method: Literal["task_arithmetic"]
+    lambda_finetuned: Weight = 1.0
+    """Factor of Δf (`task_arithmetic`)."""
+    lambda_safety: Weight = 1.0
+    """Factor of Δs (`task_arithmetic`)."""
+    space: Space = "delta"
 
 
 def work(merge: TaskArithmetic, sides: Sides) -> Sum:
@@ -12,4 +28,12 @@ def work(merge: TaskArithmetic, sides: Sides) -> Sum:
     return Sum(origin + (merge.lambda_finetuned * x + merge.lambda_safety * y))
 
 
-TASK_ARITHMETIC = Method(work, alike=always)
+TASK_ARITHMETIC = Method(
+    work,
+    keys=TaskArithmetic,
+    formula="lambda_finetuned·Δf + lambda_safety·Δs",
+    needs=("safety",),
+    link="https://arxiv.org/abs/2212.04089",
+    low_rank=True,
+    alike=always,
+)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from safemerge_recipes.methods.base import Apply, Blocks, CompiledKernel, Method, Sides, always
+from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import bits, choose, spread_sign
+from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
 from safemerge_recipes.methods.threshold import HELD, LOOKS, Bracket, Trim, trims
-from safemerge_recipes.recipe.merge import DareTies, Ties
+from safemerge_recipes.methods.work import Apply
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_keys import Alpha, Density, Lambda, Normalize, Space
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import exact
@@ -24,6 +27,17 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.methods.on_compiled import Tensor
+
+
+class Ties(Merge):
+    """The largest elements of each side, where their signs agree."""
+
+    method: Literal["ties"]
+    alpha: Alpha = 0.8
+    density: Density = 0.5
+    lambda_: Lambda = 1.0
+    normalize: Normalize = True
+    space: Space = "delta"
 
 
 class Trimmer:
@@ -197,16 +211,24 @@ def _as_twin(trim: Trim) -> compiled.Trim:
     return compiled.Trim(-1 if trim.ties == math.inf else int(trim.ties), trim.threshold, compiled.KEEP_LARGEST)
 
 
-def consensus(merge: Ties | DareTies) -> Consensus:
+def consensus(alpha: float, normalize: bool, scale: float) -> Consensus:
     """What is left to do after trimming."""
-    alpha = exact(merge.alpha)
-    return Consensus((float(alpha), float(1 - alpha)), bool(merge.normalize), merge.lambda_)
+    share = exact(alpha)
+    return Consensus((float(share), float(1 - share)), normalize, scale)
 
 
 def work(merge: Ties, sides: Sides) -> Apply:
     """TIES over x and y."""
     origin, x, y = sides.pair(merge.space)
-    return Apply(origin, (x, y), TiesKernel(merge.density, consensus(merge)))
+    return Apply(origin, (x, y), TiesKernel(merge.density, consensus(merge.alpha, merge.normalize, merge.lambda_)))
 
 
-TIES = Method(work, alike=always)
+TIES = Method(
+    work,
+    keys=Ties,
+    formula="of Δf and Δs the largest ⌊density·n⌋ each, signs elected by α : 1−α, the mean of what agrees, "
+    "times lambda",
+    needs=("safety",),
+    link="https://arxiv.org/abs/2306.01708",
+    alike=always,
+)

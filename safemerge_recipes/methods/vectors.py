@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from safemerge_recipes.methods.base import Apply, Kernel, Method, Prepare, Rows, Sides, Sum, Tools, Transform
+from pydantic import Field
+
+from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.branchless import zero_where_dropped
+from safemerge_recipes.methods.kernel import Kernel, Rows, Tools, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
-from safemerge_recipes.recipe.merge import AddSafetyVector, SvdK
+from safemerge_recipes.methods.work import Apply, Prepare, Sum
+from safemerge_recipes.recipe.fields import Seed, Strict
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_keys import Gamma
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import left_directions
@@ -19,6 +25,35 @@ from safemerge_recipes.weights.torch_rows import working_dtype
 
 if TYPE_CHECKING:
     import torch
+
+
+class Dare(Strict):
+    """DARE for `add_safety_vector`: elements dropped at random, the rest divided by `density`."""
+
+    on: Literal["vector", "delta"] = "vector"
+    """What is thinned out: the safety vector V, or the fine-tuned delta Δf."""
+    density: float = Field(default=0.5, gt=0, le=1)
+    """The part of the elements that stays."""
+    seed: Seed = 0
+    """Seed of the choice."""
+
+
+class AddSafetyVector(Merge):
+    """Δf and the safety vector."""
+
+    method: Literal["add_safety_vector"]
+    gamma: Gamma = 1.0
+    dare: Dare | None = None
+    """Thin out V or Δf at random before they are added (`add_safety_vector`)."""
+
+
+class SvdK(Merge):
+    """Δf and the leading part of the safety vector."""
+
+    method: Literal["svd_k"]
+    gamma: Gamma = 1.0
+    rank: int = Field(default=16, ge=1, le=65536)
+    """How many leading singular directions of V are added (`svd_k`: Δf + gamma · V_rank)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,5 +111,13 @@ def leading(merge: SvdK, sides: Sides) -> Prepare | Sum:
     return Prepare(sides.finetuned, (sides.v,), LeadingPart(merge.gamma, merge.rank))
 
 
-ADD_SAFETY_VECTOR = Method(added)
-SVD_K = Method(leading)
+ADD_SAFETY_VECTOR = Method(
+    added, keys=AddSafetyVector, formula="Δf + γV", needs=("base",), link="https://arxiv.org/abs/2402.11746"
+)
+SVD_K = Method(
+    leading,
+    keys=SvdK,
+    formula="Δf + γ·V_rank, the leading part of V",
+    needs=("base",),
+    link="https://arxiv.org/abs/2506.15606",
+)

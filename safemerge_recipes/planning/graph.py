@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.methods.base import Apply, Copy, Method, Prepare, Sides, Sum, Work
+from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.on_compiled import fits, memory
+from safemerge_recipes.methods.work import Apply, Copy, Prepare, Sum, Work
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.planning.plugins import METHODS
 from safemerge_recipes.sources.family import Family

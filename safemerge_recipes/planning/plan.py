@@ -18,12 +18,12 @@ from safemerge_recipes.gate.metrics import METRICS, Metric
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.gate.selectors import SELECTORS, Candidate, Decision, Selector
 from safemerge_recipes.planning.outcome import check_v, findings
-from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role, merge_sources
+from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of, module_type
+from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of
 
 AT_ONCE = 8
 """Least number of unsettled tensors that are measured exactly together; beyond that, half of them."""
@@ -237,9 +237,8 @@ def _decide_policy(
     groups = _groups(gate, names)
     # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
     effort: Effort = "exact" if gate.precision == "exact" or gate.granularity != "tensor" else "sketch"
-    # A plugin's metric may look at anything, also at the energy inside the leading directions.
-    own = gate.metric not in METRICS
-    rank, null = gate.rank if gate.metric == "residual" or own else 0, gate.metric == "rho_ratio" or own
+    rank = gate.rank if gate.uses_rank else 0
+    null = gate.metric not in METRICS or METRICS[gate.metric].null  # a plugin's may look at anything
     moments: dict[str, Moments] = {}
     wanted, settled = names, set[str]()
     while True:
@@ -337,21 +336,3 @@ def make_plan(
     plan = Plan(recipe, tuple(tensors), family.warnings)
     check_v(plan.gated)
     return replace(plan, warnings=(*family.warnings, *findings(plan, family)))
-
-
-def needs(plan: Plan) -> tuple[Role, ...]:
-    """The roles that carrying out the plan reads."""
-    roles: dict[Role, None] = {"aligned": None, "finetuned": None}
-    for tensor in plan.tensors:
-        if tensor.action == "merge" and tensor.policy:
-            roles.update(dict.fromkeys(merge_sources(tensor.policy.merge)))
-    return tuple(roles)
-
-
-def by_module_type(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Module type -> (merged, gated)."""
-    counts: dict[str, tuple[int, int]] = {}
-    for tensor in plan.gated:
-        merged, gated = counts.get(module_type(tensor.name), (0, 0))
-        counts[module_type(tensor.name)] = merged + (tensor.action == "merge"), gated + 1
-    return counts

@@ -1,8 +1,8 @@
 """Metrics, selectors and merge methods by name: the built-in ones and those of installed plugins, by one door.
 
 Entry points of the groups below give a name and an object of this kind: a metric, a `Selector`, a `Method`. Reading
-them opens metadata only; an object is imported when a recipe asks for it. The built-in ones are rows of
-`recipe.builtins` and come through the same door.
+them opens metadata only; an object is imported when a recipe asks for it. The built-in ones are listed
+in `recipe.builtins` and come through the same door.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DISTRIBUTION = "safemerge-recipes"
 OWN = f"{DISTRIBUTION} {__version__}"
 
 BUILTIN: Mapping[Kind, Mapping[str, str]] = {
-    "metrics": {name: row.target for name, row in builtins.METRICS.items()},
-    "selectors": {name: row.target for name, row in builtins.SELECTORS.items()},
-    "methods": {name: row.target for name, row in builtins.METHODS.items()},
+    "metrics": builtins.METRICS.targets,
+    "selectors": builtins.SELECTORS.targets,
+    "methods": builtins.METHODS.targets,
 }
 """What this distribution brings: kind -> name -> module:attribute."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -119,6 +119,14 @@ class Strict(BaseModel):
         return {
             field.alias or name: getattr(self, name) for name, field in fields.items() if name in self.model_fields_set
         }
+
+
+def models_in(annotation: Any) -> Iterator[type[Strict]]:
+    """The models that a field's type names."""
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
 
 
 @dataclass(slots=True)

@@ -13,8 +13,10 @@ from safemerge_recipes.recipe.fields import Count, Options, Patterns, Problems, 
 SELECTORS = (*builtins.SELECTORS, "plugin")
 """The keys of a gate of which exactly one is given."""
 
-UNMEASURED_SELECTORS = frozenset(name for name, row in builtins.SELECTORS.items() if not row.measured)
-"""Selectors that decide without the metric, and so without `sources.base`."""
+
+def decides_by_metric(selector: str) -> bool:
+    """Whether a selector needs the metric, and so perhaps `sources.base`; a plugin's may."""
+    return selector == "plugin" or bool(builtins.SELECTORS[selector].measured)
 
 
 class Random(Strict):
@@ -142,8 +144,8 @@ class Gate(GateChange):
     def _check(self) -> Gate:
         self._check_selectors()
         problems = Problems([])
-        row = builtins.METRICS.get(self.metric)
-        low, high = (row.low, row.high) if row else (-math.inf, math.inf)
+        known = builtins.METRICS.get(self.metric)
+        low, high = (known.low, known.high) if known else (-math.inf, math.inf)
         owners: list[tuple[tuple[str, ...], _Selectors]] = [((), self)]
         if self.complement is not None:
             owners.append((("complement",), self.complement))
@@ -155,16 +157,22 @@ class Gate(GateChange):
                 bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
                 message = f"found {value:g}; expected a threshold {bounds} for the metric {self.metric}"
                 problems.add((*place, key), message, value)
-        if "rank" in self.model_fields_set and self.metric in builtins.METRICS and self.metric != "residual":
-            problems.add(("rank",), f"rank is not used by the metric {self.metric}; only by residual")
+        if "rank" in self.model_fields_set and not self.uses_rank:
+            users = " and ".join(name for name, metric in builtins.METRICS.items() if metric.directions)
+            problems.add(("rank",), f"rank is not used by the metric {self.metric}; only by {users}")
         problems.check("Gate")
         return self
+
+    @property
+    def uses_rank(self) -> bool:
+        """Whether the metric looks inside the leading directions of V; a plugin's may."""
+        return self.metric not in builtins.METRICS or bool(builtins.METRICS[self.metric].directions)
 
     @property
     def needs_metric(self) -> bool:
         """Whether the decision depends on the metric."""
         name, value = self.selector
-        return (value.selector[0] if name == "complement" else name) not in UNMEASURED_SELECTORS
+        return decides_by_metric(value.selector[0] if name == "complement" else name)
 
 
 def change_gate(gate: Gate, change: GateChange | None) -> Gate:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from safemerge_recipes.recipe import builtins
-from safemerge_recipes.recipe.fields import Strict
-from safemerge_recipes.recipe.merge import Merge, MergeChange
+from safemerge_recipes.recipe.fields import Strict, models_in
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_change import MergeChange, any_change
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.source import Source
 from safemerge_recipes.recipe.yaml_text import Document, Keys, describe
@@ -195,13 +196,6 @@ def child(value: Any, part: str | int, default: Any = None) -> Any:
     return default
 
 
-def _models_in(annotation: Any) -> Iterator[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
 def _model_at(keys: Keys) -> type[Strict] | None:
     """The model that describes the mapping at some keys."""
     model: type[Strict] = Recipe
@@ -209,8 +203,8 @@ def _model_at(keys: Keys) -> type[Strict] | None:
         if isinstance(key, int):
             continue
         field = next((f for name, f in model.model_fields.items() if (f.alias or name) == key), None)
-        found = next(_models_in(field.annotation), None) if field else None
+        found = next(models_in(field.annotation), None) if field else None
         if found is None:
             return None
-        model = MergeChange if found is Merge else found  # which knows the keys of every method
+        model = any_change() if found in (Merge, MergeChange) else found  # which knows the keys of every method
     return model

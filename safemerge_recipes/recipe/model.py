@@ -18,25 +18,17 @@ from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.composing import add_to_schema
 from safemerge_recipes.recipe.evaluation import Evaluate, Judge
 from safemerge_recipes.recipe.fields import Problems, Strict, Text, check_text, parse_size
-from safemerge_recipes.recipe.gate import SELECTORS, UNMEASURED_SELECTORS, Gate, GateChange, Random, change_gate
-from safemerge_recipes.recipe.merge import (
-    FORMS,
-    Custom,
-    Linear,
-    Merge,
-    MergeChange,
-    change_merge,
-    merge_sources,
-    method_parameters,
-)
+from safemerge_recipes.recipe.gate import SELECTORS, Gate, GateChange, Random, change_gate
+from safemerge_recipes.recipe.merge import Merge, forms, method_parameters
+from safemerge_recipes.recipe.merge_change import MergeChange, any_change, change_merge
 from safemerge_recipes.recipe.output import Output
 from safemerge_recipes.recipe.rules import Policy, Rule
 from safemerge_recipes.recipe.source import Source, Sources
 
 __all__ = [
-    "SELECTORS", "UNMEASURED_SELECTORS", "Evaluate", "Gate", "GateChange", "Judge", "Merge", "MergeChange", "Output",
-    "Policy", "Random", "Recipe", "Role", "Rule", "Source", "Sources", "json_schema", "merge_sources",
-    "method_parameters", "parse_size",
+    "SELECTORS", "Evaluate", "Gate", "GateChange", "Judge", "Merge", "MergeChange", "Output",
+    "Policy", "Random", "Recipe", "Role", "Rule", "Source", "Sources", "json_schema", "method_parameters",
+    "parse_size",
 ]  # fmt: skip
 
 
@@ -55,7 +47,7 @@ class Recipe(Strict):
     """The models that are read."""
     gate: Gate
     """Which tensors are merged."""
-    merge: SerializeAsAny[Merge] = Field(default_factory=Linear)
+    merge: SerializeAsAny[Merge] = Field(default_factory=lambda: Merge.model_validate({}))
     """What a selected tensor becomes; `linear` with `alpha: 0.8` unless said."""
     rules: Annotated[tuple[Rule, ...], Field(strict=False, max_length=1000)] = ()
     """Exceptions; the first that matches a tensor wins."""
@@ -91,7 +83,7 @@ class Recipe(Strict):
             if policy.keep is not None:
                 needs = [(policy.keep, f"keep: {policy.keep}")]
             else:
-                needs = [] if never else [(r, f"method {policy.merge.method}") for r in merge_sources(policy.merge)]
+                needs = [] if never else [(r, f"method {policy.merge.method}") for r in policy.merge.needs()]
                 if policy.gate.needs_metric:
                     needs.append(("base", f"metric {policy.gate.metric}"))
             for role, reason in needs:
@@ -100,8 +92,8 @@ class Recipe(Strict):
                     problems.add(("sources", role), f"missing; expected it because {reason} needs it{place}")
             if self.output.format == "adapter" and policy.keep is None and not never and self.output.rank is None:
                 method = policy.merge.method
-                row = builtins.METHODS.get(method)
-                if not (row and row.low_rank) and ("rank", method) not in asked:
+                known = builtins.METHODS.get(method)
+                if not (known and known.low_rank) and ("rank", method) not in asked:
                     asked.add(("rank", method))
                     message = f"missing; expected a rank because method {method} has no small exact rank{place}"
                     problems.add(("output", "rank"), message)
@@ -137,8 +129,9 @@ def json_schema() -> dict[str, Any]:
     text = {"type": "string", "description": "A local folder, a hub id, or id@revision."}
     definitions["Source"] = {"anyOf": [text, source], "description": source["description"]}
     definitions |= _merge_schemas(definitions["Merge"]["description"])
-    used = [_if_method(name, form) for name, form in FORMS.items()]
-    definitions["MergeChange"]["allOf"] = used
+    change = any_change().model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
+    definitions |= change.pop("$defs", {}) | {"MergeChange": change}
+    change["allOf"] = [_if_method(name, form) for name, form in forms().items() if name]
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": Recipe.SCHEMA_ID,
@@ -150,16 +143,16 @@ def json_schema() -> dict[str, Any]:
 def _merge_schemas(description: str) -> dict[str, Any]:
     """`Merge` as a union told apart by `method`, and each of its forms."""
     found: dict[str, Any] = {}
-    forms: dict[str, type[Merge]] = {**FORMS, "": Custom}
-    for method, form in forms.items():
+    union = []
+    for method, form in forms().items():
         one = form.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
         found |= one.pop("$defs", {})
         one["description"] = f"{builtins.METHODS[method].formula}." if method else one["description"]
         if not method:
-            one["properties"]["method"]["not"] = {"enum": list(FORMS)}
+            one["properties"]["method"]["not"] = {"enum": list(builtins.METHODS)}
         one["properties"]["method"]["description"] = "The merge method."
         found[form.__name__] = one
-    union = [{"$ref": f"#/$defs/{form.__name__}"} for form in forms.values()]
+        union.append({"$ref": f"#/$defs/{form.__name__}"})
     return found | {"Merge": {"oneOf": union, "description": description}}
 
 

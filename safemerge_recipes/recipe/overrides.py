@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from safemerge_recipes.recipe.gate import SELECTORS
-from safemerge_recipes.recipe.merge import MergeChange, method_parameters
+from safemerge_recipes.recipe.merge import all_keys, method_parameters
 from safemerge_recipes.recipe.messages import Reader, child, dotted
 from safemerge_recipes.recipe.yaml_text import Keys, YamlError, describe, read_yaml
 
@@ -72,6 +72,6 @@ def _make_room(reader: Reader, owner: dict[str, Any], parts: Keys, value: object
                     del gate[name]
     if parts[-2:] == ("merge", "method") and isinstance(value, str) and owner.get("method") != value:
         keep = {key for key in method_parameters(value) if key not in ("normalize", "options")}
-        for name in [name for name in owner if name not in keep and name in MergeChange.key_names()]:
+        for name in [name for name in owner if name not in keep and name in ("method", *all_keys())]:
             if (*parts[:-1], name) not in reader.origins:
                 del owner[name]

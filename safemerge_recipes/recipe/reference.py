@@ -14,24 +14,34 @@ from pydantic import BaseModel
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
-from safemerge_recipes.recipe.merge import Dare, MaskFile, MergeChange, method_parameters
+from safemerge_recipes.recipe.fields import models_in
+from safemerge_recipes.recipe.merge import method_parameters
+from safemerge_recipes.recipe.merge_change import MergeChange, any_change
 from safemerge_recipes.recipe.model import json_schema
 from safemerge_recipes.storage.files import write_file
 
-SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+BEFORE: tuple[tuple[str, type[BaseModel]], ...] = (
     ("the recipe", recipe.Recipe),
     ("sources", recipe.Sources),
     ("a source", recipe.Source),
     ("gate", recipe.Gate),
     ("gate.random", recipe.Random),
-    ("merge", MergeChange),
-    ("merge.dare", Dare),
-    ("merge.mask", MaskFile),
+)
+AFTER: tuple[tuple[str, type[BaseModel]], ...] = (
     ("rules", recipe.Rule),
     ("output", recipe.Output),
     ("evaluate", recipe.Evaluate),
     ("evaluate.judge", recipe.Judge),
 )
+
+
+def sections() -> list[tuple[str, type[BaseModel]]]:
+    """The parts of a recipe by title, in the order of the reference."""
+    change = any_change()
+    keys = [(field.alias or name, field.annotation) for name, field in change.model_fields.items()]
+    parts = [(f"merge.{key}", part) for key, kind in keys for part in models_in(kind)]
+    return [*BEFORE, ("merge", change), *sorted(parts, key=lambda part: part[0]), *AFTER]
+
 
 INTRODUCTION = """\
 # Recipe reference
@@ -66,7 +76,7 @@ def reference() -> str:
     """The recipe reference, as Markdown."""
     definitions = json_schema()["$defs"]
     parts = [INTRODUCTION]
-    for title, model in SECTIONS:
+    for title, model in sections():
         schema = json_schema() if model is recipe.Recipe else definitions[model.__name__]
         schema = schema["anyOf"][-1] if model is recipe.Source else schema
         heading = title if title.startswith(("the ", "a ")) else f"`{title}`"
@@ -79,7 +89,7 @@ def reference() -> str:
             parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
         if model is recipe.Gate:
             parts.append(f"\nExactly one of {', '.join(f'`{name}`' for name in recipe.SELECTORS)} is given.\n")
-        if model is MergeChange:
+        if issubclass(model, MergeChange):
             parts.append("\nEach method takes its own keys and no others.\n\n")
             parts.append("| method | a selected tensor's Δ | keys it uses | sources it needs |\n|---|---|---|---|\n")
             for method, row in builtins.METHODS.items():
@@ -121,7 +131,7 @@ alone. `--source ROLE=PLACE` (every verb that plans) names another folder or hub
 
 def _heading(model: type[BaseModel]) -> str:
     """What a part of a recipe is, in a sentence or two."""
-    if model is MergeChange:
+    if issubclass(model, MergeChange):
         return f"{recipe.Merge.__doc__} `method` says how."
     return " ".join((model.__doc__ or "").split())
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import SerializeAsAny, model_validator
 
 from safemerge_recipes.recipe.fields import Patterns, Strict
 from safemerge_recipes.recipe.gate import Gate, GateChange
-from safemerge_recipes.recipe.merge import Merge, MergeChange
+from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge_change import MergeChange
 
 
 class Rule(Strict):
@@ -20,7 +21,7 @@ class Rule(Strict):
     is an error."""
     gate: GateChange | None = None
     """What changes in the gate."""
-    merge: MergeChange | None = None
+    merge: SerializeAsAny[MergeChange] | None = None
     """What changes in the merge."""
     keep: Literal["finetuned", "aligned", "safety"] | None = None
     """Take these tensors from a source as they are, without gate and merge."""

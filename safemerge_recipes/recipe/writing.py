@@ -9,7 +9,7 @@ from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.composing import escaped
 from safemerge_recipes.recipe.fields import Strict
 from safemerge_recipes.recipe.gate import Gate, GateChange
-from safemerge_recipes.recipe.merge import MergeChange
+from safemerge_recipes.recipe.merge_change import MergeChange
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.source import Source
 from safemerge_recipes.recipe.yaml_text import write_yaml
@@ -27,12 +27,11 @@ def plain_values(value: Any) -> Any:
         if value.location is not None and not value.subfolder and Source.model_validate(whole) == value:
             return whole
         return {key: part for key, part in value.given().items() if part is not None}
-    if type(value) in (GateChange, MergeChange):
+    if type(value) is GateChange or isinstance(value, MergeChange):
         return {key: plain_values(part) for key, part in value.given().items()}
     if isinstance(value, Gate):
-        used = [key for key in value.key_names() if key != "rank" or value.metric == "residual"]
-        if value.metric not in builtins.METRICS and "rank" in value.model_fields_set:
-            used.append("rank")
+        told = value.uses_rank and (value.metric in builtins.METRICS or "rank" in value.model_fields_set)
+        used = [key for key in value.key_names() if key != "rank"] + ["rank"] * told
     elif isinstance(value, Strict):
         used = value.key_names()
     elif isinstance(value, (tuple, list)):

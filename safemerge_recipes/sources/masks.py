@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.recipe.merge import Mask
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 
@@ -25,9 +24,9 @@ def open_masks(recipe: Recipe, directory: Path) -> dict[str, Mapping[str, Tensor
     """
     found: dict[str, Mapping[str, TensorRef]] = {}
     for policy in recipe.policies():
-        merge = policy.merge
-        if policy.keep is None and isinstance(merge, Mask) and merge.mask.path not in found:
-            found[merge.mask.path] = read_header(mask_path(directory, merge.mask.path))
+        path = policy.merge.mask_file
+        if policy.keep is None and path is not None and path not in found:
+            found[path] = read_header(mask_path(directory, path))
     return found
 
 

@@ -27,7 +27,7 @@ from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
-from safemerge_recipes.methods.base import Copy
+from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.pipeline import carry_out
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests

@@ -1,4 +1,8 @@
-"""Every metric of every kind of operand against dense float64 formulas; intervals hold the truth."""
+"""Every metric of every kind of operand against dense float64 formulas; intervals hold the truth.
+
+Guards `gate.metrics.base`, `gate.metrics.cosine`, `gate.metrics.e_diem`, `gate.metrics.norm_ratio`,
+`gate.metrics.residual`, `gate.metrics.rho`, `gate.metrics.rho_ratio`.
+"""
 
 from __future__ import annotations
 

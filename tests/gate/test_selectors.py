@@ -1,4 +1,8 @@
-"""Selectors against brute force: what is chosen, what stays open, what is refused before measuring."""
+"""Selectors against brute force: what is chosen, what stays open, what is refused before measuring.
+
+Guards `gate.selectors.base`, `gate.selectors.complement`, `gate.selectors.constant`, `gate.selectors.drawn`,
+`gate.selectors.named`, `gate.selectors.rank`, `gate.selectors.threshold`.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -10,13 +11,14 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from safemerge_recipes import plugins
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.gate.metrics import METRICS
-from safemerge_recipes.gate.selectors import SELECTORS
+from safemerge_recipes.gate.metrics import METRICS, BuiltinMetric
+from safemerge_recipes.gate.selectors import SELECTORS, Selector
 from safemerge_recipes.methods.base import Method
 from safemerge_recipes.planning.plugins import BUILTIN, METHODS, read_registry
 from safemerge_recipes.recipe import builtins
@@ -43,9 +45,41 @@ def test_the_built_in_ones_come_through_the_same_door():
     assert {name: registry.metrics[name] for name in registry.metrics} == dict(METRICS)
     assert {name: registry.selectors[name] for name in registry.selectors} == dict(SELECTORS)
     assert all(isinstance(registry.methods[name], Method) for name in registry.methods)
-    assert list(builtins.METRICS) == list(METRICS)
-    assert list(builtins.METHODS) == list(METHODS)
-    assert [*builtins.SELECTORS, "plugin"] == [*SELECTORS, "plugin"] == list(SELECTOR_KEYS)
+    assert list(METHODS) == list(builtins.METHODS)
+    assert [*builtins.SELECTORS, "plugin"] == list(SELECTOR_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "listed"),
+    [
+        ("gate/metrics", BuiltinMetric, builtins.METRICS),
+        ("gate/selectors", Selector, builtins.SELECTORS),
+        ("methods", Method, builtins.METHODS),
+    ],
+)
+def test_what_has_a_file_is_listed(place: str, kind: type, listed: builtins.Builtins) -> None:
+    found = set()
+    for path in (ROOT / "safemerge_recipes" / place).glob("[!_]*.py"):
+        module = importlib.import_module(".".join(("safemerge_recipes", *place.split("/"), path.stem)))
+        found |= {f"{module.__name__}:{name}" for name, value in vars(module).items() if isinstance(value, kind)}
+    assert found == set(listed.targets.values())
+
+
+@pytest.mark.parametrize("name", builtins.METHODS)
+def test_a_method_is_listed_by_the_name_in_its_keys(name: str) -> None:
+    assert get_args(builtins.METHODS[name].keys.model_fields["method"].annotation) == (name,)
+    assert builtins.METHODS[name].formula
+
+
+def test_a_recipe_imports_the_files_of_what_it_names_alone() -> None:
+    recipe = {"sources": {"aligned": "a", "finetuned": "f", "safety": "s"}, "gate": {"always": True}}
+    code = (
+        f"import sys; from safemerge_recipes.recipe.model import Recipe; Recipe.model_validate({recipe!r}); "
+        "print(sorted(m.rpartition('.')[2] for m in sys.modules "
+        "if m.startswith(('safemerge_recipes.gate.selectors.', 'safemerge_recipes.methods.'))), 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "['base', 'base', 'constant', 'factors', 'kernel', 'linear', 'work'] False"
 
 
 def test_the_distribution_lists_its_own_names_nowhere_else():

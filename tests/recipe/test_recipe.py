@@ -1,6 +1,7 @@
 """The recipe's own checks: selectors, bounds, what methods use and need, and how rules resolve.
 
-Guards `recipe.source`, `recipe.gate`, `recipe.rules`, `recipe.output`, `recipe.evaluation`, `recipe.fields`.
+Guards `recipe.source`, `recipe.gate`, `recipe.rules`, `recipe.output`, `recipe.evaluation`, `recipe.fields`,
+`recipe.merge_keys`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from safemerge_recipes.recipe import builtins
-from safemerge_recipes.recipe.merge import MergeChange
+from safemerge_recipes.recipe.merge_change import any_change
 from safemerge_recipes.recipe.model import (
     Gate,
     Merge,
@@ -183,7 +184,7 @@ def test_a_method_takes_what_it_uses_and_nothing_else(method):
         "options": {"a": 1},
         "normalize": "spectral" if method == "project" else False,
     }
-    assert set(examples) == set(MergeChange.key_names()) - {"method"}
+    assert set(examples) == set(any_change().key_names()) - {"method"}
     used = {key: examples[key] for key in method_parameters(method)}
     made = Merge.model_validate({"method": method, **used})
     assert list(made.parameters()) == list(method_parameters(method))

@@ -23,11 +23,12 @@ from torch import Tensor
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import ignore
 from safemerge_recipes.methods import on_compiled, on_torch
-from safemerge_recipes.methods.base import Apply, Kernel, Sum, Tools
 from safemerge_recipes.methods.dare import DareKernel as Dare
+from safemerge_recipes.methods.kernel import Kernel, Tools
 from safemerge_recipes.methods.slerp import SlerpKernel as Slerp
 from safemerge_recipes.methods.ties import Consensus
 from safemerge_recipes.methods.ties import TiesKernel as Ties
+from safemerge_recipes.methods.work import Apply, Sum
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cut import BLOCK
 from safemerge_recipes.storage.layout import Slot

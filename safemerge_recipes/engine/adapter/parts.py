@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.methods.base import Apply, Copy, Prepare, Sum, Work
 from safemerge_recipes.methods.slerp import SlerpKernel
+from safemerge_recipes.methods.work import Apply, Copy, Prepare, Sum, Work
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods import on_torch
-from safemerge_recipes.methods.base import Apply, Tools, Work
+from safemerge_recipes.methods.kernel import Tools
 from safemerge_recipes.methods.slerp import SlerpKernel
+from safemerge_recipes.methods.work import Apply, Work
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader

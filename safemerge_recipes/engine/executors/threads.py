@@ -18,7 +18,8 @@ from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import RecipeError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, TensorDone
-from safemerge_recipes.methods.base import Copy, Tools
+from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from safemerge_recipes.errors import WriteError
 from safemerge_recipes.planning.plan import Plan
+from safemerge_recipes.recipe.gate import decides_by_metric
 from safemerge_recipes.recipe.loading import LoadedRecipe
-from safemerge_recipes.recipe.model import SELECTORS, UNMEASURED_SELECTORS, Gate, Policy, Recipe
+from safemerge_recipes.recipe.model import SELECTORS, Gate, Policy, Recipe
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.storage.files import remove_left, write_file
 from safemerge_recipes.tensor_names import module_type
@@ -72,7 +73,8 @@ class Control:
         *ruled, default = recipe.policies()
 
         def changed(gate: dict[str, Any] | None, policy: Policy) -> dict[str, Any] | None:
-            if policy.gate.selector[0] in UNMEASURED_SELECTORS - {"names"}:
+            chooser = policy.gate.selector[0]
+            if chooser != "names" and not decides_by_metric(chooser):
                 return gate
             change = self.selector(policy.gate, chosen.get(policy.rule, {}))
             if self.kind != "complement":

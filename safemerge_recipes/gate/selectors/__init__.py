@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from safemerge_recipes.gate.selectors.base import Candidate, Decision, Question, Selector, ask
-from safemerge_recipes.recipe import builtins
+from safemerge_recipes.recipe.builtins import SELECTORS
 
 __all__ = ["SELECTORS", "Candidate", "Decision", "Question", "Selector", "ask"]
-
-SELECTORS: Mapping[str, Selector] = builtins.load(builtins.SELECTORS)
-"""The built-in selectors, by their key in a gate."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.model import Gate
 from safemerge_recipes.tensor_names import module_type
+
+if TYPE_CHECKING:
+    from safemerge_recipes.recipe.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +95,13 @@ class Selector:
         unsettled: names of the candidates whose interval leaves the decisions open.
         check: asked before anything is measured, with candidates that have no values yet; raises PlanError
             or RecipeError for what cannot be satisfied.
+        measured: whether it decides by the metric, which may need `sources.base`.
     """
 
     decide: Callable[[Question], Mapping[str, Decision]]
     unsettled: Callable[[Question], set[str]] = every_interval
     check: Callable[[Question], None] = no_check
+    measured: bool = True
 
 
 def by_type(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:

@@ -22,4 +22,4 @@ def _named_check(question: Question) -> None:
         )
 
 
-NAMES = Selector(_named, lambda question: set(), _named_check)
+NAMES = Selector(_named, lambda question: set(), _named_check, measured=False)

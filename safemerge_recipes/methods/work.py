@@ -1,0 +1,187 @@
+"""Work: what is to be done for one output tensor. A copy, a sum, a kernel over pieces, a transform of whole matrices.
+
+Each kind knows what it reads, how much memory it takes, and whether it is compiled; whoever needs to know asks it.
+`planning.graph` orders it, `on_torch` and `on_compiled` make its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.methods.kernel import CompiledKernel, Kernel, Transform
+from safemerge_recipes.storage.cut import largest
+from safemerge_recipes.storage.layout import Slot
+from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.weights.algebra import Stored, Weight
+
+if TYPE_CHECKING:
+    from safemerge_recipes.methods.on_compiled import Tensor
+
+
+class Work(ABC):
+    """What is to be done for one output tensor."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def weights(self) -> tuple[Weight, ...]:
+        """The sums it evaluates."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """What is read, each tensor once."""
+        return tuple(dict.fromkeys(ref for weight in self.weights for ref in weight.refs))
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether native/merge.c knows how; `on_compiled.fits` says whether it can for these operands."""
+        return False
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its result depends on more than its weights: on the tensor's name and the method's parameters."""
+        return True
+
+    def set_up(self, tensor: Tensor) -> None:
+        """Sets what the compiled twin needs besides the weights; for work that `is_compiled`."""
+        return None
+
+    def held(self, slot: Slot) -> int:
+        """Bytes that its search over the whole tensor holds at most."""
+        return 0
+
+    @abstractmethod
+    def less(self, weight: Weight) -> Work:
+        """The same work with `weight` taken from its result, symbolically, so that what cancels is never computed."""
+
+    @abstractmethod
+    def memory(self, slot: Slot) -> int:
+        """Bytes of its own that a worker needs to do it with torch, without what it may hold between passes."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the arithmetic."""
+        return 8 if "F64" in {ref.dtype for ref in self.refs} else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Copy(Work):
+    """Write the stored bytes of `source` unchanged."""
+
+    source: TensorRef
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The tensor itself."""
+        return (Weight.of(Stored(self.source)),)
+
+    @property
+    def is_named(self) -> bool:
+        """The bytes are all there is."""
+        return False
+
+    def less(self, weight: Weight) -> Sum:
+        """A sum, whatever is taken."""
+        return Sum(Weight.of(Stored(self.source)) - weight)
+
+    def memory(self, slot: Slot) -> int:
+        """Bytes of a buffer, where the system cannot copy inside the kernel."""
+        return 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Work):
+    """Evaluate `weight` and round it to the output dtype."""
+
+    weight: Weight
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The sum."""
+        return (self.weight,)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Sums are."""
+        return True
+
+    @property
+    def is_named(self) -> bool:
+        """The sum is all there is."""
+        return False
+
+    def less(self, weight: Weight) -> Sum:
+        """Another sum."""
+        return Sum(self.weight - weight)
+
+    def memory(self, slot: Slot) -> int:
+        """Bytes of pieces and factors."""
+        piece = largest(slot.shape)
+        return piece * (3 * self.width + 8) + self.weight.memory(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Apply(Work):
+    """Evaluate origin + kernel(*inputs) piece by piece and round it to the output dtype."""
+
+    origin: Weight
+    inputs: tuple[Weight, ...]
+    kernel: Kernel
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The origin, then the inputs."""
+        return (self.origin, *self.inputs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the kernel has a twin."""
+        return isinstance(self.kernel, CompiledKernel)
+
+    def set_up(self, tensor: Tensor) -> None:
+        """What the kernel's twin needs to know of the whole tensor."""
+        assert isinstance(self.kernel, CompiledKernel)  # `is_compiled` lets no other through
+        self.kernel.set_up(tensor)
+
+    def held(self, slot: Slot) -> int:
+        """Bytes that the kernel holds while it scans."""
+        return self.width * self.kernel.held(math.prod(slot.shape), largest(slot.shape))
+
+    def less(self, weight: Weight) -> Apply:
+        """From another origin."""
+        return replace(self, origin=self.origin - weight)
+
+    def memory(self, slot: Slot) -> int:
+        """Bytes of pieces, factors and what the kernel holds."""
+        piece = largest(slot.shape)
+        slots = 8 + 5 * len(self.inputs)  # sums of up to two buffers each, the kernel's scratch, temporaries
+        factors = sum(weight.memory(piece) for weight in self.weights)
+        return piece * slots * self.width + self.held(slot) + factors
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Work):
+    """Evaluate origin + transform(*inputs), where the transform must see whole matrices first, and round it."""
+
+    origin: Weight
+    inputs: tuple[Weight, ...]
+    transform: Transform
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The origin, then the inputs."""
+        return (self.origin, *self.inputs)
+
+    def less(self, weight: Weight) -> Prepare:
+        """From another origin."""
+        return replace(self, origin=self.origin - weight)
+
+    def memory(self, slot: Slot) -> int:
+        """Bytes of pieces, factors and what the transform needs."""
+        piece = largest(slot.shape)
+        factors = sum(weight.memory(piece) for weight in self.weights)
+        return piece * 6 * self.width + factors + self.transform.memory(self.inputs, slot.shape)
