@@ -1,12 +1,14 @@
 """`import safemerge_recipes`: the promised names, what they do, and what importing them costs.
 
-Guards `planning.load`, `planning.prepared`, `engine.documents`, `engine.output`.
+Guards `planning.load`, `planning.prepared`, `engine.documents`, `engine.output`, `api.checking`, `api.experiments`,
+`api.given`, `api.merging`, `api.recipes`, `api.scoring`, `api.training`.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -36,6 +38,16 @@ def test_the_names_are_exactly_those_promised() -> None:
         assert issubclass(getattr(sm, name), sm.SafemergeError)
     with pytest.raises(AttributeError, match="frobnicate"):
         sm.frobnicate  # noqa: B018
+
+
+def test_the_command_line_calls_what_the_api_offers() -> None:
+    called = {
+        name
+        for path in (Path(api.__file__).parents[1] / "cli").glob("*.py")
+        for name in re.findall(r"\bapi\.(\w+)", path.read_text())
+    }
+    assert called <= set(api.__all__)
+    assert all(inspect.getdoc(getattr(api, name)) for name in api.__all__)
 
 
 def test_importing_a_wing_takes_no_name_away() -> None:

@@ -1,0 +1,47 @@
+"""What Python programs call; the command line is one of them.
+
+    import safemerge_recipes as sm
+
+    recipe = sm.load_recipe("recipe.yaml", {"gate.tau": 0.3})
+    plan = sm.plan(recipe)
+    result = sm.run(plan, "out")
+
+Every function raises a `SafemergeError` of a kind that says which phase failed, with one message for people, and
+prints nothing: what goes on is told to `on_event`, in events of `safemerge_recipes.events`. Nothing heavy is
+imported before it is needed. `__init__` offers the promised names; the others serve the command line.
+"""
+
+from __future__ import annotations
+
+from safemerge_recipes.api.checking import compiled, sign, verify
+from safemerge_recipes.api.experiments import probe, results_of, sweep, write_controls
+from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
+from safemerge_recipes.api.merging import plan, run
+from safemerge_recipes.api.recipes import lock, registered, schema, show
+from safemerge_recipes.api.scoring import compare, evaluate, judge, render
+from safemerge_recipes.api.training import plan_training, train_adapter
+
+__all__ = [
+    "compare",
+    "compiled",
+    "evaluate",
+    "is_recipe",
+    "judge",
+    "load_recipe",
+    "lock",
+    "plan",
+    "plan_training",
+    "probe",
+    "registered",
+    "render",
+    "results_of",
+    "run",
+    "schema",
+    "show",
+    "sign",
+    "sweep",
+    "target_of",
+    "train_adapter",
+    "verify",
+    "write_controls",
+]

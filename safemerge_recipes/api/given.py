@@ -1,0 +1,115 @@
+"""What callers of the API give, as the phases take it: recipes by file, overrides as texts, memory in bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.events import Listener, Note
+
+if TYPE_CHECKING:
+    from safemerge_recipes.recipe.loading import LoadedRecipe
+    from safemerge_recipes.storage.workers import Resources
+
+    RecipeLike = LoadedRecipe | str | Path
+
+Overrides = Mapping[str, Any] | Sequence[str]
+
+
+def load_recipe(
+    path: str | Path, overrides: Overrides = (), *, sources: Mapping[str, str | Path] | Sequence[str] = ()
+) -> LoadedRecipe:
+    """Loads and checks a recipe. Opens no source.
+
+    Args:
+        path: the YAML file, the folder of an output, or `-` for standard input.
+        overrides: values by dotted key, such as `{"gate.tau": 0.3}`, or `KEY=VALUE` texts; applied in order.
+        sources: a folder or hub id by role, such as `{"finetuned": "my-lora"}`, or `ROLE=PLACE` texts; stands in for
+            what the recipe names.
+
+    Raises:
+        RecipeError: the file cannot be read, or with every problem in it, a line each.
+    """
+    from safemerge_recipes.planning.load import load
+    from safemerge_recipes.sharing.places import recipe_at
+
+    return load(recipe_at(path), texts_of(overrides), stand_ins=_stand_ins(sources))
+
+
+def _stand_ins(sources: Mapping[str, str | Path] | Sequence[str]) -> dict[str, str]:
+    from safemerge_recipes.recipe.builtins import ROLES
+
+    if isinstance(sources, Mapping):
+        given = [(role, str(place)) for role, place in sources.items()]
+    else:
+        given = [(role, place) for role, _, place in (text.partition("=") for text in sources)]
+    for role, place in given:
+        if role not in ROLES or not place:
+            raise RecipeError(f"--source {role}={place}: expected ROLE=PLACE, with a role of {', '.join(ROLES)}")
+    return dict(given)
+
+
+def loaded_of(recipe: RecipeLike) -> LoadedRecipe:
+    """A recipe, loaded where only its file is given. Raises RecipeError as `load_recipe` does."""
+    return load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+
+
+def texts_of(overrides: Overrides) -> tuple[str, ...]:
+    """Overrides as `KEY=VALUE` texts."""
+    if not isinstance(overrides, Mapping):
+        return tuple(overrides)
+    return tuple(f"{key}={json.dumps(value, default=os.fspath)}" for key, value in overrides.items())
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether a path names a recipe rather than a folder, by its name alone."""
+    return Path(path).suffix in (".yaml", ".yml") and not Path(path).is_dir()
+
+
+def target_of(loaded: LoadedRecipe, output: str | Path | None) -> Path:
+    """The output folder. Raises RecipeError when neither the caller nor the recipe says it."""
+    if output is not None:
+        return Path.cwd() / output
+    if loaded.recipe.output.path is not None:
+        return loaded.resolve(loaded.recipe.output.path)
+    raise RecipeError(f"{loaded.path}: output.path: missing; expected it there, or --output DIR")
+
+
+def resources_of(device: str, workers: int | None, max_memory: str | int) -> Resources:
+    """The means of a run. Raises RecipeError for too little memory, PlanError for a device that is not there."""
+    memory = memory_of(max_memory)
+    from safemerge_recipes.pipeline import choose_device
+    from safemerge_recipes.storage.workers import Resources
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Resources(workers or cores, memory, choose_device(device))
+
+
+def memory_of(given: str | int) -> int:
+    """Bytes of a size. Raises RecipeError for what is none, or less than 64 MB."""
+    from safemerge_recipes.recipe.model import parse_size
+
+    try:
+        size = parse_size(given)
+    except ValueError as error:
+        raise RecipeError(f"--max-memory {given}: {error}") from None
+    if not isinstance(size, int) or size < 64_000_000:
+        raise RecipeError(f"--max-memory {given}: too little; expected at least 64MB")
+    return size
+
+
+class _Lines:
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def print(self, text: object, **_: object) -> None:
+        self._listener(Note(str(text)))
+
+
+def notes_to(listener: Listener) -> Any:
+    """A console that hands its lines on as events."""
+    return _Lines(listener)

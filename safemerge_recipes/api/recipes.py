@@ -1,0 +1,61 @@
+"""Recipes as text: shown in full, locked to what they read, and what they may name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safemerge_recipes.api.given import loaded_of
+
+if TYPE_CHECKING:
+    from safemerge_recipes.api.given import RecipeLike
+
+
+def show(recipe: RecipeLike) -> str:
+    """A recipe as YAML that stands alone: what it extends joined in, parameters filled in, every used value in full."""
+    from safemerge_recipes.recipe.writing import dump_recipe
+
+    return dump_recipe(loaded_of(recipe).recipe)
+
+
+def lock(recipe: RecipeLike) -> Path:
+    """Writes `recipe.lock.yaml` beside a recipe: commit, size and sha256 of every file that it reads now.
+
+    Returns:
+        The lock.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        SourceError: a source is missing, broken, or does not fit the others.
+    """
+    from safemerge_recipes.pipeline import resolve
+    from safemerge_recipes.sharing.lock import write_lock
+
+    return write_lock(resolve(loaded_of(recipe)))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe."""
+    from safemerge_recipes.recipe.model import json_schema
+
+    return json_schema()
+
+
+def registered() -> list[dict[str, str]]:
+    """What recipes may name: kind, name, the distribution that brings it, and where its object lies.
+
+    The last line may stand for all methods of mergekit, without a place.
+
+    Raises:
+        RecipeError: two distributions bring one name, or an object cannot be imported.
+    """
+    from safemerge_recipes.planning.plugins import KINDS, read_registry
+
+    known = read_registry()
+    entries = [entry for kind in KINDS for entry in known.entries[kind].values()]
+    for entry in entries:
+        entry.load()
+    rows = [{"kind": e.kind, "name": e.name, "origin": e.origin, "target": e.target} for e in entries]
+    if origin := known.origin("methods", "mergekit:"):
+        rows.append({"kind": "methods", "name": "mergekit:<any of its methods>", "origin": origin, "target": ""})
+    return rows

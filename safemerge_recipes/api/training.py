@@ -1,0 +1,63 @@
+"""The safety adapter: its rows, what training it takes, and the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.api.given import memory_of
+
+if TYPE_CHECKING:
+    from safemerge_recipes.recipe.training import LoadedTraining
+    from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.run import TrainedAdapter
+    from safemerge_recipes.training.steps import TrainingStep
+
+
+def plan_training(file: LoadedTraining | str | Path, *, max_memory: str | int | None = None) -> TrainingPlan:
+    """What a training file comes to: rows, steps, memory and the key. Trains nothing.
+
+    Args:
+        file: the training file, or one that is loaded.
+        max_memory: own memory that may not be exceeded.
+
+    Raises:
+        RecipeError: the file or its rows are wrong.
+        SourceError: the model or the data are missing.
+        PlanError: it takes more memory.
+    """
+    from safemerge_recipes.recipe.training import load_training
+    from safemerge_recipes.training.plan import plan_training as plan_it
+
+    loaded = load_training(file) if isinstance(file, str | Path) else file
+    return plan_it(loaded, None if max_memory is None else memory_of(max_memory))
+
+
+def train_adapter(
+    file: TrainingPlan | LoadedTraining | str | Path,
+    *,
+    output: str | Path | None = None,
+    listen: Callable[[TrainingStep], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TrainedAdapter:
+    """The adapter of a training file, from the cache or trained now. Cut short, the same call goes on.
+
+    Args:
+        file: the training file, or its plan.
+        output: a folder that gets a copy.
+        listen: is told of steps.
+        say: is told, a line at a time, what goes on.
+
+    Raises:
+        SafemergeError: it cannot be trained.
+    """
+    from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.run import copy_adapter
+    from safemerge_recipes.training.run import train_adapter as train
+
+    planned = file if isinstance(file, TrainingPlan) else plan_training(file)
+    found = train(planned.loaded, listen=listen, say=say, plan=planned)
+    if output is not None:
+        copy_adapter(found.path, Path(output))
+    return found
