@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,30 +162,28 @@ def base_name(full: Folder, adapter: Folder | None) -> str:
 
 
 def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
-    from safemerge_recipes.training.choose import carry_warning, choose
-    from safemerge_recipes.training.score import rates
+    from safemerge_recipes.evaluation.separation import Sides
+    from safemerge_recipes.training.choose import carry_warning, choose, rates
+    from safemerge_recipes.training.score import refusals
 
     ask = plan.loaded.training.choose
     assert ask is not None  # asked by the caller
-    kept = part / "scores.json"
+    kept = part / "refusals.json"
     known: dict[str, Any] = json.loads(content_of(kept, MAX_BYTES)) if kept.exists() else {}
 
-    def of(name: str, adapters: list[Path]) -> Any:
-        from safemerge_recipes.training.choose import Rates
-
+    def of(name: str, adapters: list[Path]) -> Sides:
         if name not in known:
             say(f"scoring {name}")
-            found = rates(model, tokenizer, adapters, ask)
-            known[name] = {key: value for key, value in found.as_json().items() if key != "separation"}
+            known[name] = asdict(refusals(model, tokenizer, adapters, ask))
             write_file(kept, json.dumps(known))
-        return Rates(**known[name])
+        return Sides(**known[name])
 
     aligned = of("aligned", [])
     by_size = {size: of(f"aligned + Δs of {size} rows", [part / f"size-{size}"]) for size in plan.sizes}
     size, within = choose(aligned, by_size, ask.max_overrefusal)
     warnings = []
     if not within:
-        rise = by_size[size].harmless - aligned.harmless
+        rise = rates(by_size[size])["harmless"] - rates(aligned)["harmless"]
         warnings.append(
             f"over-refusal rises by {100 * rise:.0f} points, more than {100 * ask.max_overrefusal:.0f}, with every "
             "size; add harmless rows that look alike"
@@ -195,7 +193,7 @@ def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say
         finetuned = of("fine-tuned", [task])
         joined = of("fine-tuned + Δs", [task, part / f"size-{size}"])
         warnings += [text for text in [carry_warning(finetuned, joined)] if text]
-    models = {name: {**one, "separation": one["harmful"] - one["harmless"]} for name, one in known.items()}
+    models = {name: rates(Sides(**one)) for name, one in known.items()}
     return {"chosen": size, "within": within, "models": models, "warnings": warnings}
 
 

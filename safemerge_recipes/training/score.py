@@ -1,4 +1,4 @@
-"""Refusal rates of a loaded model with adapters added in memory, on the tuning split."""
+"""Refusals of a loaded model with adapters added in memory, on the tuning split."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.evaluation.harness import evaluate
+from safemerge_recipes.evaluation.separation import Sides
 from safemerge_recipes.recipe.training import Choose
 from safemerge_recipes.storage.files import MAX_BYTES, content_of
-from safemerge_recipes.training.choose import Rates
 
 MAX_ADAPTER_BYTES = 1 << 32
 """Largest adapter read, in bytes."""
@@ -44,8 +44,8 @@ def with_adapters(model: Any, adapters: Sequence[Path]) -> Iterator[Any]:
                 own[name].copy_(values)
 
 
-def rates(model: Any, tokenizer: Any, adapters: Sequence[Path], choose: Choose) -> Rates:
-    """How often the model with the adapters refuses on the two tasks.
+def refusals(model: Any, tokenizer: Any, adapters: Sequence[Path], choose: Choose) -> Sides:
+    """Which requests of the two tasks the model with the adapters refuses.
 
     Raises:
         CheckError: a task is unknown or cannot be scored.
@@ -53,5 +53,4 @@ def rates(model: Any, tokenizer: Any, adapters: Sequence[Path], choose: Choose) 
     tasks = (choose.task, choose.overrefusal_task)
     with with_adapters(model, adapters) as subject:
         scores = evaluate(subject, tasks, limit=choose.limit, tokenizer=tokenizer, auroc=False)
-    harmful, harmless = (scores.metric(task, "refusal") for task in tasks)
-    return Rates(harmful.value or 0.0, harmless.value or 0.0, harmful.n, harmless.n)
+    return Sides(*(scores.metric(task, "refusal").outcomes for task in tasks))

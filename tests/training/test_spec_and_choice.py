@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.evaluation.separation import Sides
 from safemerge_recipes.recipe.training import Training, load_training
-from safemerge_recipes.training.choose import Rates, carry_warning, choose
+from safemerge_recipes.training.choose import carry_warning, choose
 from safemerge_recipes.training.steps import steps_of
 
 GOOD = {"model": "org/model", "data": {"path": "x.jsonl", "licence": "mit"}}
@@ -67,25 +68,34 @@ def test_on_is_written_onto_as_well(tmp_path: Path) -> None:
         assert (full.model, adapter and adapter.adapter) == ("./b", "./a")
 
 
-def rates(harmful: float, harmless: float) -> Rates:
-    return Rates(harmful, harmless, 100, 100)
+def refused(harmful: int, harmless: int) -> Sides:
+    """A model that refuses the first so many of a hundred harmful and of a hundred harmless requests."""
+    return Sides(*({str(i): float(i < count) for i in range(100)} for count in (harmful, harmless)))
 
 
 def test_the_most_refusing_adapter_wins_only_among_those_that_do_not_refuse_all() -> None:
-    aligned = rates(0.7, 0.05)
-    sizes = {100: rates(0.8, 0.06), 500: rates(0.9, 0.10), 1000: rates(1.0, 0.60)}
+    aligned = refused(70, 5)
+    sizes = {100: refused(80, 6), 500: refused(95, 10), 1000: refused(100, 60)}
     assert choose(aligned, sizes, 0.05) == (500, True)
-    assert choose(aligned, sizes, 0.6) == (1000, True)
-    assert choose(aligned, {100: rates(0.9, 0.2), 500: rates(1.0, 0.7)}, 0.05) == (100, False)
-    assert choose(aligned, {500: rates(0.9, 0.05), 100: rates(0.9, 0.05)}, 0.05) == (100, True)
+    assert choose(aligned, sizes, 0.6) == (500, True), "refusing everything separates nothing"
+    assert choose(aligned, {100: refused(90, 20), 500: refused(100, 70)}, 0.05) == (100, False)
+    assert choose(aligned, {500: refused(90, 5), 100: refused(90, 5)}, 0.05) == (100, True)
+
+
+def test_a_prompt_decides_nothing_between_sizes() -> None:
+    # J is equal within an error: more refusals of harmful requests; equal there, too: the smaller.
+    assert choose(refused(70, 5), {100: refused(80, 4), 500: refused(81, 6)}, 0.05) == (500, True)
+    assert choose(refused(70, 5), {100: refused(80, 6), 500: refused(80, 5)}, 0.05) == (100, True)
+    assert choose(refused(70, 5), {100: refused(80, 5), 500: refused(90, 5)}, 0.05) == (500, True)
 
 
 def test_an_adapter_that_carries_nothing_is_said_loudly() -> None:
-    assert carry_warning(rates(0.3, 0.05), rates(0.6, 0.1)) is None
-    little = carry_warning(rates(0.3, 0.05), rates(0.33, 0.05))
+    assert carry_warning(refused(30, 5), refused(60, 10)) is None
+    assert carry_warning(refused(30, 5), refused(40, 5)) is None
+    little = carry_warning(refused(30, 5), refused(33, 5))
     assert little
-    assert "little" in little
-    nothing = carry_warning(rates(0.5, 0.1), rates(0.9, 0.6))
+    assert "carries little: on the fine-tuned model J 25 → 28 (95 % interval of the change" in little
+    nothing = carry_warning(refused(50, 10), refused(90, 60))
     assert nothing
     assert "CARRIES NOTHING" in nothing
 
