@@ -98,7 +98,7 @@ def train(
         What happened: steps, loss (mean of the last tenth), seconds, resumed (steps that were there).
 
     Raises:
-        CheckError: the loss is no number.
+        CheckError: the loss or the gradient is no number.
         PlanError: the device's memory does not suffice.
     """
     import torch
@@ -116,13 +116,15 @@ def train(
             if not logs or "loss" not in logs:
                 return
             losses.append(float(logs["loss"]))
-            if not math.isfinite(losses[-1]):
-                raise CheckError(
-                    f"step {state.global_step}: the loss is {losses[-1]}; the last checkpoint is kept. Try a lower "
-                    "train.learning_rate, or train.dtype: float32"
-                )
+            for name, value in (("loss", losses[-1]), ("gradient's norm", float(logs.get("grad_norm", 0.0)))):
+                if not math.isfinite(value):
+                    raise CheckError(_broken(name, value, state.global_step, checkpoints))
             if listen:
                 listen(TrainingStep(len(rows), state.global_step, steps, losses[-1]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step % schedule.save_steps == 0:
+                control.should_log = True  # before it is saved, so that no checkpoint follows a loss that is no number
 
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)
@@ -138,7 +140,8 @@ def train(
             eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
             gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
             use_cpu=device.type == "cpu", dataloader_pin_memory=False, logging_steps=every, save_strategy="steps",
-            save_steps=schedule.save_steps, save_total_limit=1, report_to=[], disable_tqdm=True,
+            logging_nan_inf_filter=False, save_steps=schedule.save_steps, save_total_limit=1, report_to=[],
+            disable_tqdm=True,
         )  # fmt: skip
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
@@ -154,7 +157,11 @@ def train(
             )  # fmt: skip
             trainer.remove_callback(_printer())
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise PlanError(_too_large(schedule)) from None
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # as torch says of a processor's memory
+            raise
         raise PlanError(_too_large(schedule)) from None
     except KeyboardInterrupt:
         raise WriteError(f"stopped; {folder} keeps the last checkpoint, the same command goes on from there") from None
@@ -170,6 +177,12 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
         "resumed": int(last.name.partition("-")[2]) if last else 0,
     }
+
+
+def _broken(name: str, value: float, step: int, checkpoints: Path) -> str:
+    last = _last_checkpoint(checkpoints)
+    kept = f"{last.name} before it is kept" if last else "there is no checkpoint before it"
+    return f"step {step}: the {name} is {value}; {kept}. Try a lower train.learning_rate, or train.dtype: float32"
 
 
 def _too_large(schedule: Schedule) -> str:
