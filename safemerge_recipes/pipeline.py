@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from safemerge_recipes.planning.prepared import Prepared, Resolved
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Role
 from safemerge_recipes.sources.family import Family, open_family
+from safemerge_recipes.sources.locate import Folder, complete
 from safemerge_recipes.sources.side_files import no_tokenizer, side_files
 from safemerge_recipes.sources.trained import settled
 from safemerge_recipes.storage.digests import Digests, remember_digest
@@ -55,19 +57,27 @@ def choose_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
+def resolve(
+    loaded: LoadedRecipe,
+    family: Family | None = None,
+    *,
+    headers: bool = False,
+    folders: Mapping[Role, Folder] | None = None,
+) -> Resolved:
     """Finds, fetches and opens the sources. Reads headers only.
 
     Args:
         loaded: the recipe.
         family: its sources, where another recipe with the same ones has opened them.
+        headers: of models on the hub fetch the headers alone; `fetch` gets the rest.
+        folders: where the sources lie, if that is known.
 
     Raises:
         SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
     """
     loaded, notes = settled(loaded)
     recipe = loaded.recipe
-    family = family or open_family(recipe, loaded.directory)
+    family = family or open_family(recipe, loaded.directory, headers=headers, folders=folders)
     family = replace(family, warnings=tuple(dict.fromkeys((*family.warnings, *notes))))
     registry = read_registry()
     outlooks = survey(recipe, family, registry.metrics)
@@ -78,6 +88,50 @@ def resolve(loaded: LoadedRecipe, family: Family | None = None) -> Resolved:
     if lacking and lacking not in family.warnings:
         family = replace(family, warnings=(*family.warnings, lacking))
     return Resolved(loaded, family, family.identities(), beside, outlooks, registry)
+
+
+def fetch(resolved: Resolved, files: Collection[str] | None, on_event: Listener) -> Resolved:
+    """The same with weight files fetched that are still on the hub, at the commits that were resolved.
+
+    Args:
+        resolved: as `resolve` found it.
+        files: which, by the paths of their headers; None: all.
+        on_event: is told of bytes.
+
+    Raises:
+        SourceError: the hub does not give one.
+    """
+    away = resolved.family.away
+    wanted = [away[path][1] for path in away if files is None or path in files]
+    if not wanted:
+        return resolved
+    folders = {}
+    for role, model in resolved.family.models.items():
+        own = [name for name, one in model.folder.away.items() if files is None or str(one.header) in files]
+        folders[role] = complete(model.folder, own, on_event)
+    return resolve(resolved.loaded, folders=folders)
+
+
+def measured_away(resolved: Resolved) -> tuple[str, ...]:
+    """The files on the hub, by the paths of their headers, that a gate must read before it can decide."""
+    family = resolved.family
+    away = family.away
+    if not away or "base" not in family.models:
+        return ()
+    found = (
+        path
+        for outlook in resolved.outlooks
+        if outlook.policy is not None and outlook.policy.gate.needs_metric
+        for path in _measured_files(family, outlook.name)
+        if path in away
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def _measured_files(family: Family, name: str) -> tuple[str, ...]:
+    """The files that measuring a tensor reads: those of V and Δf."""
+    v = family.v(name)
+    return tuple(ref.path for weight in (v, family.delta("finetuned", name)) if weight for ref in weight.refs)
 
 
 def decide(resolved: Resolved, measure: Measure | None) -> Plan:
@@ -127,7 +181,7 @@ def prepare(
     """
     begun = time.perf_counter()
     measurer = measurer_of(resolved, resources, on_event, use_cache=use_cache, executor=executor)
-    plan = decide(resolved, measurer)
+    plan = decide(resolved, _of_what_is_here(resolved, measurer))
     measured = time.perf_counter()
     graph = build(plan, resolved, resources.device)
     needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
@@ -135,6 +189,16 @@ def prepare(
     peak = projected_peak(graph, workers, measurer.peak if measurer else 0)
     timings = {"measure": measured - begun, "plan": time.perf_counter() - measured}
     return Prepared(resolved, plan, graph, replace(resources, workers=workers), peak, timings)
+
+
+def _of_what_is_here(resolved: Resolved, measure: Measure | None) -> Measure | None:
+    """Measures only what needs no file that is still on the hub; such a gate decides without being measured."""
+    away = resolved.family.away
+    if measure is None or not away:
+        return measure
+    return lambda names, *how: measure(
+        [name for name in names if away.keys().isdisjoint(_measured_files(resolved.family, name))], *how
+    )
 
 
 def measurer_of(
@@ -146,7 +210,9 @@ def measurer_of(
     executor: Executor = LOCAL,
 ) -> Measurer | None:
     """What measures the family's tensors; None where nothing is gated or there is no base and so no V."""
-    family, gated = resolved.family, [outlook.name for outlook in resolved.outlooks if outlook.policy]
+    family, away = resolved.family, resolved.family.away
+    gated = [outlook.name for outlook in resolved.outlooks if outlook.policy]
+    gated = [name for name in gated if not away or away.keys().isdisjoint(_measured_files(family, name))]
     if "base" not in family.models or not gated:
         return None
     from safemerge_recipes.gate.measurer import Measurer

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.api.given import loaded_of, notes_to, resources_of, target_of
+from safemerge_recipes.api.opening import opened
 from safemerge_recipes.errors import SafemergeError
 from safemerge_recipes.events import Listener, Note, ignore
 
@@ -35,6 +36,8 @@ def plan(
         max_memory: own memory, in bytes or as a text such as `2GB`; at least 64MB.
         on_event: is told what goes on.
 
+    Of models on the hub the headers are fetched first, their weights only where the gate must read them to decide.
+
     Returns:
         The plan. `.plan.tensors` holds a line for every tensor of the output, `.plan_json()` the content of
         safemerge_plan.json; in a notebook it shows itself.
@@ -49,7 +52,7 @@ def plan(
 
     loaded = loaded_of(recipe)
     _train_missing(loaded, False, on_event)
-    return prepare(_resolved(loaded), resources, on_event)
+    return prepare(opened(loaded, on_event, planned=True), resources, on_event)
 
 
 def run(
@@ -92,7 +95,7 @@ def run(
     """
     from safemerge_recipes.engine.executors import find
     from safemerge_recipes.engine.folder import check_place
-    from safemerge_recipes.pipeline import carry_out, prepare
+    from safemerge_recipes.pipeline import carry_out, fetch, prepare
     from safemerge_recipes.planning.prepared import Prepared
     from safemerge_recipes.storage.digests import Digests
 
@@ -109,7 +112,9 @@ def run(
 
         suite = suite_of(loaded)
     check_place(target, force)
-    resolved = planned.resolved if planned else _resolved(loaded)
+    if planned is not None and planned.family.away:  # planned from headers on the hub
+        planned = prepare(fetch(planned.resolved, None, on_event), resources, on_event, executor=engine)
+    resolved = planned.resolved if planned else opened(loaded, on_event)
     if suite is not None:
         _warn_of_template(resolved, on_event)
     digests = Digests(resolved.identities)  # hashing takes long: it begins at once
@@ -120,19 +125,6 @@ def run(
         digests.cancelled.set()
         engine.close()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
-
-
-def _resolved(loaded: LoadedRecipe) -> Resolved:
-    """Opens the sources, at their locked commits and with their locked files where there is a lock."""
-    from safemerge_recipes.pipeline import resolve
-    from safemerge_recipes.sharing.lock import check_lock, find_lock, pinned
-
-    found = find_lock(loaded)
-    if found is None:
-        return resolve(loaded)
-    resolved = resolve(pinned(loaded, found))
-    check_lock(resolved, found)
-    return resolved
 
 
 def _train_missing(loaded: LoadedRecipe, train: bool, on_event: Listener) -> None:

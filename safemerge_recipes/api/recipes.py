@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.api.given import loaded_of
+from safemerge_recipes.events import Listener, ignore
 
 if TYPE_CHECKING:
     from safemerge_recipes.api.given import RecipeLike
@@ -18,7 +19,7 @@ def show(recipe: RecipeLike) -> str:
     return dump_recipe(loaded_of(recipe).recipe)
 
 
-def lock(recipe: RecipeLike) -> Path:
+def lock(recipe: RecipeLike, on_event: Listener = ignore) -> Path:
     """Writes `recipe.lock.yaml` beside a recipe: commit, size and sha256 of every file that it reads now.
 
     Returns:
@@ -28,10 +29,12 @@ def lock(recipe: RecipeLike) -> Path:
         RecipeError: the recipe is wrong.
         SourceError: a source is missing, broken, or does not fit the others.
     """
-    from safemerge_recipes.pipeline import resolve
-    from safemerge_recipes.sharing.lock import write_lock
+    from safemerge_recipes.pipeline import fetch, resolve
+    from safemerge_recipes.sharing.lock import check_place, write_lock
 
-    return write_lock(resolve(loaded_of(recipe)))
+    loaded = loaded_of(recipe)
+    check_place(loaded)
+    return write_lock(fetch(resolve(loaded, headers=True), None, on_event))
 
 
 def schema() -> dict[str, Any]:

@@ -58,9 +58,9 @@ def run(
         return plan(recipe, set_, source, json_, device, workers, max_memory)
     from safemerge_recipes.report.terminal import print_result
 
-    if update_lock:
-        api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()))
     with watched(json_) as listener:
+        if update_lock:
+            api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()), listener)
         result = api.run(
             api.load_recipe(recipe, set_ or (), sources=source or ()), output,
             force=force, allow_empty=allow_empty, evaluate=not no_evaluate, train=train,
@@ -113,7 +113,9 @@ def validate(
 
 def lock(recipe: RecipeArgument, set_: SetOption = None, source: SourceOption = None) -> None:
     """Write RECIPE.lock.yaml: commit, size and sha256 of all that a recipe reads. A run refuses anything else then."""
-    write_line(str(api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()))))
+    with watched(False) as listener:
+        path = api.lock(api.load_recipe(recipe, set_ or (), sources=source or ()), listener)
+    write_line(str(path))
 
 
 def schema() -> None:

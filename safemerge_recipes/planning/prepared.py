@@ -72,6 +72,8 @@ class Prepared:
             "bytes_written": self.graph.bytes_written,
             "peak_memory": self.peak_memory,
         }
+        if self.family.away:  # a plan that was made from headers on the hub
+            summary["bytes_to_fetch"] = self.family.bytes_away()
         return {
             "recipe": json.loads(recipe_json(self.recipe)),
             "summary": summary,

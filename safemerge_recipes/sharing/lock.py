@@ -15,18 +15,19 @@ from safemerge_recipes.engine.folder import MANIFEST_FILE, RECIPE_FILE
 from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.planning.prepared import Resolved
-from safemerge_recipes.recipe.loading import LoadedRecipe
+from safemerge_recipes.recipe.loading import STANDARD_INPUT, LoadedRecipe
 from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
 from safemerge_recipes.sources.provenance import origin
 from safemerge_recipes.storage.digests import file_digest
 from safemerge_recipes.storage.files import read_file, write_file
 from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.storage.layout import INDEX_FILE
 
 FORMAT = 1
 MAX_BYTES = 1_000_000
-CONFIGS = ("config.json", "adapter_config.json")
-"""Files of a source, beside its weights, that decide what is merged."""
+CONFIGS = ("config.json", "adapter_config.json", INDEX_FILE)
+"""Files of a source, beside its weights, that decide what is merged; tokenizers are side files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ def find_lock(loaded: LoadedRecipe) -> Lock | None:
     """
     if loaded.path.name == RECIPE_FILE and (loaded.directory / MANIFEST_FILE).is_file():
         return _of_output(loaded.directory)
-    path = lock_path(loaded.path)
-    return _read(path) if loaded.place is not None and path.is_file() else None
+    path = loaded.directory / lock_path(loaded.path).name
+    return _read(path) if path.is_file() and loaded.path != STANDARD_INPUT else None
 
 
 def _of_output(folder: Path) -> Lock:
@@ -145,6 +146,13 @@ def make_lock(resolved: Resolved) -> str:
     return f"# What {resolved.loaded.path.name} reads. Written by `safemerge lock`.\n{write_yaml(content)}"
 
 
+def check_place(loaded: LoadedRecipe) -> None:
+    """Refuses to lock what has no place here. Raises RecipeError."""
+    foreign = loaded.place is not None and loaded.place.directory is None
+    if foreign or loaded.path == STANDARD_INPUT:
+        raise RecipeError(f"{loaded.path}: has no folder here that could hold its lock; copy it into a file first")
+
+
 def write_lock(resolved: Resolved) -> Path:
     """Writes a recipe's lock beside it and returns where."""
     path = lock_path(resolved.loaded.path)
@@ -184,14 +192,20 @@ def check_lock(resolved: Resolved, lock: Lock) -> None:
 
 
 def _stamps(resolved: Resolved, role: Any) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, sha256) of a role's files."""
-    model = resolved.family.models[role]
-    configs = [str(model.folder.path / name) for name in CONFIGS if (model.folder.path / name).is_file()]
-    for file in (*model.files, *configs):
+    """(name, bytes, sha256) of a role's files: weights, configs, and what an output has from it beside them.
+
+    Of weights that are still on the hub it is what the hub says.
+    """
+    folder = resolved.family.models[role].folder
+    weights = {Path(file) for file in resolved.family.models[role].files} - {one.header for one in folder.away.values()}
+    yield from ((name, one.size, one.sha256 or "") for name, one in folder.away.items())
+    configs = {folder.path / name for name in CONFIGS if (folder.path / name).is_file()}
+    beside = {path for path in resolved.side_files.values() if path.is_relative_to(folder.path)}
+    for file in sorted(weights | configs | beside):
         identity = FileIdentity.of(file)
         found = file_digest(identity)
         assert found is not None  # nobody stops it
-        yield Path(file).name, identity.size, found.sha256
+        yield file.relative_to(folder.path).as_posix(), identity.size, found.sha256
 
 
 def _plugins(resolved: Resolved) -> dict[str, str]:

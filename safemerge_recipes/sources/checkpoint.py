@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.hub import Away
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.storage.files import content_of, inside, reading
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
@@ -76,25 +77,33 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     return True
 
 
-def _weight_files(directory: Path) -> tuple[list[str], Mapping[str, str] | None]:
-    if (directory / SINGLE_FILE).exists():
+def _weight_files(directory: Path, away: Mapping[str, Away]) -> tuple[list[str], Mapping[str, str] | None]:
+    if SINGLE_FILE in away or (directory / SINGLE_FILE).exists():
         return [SINGLE_FILE], None
+    if (directory / INDEX_FILE).exists():
+        weight_map = _weight_map(directory)
+        return sorted(set(weight_map.values())), weight_map
+    raise SourceError(f"{directory}: {instead(directory, sorted(path.name for path in directory.iterdir()))}")
+
+
+def named_files(directory: Path) -> list[str]:
+    """The weight files that a folder's index names. Raises SourceError where it is not usable."""
+    return sorted(set(_weight_map(directory).values()))
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / INDEX_FILE
-    if index.exists():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise SourceError(f"{index}: has no usable weight_map; expected tensor names mapped to file names")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if not file.endswith(".safetensors"):
-                raise SourceError(f"{index}: names {file[:200]!r}; expected files that end in .safetensors")
-        return files, weight_map
-    raise SourceError(f"{directory}: {_instead(directory)}")
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise SourceError(f"{index}: has no usable weight_map; expected tensor names mapped to file names")
+    for file in weight_map.values():
+        if not file.endswith(".safetensors"):
+            raise SourceError(f"{index}: names {file[:200]!r}; expected files that end in .safetensors")
+    return weight_map
 
 
-def _instead(directory: Path) -> str:
+def instead(place: Path | str, names: Sequence[str]) -> str:
     """What lies in a folder without safetensors of a known name, and the way out."""
-    names = sorted(path.name for path in directory.iterdir())
     shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
     if shards:
         return (
@@ -108,14 +117,14 @@ def _instead(directory: Path) -> str:
         return (
             f"holds {pickle}, a pickle, which can run code and is never loaded; expected safetensors. "
             f'If you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\" "
+            f"M.from_pretrained('{place}', dtype='auto').save_pretrained('{place}-safetensors')\" "
             "and copy the tokenizer files"
         )
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     if gguf:
         return (
             f"holds {gguf}, weights quantised for llama.cpp; expected safetensors: use the model that it was made "
-            f"from, or dequantise it with transformers: from_pretrained('{directory}', gguf_file='{gguf}'), then "
+            f"from, or dequantise it with transformers: from_pretrained('{place}', gguf_file='{gguf}'), then "
             "save_pretrained"
         )
     original = next((name for name in names if re.fullmatch(r"consolidated.*\.safetensors", name)), None)
@@ -130,20 +139,25 @@ def _instead(directory: Path) -> str:
     return f"no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors"
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> Checkpoint:
     """The inventory of a model folder.
+
+    Args:
+        directory: the folder.
+        away: weight files that are still on the hub: of them the headers are read.
 
     Raises:
         SourceError: weights or config are missing or unsound, or the index and the files disagree.
     """
     config = read_object(directory / "config.json")
-    names, weight_map = _weight_files(directory)
+    away = away or {}
+    names, weight_map = _weight_files(directory, away)
     tensors: dict[str, TensorRef] = {}
     for file in names:
-        path = inside(directory, file)
+        path = away[file].header if file in away else inside(directory, file)
         if not path.exists():
             raise SourceError(f"{directory}: {INDEX_FILE} names {file[:200]!r}, which is missing; download it again")
-        for name, ref in read_header(path).items():
+        for name, ref in read_header(path, away[file].size if file in away else None).items():
             if name in tensors:
                 raise SourceError(f"{path}: {name!r} is also in {tensors[name].path}; expected it once")
             if weight_map is not None and weight_map.get(name) != file:
@@ -156,4 +170,5 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
-    return Checkpoint(directory, tensors, config, tuple(str(directory / file) for file in names))
+    files = tuple(str(away[file].header if file in away else directory / file) for file in names)
+    return Checkpoint(directory, tensors, config, files)

@@ -6,7 +6,7 @@ by tensor, and whatever does not is refused by name here, before anything is mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from typing import Any, get_args
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.checkpoint import Checkpoint, open_checkpoint, same_bytes
-from safemerge_recipes.sources.locate import Folder, locate
+from safemerge_recipes.sources.locate import Folder, Known, locate
 from safemerge_recipes.sources.masks import open_masks
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
@@ -87,6 +87,18 @@ class Family:
         """Every mask file, each once."""
         return tuple(dict.fromkeys(ref.path for tensors in self.masks.values() for ref in tensors.values()))
 
+    @property
+    def away(self) -> dict[str, tuple[Role, str]]:
+        """The weight files that are still on the hub: path of the header -> (a role that reads it, file name)."""
+        found = [(role, model.folder) for role, model in self.models.items()]
+        return {str(away.header): (role, name) for role, folder in found for name, away in folder.away.items()}
+
+    def bytes_away(self, headers: Collection[str] | None = None) -> int:
+        """Bytes of the weight files that are still on the hub, each once; of all, or those with these headers."""
+        found = (model.folder.away.values() for model in self.models.values())
+        sizes = {str(one.header): one.size for away in found for one in away}
+        return sum(size for header, size in sizes.items() if headers is None or header in headers)
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """Every weight file that may be read, each once, as it is now."""
         files = dict.fromkeys(file for model in self.models.values() for file in model.files)
@@ -108,7 +120,7 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
         return opened[role]
     folder = folders[role]
     if folder.kind == "model":
-        checkpoint = open_checkpoint(folder.path)
+        checkpoint = open_checkpoint(folder.path, folder.away)
         weights = {name: Weight.of(Stored(ref)) for name, ref in checkpoint.tensors.items()}
         copied = tied_pair(checkpoint)
         if copied is not None:
@@ -188,18 +200,25 @@ def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: st
     return f"sources.{role}: the adapter was made for {named!r} and is applied to {on}, {below.folder.label!r}"
 
 
-def open_family(recipe: Recipe, directory: Path) -> Family:
+def open_family(
+    recipe: Recipe, directory: Path, *, headers: bool = False, folders: Mapping[Role, Folder] | None = None
+) -> Family:
     """Locates and opens every source and checks that they fit together. Reads headers only.
 
     Args:
         recipe: the recipe.
         directory: its folder; relative paths start there.
+        headers: of models on the hub fetch the headers alone.
+        folders: where the sources lie, if that is known.
 
     Raises:
         SourceError: a source is missing, unsound, or does not fit the aligned model.
     """
     sources = recipe.sources.roles()
-    folders = {role: locate(source, role, directory) for role, source in sources.items()}
+    known: Known = {}
+    folders = folders or {
+        role: locate(source, role, directory, headers=headers, known=known) for role, source in sources.items()
+    }
     opened: dict[Role, Model] = {}
     for role in folders:
         _open_role(role, folders, recipe, opened)

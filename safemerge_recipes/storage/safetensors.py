@@ -112,8 +112,12 @@ def _check_coverage(refs: Mapping[str, TensorRef], start: int, size: int) -> Non
         raise ValueError(f"the file has {size} bytes where its header needs {end}: it is {state}")
 
 
-def read_header(path: Path | str) -> dict[str, TensorRef]:
+def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorRef]:
     """Every tensor of one safetensors file, by name, in the order of the bytes.
+
+    Args:
+        path: the file.
+        whole: its bytes, where only its beginning lies at `path`.
 
     Raises:
         SourceError: the file is missing, is not safetensors, or its header and size disagree.
@@ -122,7 +126,7 @@ def read_header(path: Path | str) -> dict[str, TensorRef]:
     try:
         with reading(path) as file:
             prefix = file.read(8)
-            size = file.seek(0, 2)
+            size = file.seek(0, 2) if whole is None else whole
             if len(prefix) < 8:
                 raise ValueError(f"it has only {len(prefix)} bytes")
             (length,) = struct.unpack("<Q", prefix)

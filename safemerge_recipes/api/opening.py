@@ -1,0 +1,56 @@
+"""The sources of a recipe, opened: at their locked commits and, from the hub, headers before gigabytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safemerge_recipes.events import Listener, Note
+
+if TYPE_CHECKING:
+    from safemerge_recipes.planning.prepared import Resolved
+    from safemerge_recipes.recipe.loading import LoadedRecipe
+
+
+def opened(loaded: LoadedRecipe, on_event: Listener, *, planned: bool = False) -> Resolved:
+    """Opens the sources; with a lock, at its commits and with its files and no others.
+
+    Of models on the hub the headers are read first, so that sources that do not fit are told before gigabytes are
+    fetched. What is only `planned` then needs what its gate reads, a run needs everything.
+
+    Raises:
+        SourceError: a source is missing, broken, does not fit the others, or is not the locked one.
+        RecipeError: the lock is that of another recipe.
+    """
+    from safemerge_recipes.pipeline import fetch, measured_away, resolve
+    from safemerge_recipes.sharing.lock import check_lock, find_lock, pinned
+
+    found = find_lock(loaded)
+    resolved = resolve(loaded if found is None else pinned(loaded, found), headers=True)
+    read = measured_away(resolved) if planned else None
+    for line in _told(resolved, read):
+        on_event(Note(line))
+    resolved = fetch(resolved, read, on_event)
+    if found is not None:
+        check_lock(resolved, found)
+    return resolved
+
+
+def _told(resolved: Resolved, read: tuple[str, ...] | None) -> list[str]:
+    """Where a recipe from elsewhere comes from and what it reads; of any, what is fetched for a run, and now."""
+    from safemerge_recipes.text import size
+
+    place, family = resolved.loaded.place, resolved.family
+    foreign = place is not None and place.directory is None
+    lines = [f"Recipe: {place.label}"] if place is not None and foreign else []
+    for role, model in family.models.items():
+        folder = model.folder
+        away = sum(one.size for one in folder.away.values())
+        if away or foreign:
+            commit = f" at {folder.revision[:12]}" if folder.revision else ""
+            there = f", {size(away)} of weights to fetch" if away else ", all of it here"
+            lines.append(f"sources.{role}: {folder.label}{commit}{there}")
+    if family.away:
+        lines.append(f"A run fetches {size(family.bytes_away())} of weights from the hub.")
+    if read:
+        lines.append(f"The gate reads {size(family.bytes_away(read))} of them to decide, which are fetched now.")
+    return lines

@@ -1,0 +1,288 @@
+"""Repositories of the hub: found at a commit, listed, and of their files only those that are asked for.
+
+A revision is resolved once; everything else is asked of that commit. Client, cache, endpoint, token and offline
+switch are huggingface_hub's. What arrives is compared with the hash that the hub names before anybody reads it, and of
+a weight file the header alone can be had. Knows nothing of roles and recipes.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.events import BytesDone, Listener, PhaseStarted, ignore
+from safemerge_recipes.storage.cache import cache_folder
+from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.files import write_file
+from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.storage.safetensors import MAX_HEADER_BYTES
+
+FIRST_BYTES = 1 << 17
+"""Bytes asked for at first to get a header: that of a shard of a 70 B model is a tenth of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file as the hub lists it: bytes, and the sha256 of a large one."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """A weight file that is still on the hub: `header` holds its first bytes, the rest is what the hub says of it."""
+
+    header: Path
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository at a commit.
+
+    Attributes:
+        label: how messages call it.
+        name: its id.
+        commit: 40 hexadecimal digits.
+        path: its folder in the hub's cache.
+        files: what lies in the folder that was listed, by name; None where only the cache could be asked.
+        reason: why the hub could not be asked.
+    """
+
+    label: str
+    name: str
+    commit: str
+    path: Path
+    files: Mapping[str, HubFile] | None = None
+    reason: str = ""
+
+    def has(self, name: str) -> bool:
+        """Whether it holds a file; of a cache alone, whether that does."""
+        return name in self.files if self.files is not None else (self.path / name).is_file()
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of the files that are not in the cache."""
+        return [name for name in names if not (self.path / name).is_file()]
+
+
+def open_repository(
+    name: str, revision: str | None, label: str, folder: str = "", first: Sequence[str] = ()
+) -> Repository:
+    """A repository at the commit that a revision names now, with some of its files fetched.
+
+    Where the hub cannot be asked, the cache answers for it.
+
+    Args:
+        name: its id.
+        revision: branch, tag or commit; None: the main branch.
+        label: how messages call it.
+        folder: the folder of it that is listed.
+        first: files of that folder that are fetched if they are there.
+
+    Raises:
+        SourceError: it does not exist or is not given, or can neither be asked for nor found in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{folder}/" if folder else ""
+    wanted = [glob.escape(prefix + one) for one in first]
+    with told(label, name, revision):
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, tqdm_class=_counter(ignore)))
+    repository = Repository(label, name, found.name, found)
+    try:
+        with told(label, name, revision):
+            return replace(repository, files=dict(_listed(name, found.name, folder)))
+    except SourceError as error:
+        return replace(repository, reason=str(error).removeprefix(f"{label}: "))
+
+
+def _listed(name: str, commit: str, folder: str) -> Iterator[tuple[str, HubFile]]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    for one in HfApi().list_repo_tree(name, folder or None, revision=commit):
+        if isinstance(one, RepoFile):
+            yield one.path, HubFile(one.size, one.lfs.sha256 if one.lfs else None)
+        elif Path(one.path).name == "additional_chat_templates":
+            yield from _listed(name, commit, one.path)
+
+
+def fetch(repository: Repository, names: Sequence[str], on_event: Listener = ignore) -> None:
+    """Fetches files of a repository that are not in the cache yet. What has arrived in full stays there.
+
+    Raises:
+        SourceError: the hub does not give one, breaks off, or sends other bytes than it says.
+    """
+    missing = repository.missing(names)
+    if not missing:
+        return
+    if repository.files is None:
+        raise SourceError(f"{repository.label}: {missing[0]} is not in the hub's cache, and {repository.reason}")
+    from huggingface_hub import snapshot_download
+
+    on_event(PhaseStarted("fetch", sum(repository.files[name].size for name in missing)))
+    patterns = [glob.escape(name) for name in missing]
+    with told(repository.label, repository.name, repository.commit):
+        snapshot_download(
+            repository.name, revision=repository.commit, allow_patterns=patterns, tqdm_class=_counter(on_event)
+        )
+    for name in missing:
+        _check(repository, name)
+
+
+def _check(repository: Repository, name: str) -> None:
+    """Removes a file that is not what the hub said of it, so that it is fetched again; raises SourceError then."""
+    path, wanted = repository.path / name, (repository.files or {})[name].sha256
+    try:
+        found = file_digest(FileIdentity.of(path))  # compares with the name of its blob
+        if found is None or (wanted and found.sha256 != wanted):
+            raise SourceError("its sha256 is another")
+    except SourceError:
+        blob = path.resolve()
+        for one in (path, blob):
+            one.unlink(missing_ok=True)
+        raise SourceError(
+            f"{repository.label}: {name} arrived with other bytes than the hub says (sha256 {wanted or blob.name}); it "
+            "was removed, run the same command again, and if that does not help ask whoever runs the hub or mirror"
+        ) from None
+
+
+def head(repository: Repository, name: str) -> Away:
+    """The header of a safetensors file, by range requests; kept in this program's cache.
+
+    Raises:
+        SourceError: the hub does not give it.
+    """
+    known = (repository.files or {})[name]
+    key = hashlib.sha256(f"{repository.name}@{repository.commit}/{name}".encode()).hexdigest()
+    with told(repository.label, repository.name, repository.commit):
+        path = cache_folder() / "headers" / f"{key}.safetensors"
+        if not path.is_file():
+            content = _part(repository, name, 0, FIRST_BYTES)
+            length = 8 + struct.unpack("<Q", content[:8])[0] if len(content) >= 8 else 0
+            if len(content) < length <= min(known.size, 8 + MAX_HEADER_BYTES):
+                content += _part(repository, name, len(content), length)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content[: length or None], durable=False)
+    return Away(path, known.size, known.sha256)
+
+
+def _part(repository: Repository, name: str, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file, or fewer at its end."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = hf_hub_url(repository.name, name, revision=repository.commit)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    answer = http_backoff("GET", url, headers=headers, max_retries=3, timeout=30)
+    hf_raise_for_status(answer)
+    content: bytes = answer.content
+    return content[: end - start] if answer.status_code == 206 else content[start:end]
+
+
+def _counter(on_event: Listener) -> type[Any]:
+    """A class of bars that draw nothing and tell of bytes."""
+    from tqdm.auto import tqdm
+
+    class Counter(tqdm):  # type: ignore[type-arg,misc]
+        def __init__(self, *args: Any, **given: Any) -> None:
+            # One bar counts what is on the disk, another what came over the wire, a third files.
+            self.tells = given.get("unit") == "B" and not str(given.get("desc")).startswith("Downloading bytes")
+            super().__init__(*args, **{**given, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.tells and n:
+                on_event(BytesDone(int(n)))
+            return None
+
+    return Counter
+
+
+# What went wrong, in words
+
+
+@contextmanager
+def told(label: str, name: str, revision: str | None = None) -> Iterator[None]:
+    """Says in one message what the hub refused, or what broke on the way. Raises SourceError."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it warns of every attempt
+    try:
+        yield
+    except (OSError, ValueError, errors.HTTPError) as error:
+        raise SourceError(f"{label}: {_reason(error, name, revision)}") from None
+    finally:
+        logging.set_verbosity(before)
+
+
+_KEPT = "what has arrived is kept, and the same command goes on from there"
+
+
+def _reason(error: BaseException, name: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    chain = list(_chain(error))
+    if isinstance(error, errors.HFValidationError):
+        return (
+            "no such folder, and not a hub id either; expected a folder (relative to the recipe), or an id such as "
+            "org/name or org/name@revision"
+        )
+    for one in chain:
+        if isinstance(one, errors.HfHubHTTPError):
+            return _refusal(one, name, revision)
+    if constants.HF_HUB_OFFLINE or any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain):
+        return "not a folder here, not in the hub's cache, and HF_HUB_OFFLINE forbids to ask; unset it, or download it"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"not a folder here, not in the hub's cache, and the hub cannot be reached ({constants.ENDPOINT}); check "
+            "the spelling, go online, or download it first"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left for the hub's cache ({constants.HF_HUB_CACHE}); free some, or set HF_HOME; {_KEPT}"
+    if isinstance(error, OSError) and error.errno is not None and error.filename:
+        return f"{error.filename}: {error.strerror}; expected a cache that can be written, see HF_HOME"
+    what = " ".join(str(error).split())[:120] or type(error).__name__
+    return f"the connection to {constants.ENDPOINT} broke off ({what}); {_KEPT}"
+
+
+def _refusal(error: Any, name: str, revision: str | None) -> str:
+    """What an HTTP status of the hub means, and what to do."""
+    from huggingface_hub import constants, errors, get_token
+
+    status = getattr(error.response, "status_code", 0)
+    place = f"{constants.ENDPOINT}/{name}"
+    login = "log in with `hf auth login` or set HF_TOKEN" if get_token() is None else "use a token that may read it"
+    if isinstance(error, errors.GatedRepoError):
+        return f"gated ({status}): accept its terms at {place}, then {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision!r}; expected a branch, a tag or a commit of {place}"
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
+        return f"the hub knows no such repository, or it is private ({status}); check the id, and {login}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the hub lists a file that it does not have ({status}); try again, or another revision"
+    if status == 403:
+        return f"the hub does not allow it (403); {login}"
+    if status == 429:
+        return f"the hub asks to slow down (429); wait some minutes: {_KEPT}"
+    return f"the hub answers with an error of its own ({status}); try again later: {_KEPT}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
