@@ -26,7 +26,8 @@ def load_recipe(
     """Loads and checks a recipe. Opens no source.
 
     Args:
-        path: the YAML file, the folder of an output, or `-` for standard input.
+        path: the YAML file, the folder of an output, `-` for standard input, or on the hub `org/model[@revision]` or
+            `hf://org/repo/file.yaml[@revision]`.
         overrides: values by dotted key, such as `{"gate.tau": 0.3}`, or `KEY=VALUE` texts; applied in order.
         sources: a folder or hub id by role, such as `{"finetuned": "my-lora"}`, or `ROLE=PLACE` texts; stands in for
             what the recipe names.
@@ -35,9 +36,10 @@ def load_recipe(
         RecipeError: the file cannot be read, or with every problem in it, a line each.
     """
     from safemerge_recipes.planning.load import load
-    from safemerge_recipes.sharing.places import recipe_at
+    from safemerge_recipes.sharing.places import abroad, open_place
 
-    return load(recipe_at(path), texts_of(overrides), stand_ins=_stand_ins(sources))
+    file, place = open_place(path)
+    return load(file, texts_of(overrides), stand_ins=_stand_ins(sources), place=place, abroad=abroad)
 
 
 def _stand_ins(sources: Mapping[str, str | Path] | Sequence[str]) -> dict[str, str]:

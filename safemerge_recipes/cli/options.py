@@ -28,11 +28,11 @@ VersionOption = Annotated[
     bool, typer.Option("--version", help="Print the version and exit.", callback=_tell_version, is_eager=True)
 ]
 RecipeArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="The recipe: a YAML file, the folder of an output, or - for standard input.",
+        help="The recipe: a YAML file, the folder of an output, on the hub org/model or hf://org/repo/file.yaml, or - "
+        "for standard input.",
         show_default=False,
-        allow_dash=True,
     ),
 ]
 SetOption = Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safemerge_recipes.planning.plugins import read_registry
 from safemerge_recipes.recipe.composing import Place
-from safemerge_recipes.recipe.loading import LoadedRecipe, load_recipe, parse_recipe
+from safemerge_recipes.recipe.loading import Abroad, LoadedRecipe, load_recipe, parse_recipe
 
 
 def load(
@@ -16,6 +16,7 @@ def load(
     *,
     stand_ins: Mapping[str, str] | None = None,
     place: Place | None = None,
+    abroad: Abroad | None = None,
 ) -> LoadedRecipe:
     """The checked recipe of a file, or of standard input (`-`). Opens no source and needs no torch.
 
@@ -24,6 +25,7 @@ def load(
         overrides: `KEY=VALUE` texts.
         stand_ins: a folder or hub id for a role, instead of what the recipe names.
         place: where the recipe comes from, if not from the file itself.
+        abroad: opens what it extends and that lies elsewhere.
 
     Raises:
         RecipeError: with every problem in it, a line each.
@@ -31,7 +33,7 @@ def load(
     known = read_registry()
     return load_recipe(
         path, overrides, metrics=known.names("metrics"), methods=known.names("methods"),
-        stand_ins=stand_ins, place=place,
+        stand_ins=stand_ins, place=place, abroad=abroad,
     )  # fmt: skip
 
 

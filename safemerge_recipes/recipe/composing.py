@@ -34,12 +34,14 @@ class Place:
         directory: the folder that its relative paths start from; None for a recipe from elsewhere, which may name
             no file of this machine.
         parent: opens what it says under `extends`. Raises RecipeError.
+        beside: of a recipe from elsewhere, the folder that holds what came with it, such as its lock.
     """
 
     label: str
     text: str
     directory: Path | None
     parent: Callable[[str], Place]
+    beside: Path | None = None
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ def compose(
     """
     found = Composed(document, tuple(overrides))
     if place.directory is None:
-        found.problems += _foreign(document.value, stand_ins or {})
+        found.problems += _foreign(document.value, stand_ins or {}, None)
     _extend(found, place, stand_ins or {})
     value = document.value
     for key in [key for key in value if key.startswith("x-")]:
@@ -87,7 +89,7 @@ def compose(
 
 def _extend(found: Composed, place: Place, stand_ins: Mapping[str, str]) -> None:
     """Puts under the recipe what it extends, the nearest first."""
-    labels, lines = [place.label], {(): found.document.lines.get(("extends",), 1)}
+    labels, lines, here = [place.label], {(): found.document.lines.get(("extends",), 1)}, place.directory
     while (named := found.document.value.pop("extends", None)) is not None:
         if not isinstance(named, str) or not named.strip():
             found.problems.append((("extends",), f"found {describe(named)}; expected a recipe, such as ./base.yaml"))
@@ -100,7 +102,7 @@ def _extend(found: Composed, place: Place, stand_ins: Mapping[str, str]) -> None
             raise RecipeError(f"{labels[0]}: extends {MAX_DEPTH} recipes one after another; expected fewer")
         parent = _parent(place)
         if place.directory is None:
-            found.problems += _foreign(parent.value, stand_ins)
+            found.problems += _foreign(parent.value, stand_ins, here)
         else:
             _anchor(parent.value, place.directory)
         below = {keys: f"{place.label}:{line}" for keys, line in parent.lines.items() if keys}
@@ -184,20 +186,42 @@ def _text(value: Mapping[str, Any], key: str) -> bool:
 # Recipes from elsewhere
 
 
-def _foreign(value: dict[str, Any], stand_ins: Mapping[str, str]) -> list[tuple[Keys, str]]:
-    """What a recipe from elsewhere may not say: no file or folder of this machine. Its output goes where we say."""
+_ASKS = ("verdict", "llama-guard-3", "harmbench", "strongreject")
+"""What a judge may be asked by name; anything else is a file."""
+
+
+def _foreign(value: dict[str, Any], stand_ins: Mapping[str, str], here: Path | None) -> list[tuple[Keys, str]]:
+    """What a recipe from elsewhere may not say: no file, folder or server of this machine. Its output is ours.
+
+    `here` is the folder of the recipe of this machine that extends it, where a hub id may not lead.
+    """
     _mapping(value.get("output")).pop("path", None)
     found: list[tuple[Keys, str]] = []
     for _, key in _paths(value):
         found.append(((key,), "names a file; a recipe from elsewhere may name none: copy it here first"))
+    judge = _mapping(_mapping(value.get("evaluate")).get("judge"))
+    asked, model = judge.get("prompt"), judge.get("model")
+    if judge.get("url") is not None or (asked is not None and asked not in _ASKS) or (model and _is_folder(model)):
+        message = "names a server, a file or a folder; a recipe from elsewhere may name none: copy it here first"
+        found.append((("evaluate", "judge"), message))
     sources = _mapping(value.get("sources"))
     for role, source in sources.items():
-        named = [source[k] for k in ("model", "adapter", "location", "train") if _text(_mapping(source), k)]
+        given = _mapping(source)
+        named = [given[k] for k in ("model", "adapter", "location", "train") if _text(given, k)]
         where = source if isinstance(source, str) else next(iter(named), "")
-        if role not in stand_ins and (where.startswith((".", "/", "~")) or "\\" in where or where.count("/") != 1):
+        if role not in stand_ins and ("train" in given or _is_folder(where)):
             message = f"names {where[:200]!r}, a folder of its author's; say --source {role}=PLACE for one that is here"
             found.append((("sources", role), message))
+        elif role not in stand_ins and here is not None and (here / where.partition("@")[0]).exists():
+            message = f"names {where[:200]!r} on the hub, and a folder here has that name; say --source {role}=PLACE"
+            found.append((("sources", role), message))
     return found
+
+
+def _is_folder(where: object) -> bool:
+    """Whether a source is a path, where a hub id is the only other thing it may be."""
+    text = str(where)
+    return text.startswith((".", "/", "~")) or "\\" in text or text.partition("@")[0].count("/") != 1
 
 
 # Parameters
@@ -295,6 +319,16 @@ def escaped(value: Any) -> Any:
     return value.replace("${", "$${") if isinstance(value, str) else value
 
 
+PLACEHOLDER = {"$ref": "#/$defs/Placeholder"}
+"""What the schema allows in the place of a value: `${name}`."""
+_PLACEHOLDER = {
+    "type": "string",
+    "pattern": r"^\$\{[A-Za-z_][A-Za-z0-9_-]{0,60}\}$",
+    "description": "The value of a parameter.",
+}
+_SAID = ("description", "default", "title")
+
+
 def add_to_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema of a recipe with what composing takes away before the recipe is checked."""
     value = {"type": ["number", "string", "boolean", "null"]}
@@ -313,8 +347,33 @@ def add_to_schema(schema: dict[str, Any]) -> dict[str, Any]:
     }
     needed = schema.get("required", [])
     rest = {key: part for key, part in schema.items() if key != "required"}
+    parts = {name: _with_placeholders(part) for name, part in schema["$defs"].items()}
     return rest | {
-        "properties": {**schema["properties"], **added},
+        "$defs": parts | {"Placeholder": _PLACEHOLDER},
+        "properties": {**_with_placeholders(schema)["properties"], **added},
         "patternProperties": {"^x-": {}},
         "anyOf": [{"required": ["extends"]}, {"required": needed}],
     }
+
+
+def _with_placeholders(part: dict[str, Any]) -> dict[str, Any]:
+    """A mapping's schema in which `${name}` may stand for every value but a method, which tells forms apart."""
+    if "anyOf" in part and "properties" not in part:
+        return part | {"anyOf": [_with_placeholders(one) for one in part["anyOf"]]}
+    given = part.get("properties")
+    if given is None:
+        return part
+    return part | {"properties": {key: one if key == "method" else _fillable(one) for key, one in given.items()}}
+
+
+def _fillable(one: dict[str, Any]) -> dict[str, Any]:
+    """A value's schema, or `${name}` where it would refuse that text."""
+    options = one.get("anyOf", [one])
+    kinds = [option for option in options if option.get("type") in ("number", "integer", "boolean", "string")]
+    if not kinds or any(
+        option["type"] == "string" and not {"const", "enum", "pattern"} & option.keys() for option in kinds
+    ):
+        return one
+    said = {key: one[key] for key in _SAID if key in one}
+    bare = [{key: part for key, part in option.items() if key not in _SAID} for option in options]
+    return {"anyOf": [*bare, PLACEHOLDER], **said}

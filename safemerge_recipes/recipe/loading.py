@@ -27,6 +27,9 @@ from safemerge_recipes.recipe.writing import path_keys, plain_values
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Keys, YamlError, describe, read_yaml
 from safemerge_recipes.storage.files import content_of, within
 
+Abroad = Callable[[str], "Place | None"]
+"""Opens a recipe that does not lie on this machine; None for a name that is none of one."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
@@ -111,6 +114,7 @@ def load_recipe(
     methods: Collection[str] | None = None,
     stand_ins: Mapping[str, str] | None = None,
     place: Place | None = None,
+    abroad: Abroad | None = None,
 ) -> LoadedRecipe:
     """The checked recipe of a YAML file.
 
@@ -124,6 +128,7 @@ def load_recipe(
         stand_ins: A folder or hub id for a role, instead of what the recipe names; a path starts at the current
             folder.
         place: Where the recipe comes from, if not from the file itself.
+        abroad: Opens what a recipe of this machine extends and that lies elsewhere; None for what does not.
 
     Raises:
         RecipeError: the file cannot be read, or with every problem in it, a line each.
@@ -133,7 +138,10 @@ def load_recipe(
     else:
         path = Path(path)
         text = place.text if place else _recipe_text(path)
-    return parse_recipe(text, path, overrides, metrics=metrics, methods=methods, stand_ins=stand_ins, place=place)
+    return parse_recipe(
+        text, path, overrides,
+        metrics=metrics, methods=methods, stand_ins=stand_ins, place=place, abroad=abroad,
+    )  # fmt: skip
 
 
 def parse_recipe(
@@ -145,10 +153,11 @@ def parse_recipe(
     methods: Collection[str] | None = None,
     stand_ins: Mapping[str, str] | None = None,
     place: Place | None = None,
+    abroad: Abroad | None = None,
 ) -> LoadedRecipe:
     """The checked recipe of YAML text, as if it stood in the file `path`. See `load_recipe`."""
     path = Path(path)
-    directory = Path(os.path.normpath(Path.cwd() / path.parent))
+    directory = (place and place.beside) or Path(os.path.normpath(Path.cwd() / path.parent))
     try:
         document = read_yaml(text)
     except YamlError as error:
@@ -160,7 +169,7 @@ def parse_recipe(
         raise RecipeError(f"{path}:{document.lines[()]}: found {found}; expected a mapping with sources and gate")
     _refuse_mergekit(path, document.value)
 
-    place = place or Place(str(path), text, directory, partial(_parent_of, directory))
+    place = place or Place(str(path), text, directory, partial(_parent_of, directory, abroad))
     composed = compose(document, place, overrides, stand_ins)
     reader = Reader(path, document, {}, [], composed.elsewhere)
     reader.problems += [(line, reader.place(keys, line), message) for line, keys, message in document.problems]
@@ -181,10 +190,12 @@ def parse_recipe(
     return LoadedRecipe(recipe, path, directory, text, tuple(overrides), dict(stand_ins or {}), place)
 
 
-def _parent_of(directory: Path, named: str) -> Place:
+def _parent_of(directory: Path, abroad: Abroad | None, named: str) -> Place:
     """The recipe that a local one extends: a file beside it, or further off."""
     path = _absolute(named, directory)
-    return Place(str(path), _recipe_text(path), path.parent, partial(_parent_of, path.parent))
+    if abroad is not None and not path.exists() and (found := abroad(named)) is not None:
+        return found
+    return Place(str(path), _recipe_text(path), path.parent, partial(_parent_of, path.parent, abroad))
 
 
 STANDARD_INPUT = Path("standard input")

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
+from safemerge_recipes.recipe.composing import PLACEHOLDER
 from safemerge_recipes.recipe.fields import models_in
 from safemerge_recipes.recipe.merge import method_parameters
 from safemerge_recipes.recipe.merge_change import MergeChange, any_change
@@ -153,7 +154,8 @@ def _default(field: dict[str, Any]) -> str:
 def _kind(field: dict[str, Any]) -> str:
     """The values a field takes, in short."""
     if "anyOf" in field:
-        kinds = dict.fromkeys(_kind(option) for option in field["anyOf"] if option.get("type") != "null")
+        said = (one for one in field["anyOf"] if one.get("type") != "null" and one != PLACEHOLDER)  # everywhere
+        kinds = dict.fromkeys(_kind(option) for option in said)
         return " or ".join(kinds)
     if "$ref" in field:
         return "mapping" if not field["$ref"].endswith("/Source") else "text or mapping"

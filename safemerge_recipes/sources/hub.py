@@ -194,7 +194,7 @@ def _counter(on_event: Listener) -> type[Any]:
     """A class of bars that draw nothing and tell of bytes."""
     from tqdm.auto import tqdm
 
-    class Counter(tqdm):  # type: ignore[type-arg,misc]
+    class Counter(tqdm):
         def __init__(self, *args: Any, **given: Any) -> None:
             # One bar counts what is on the disk, another what came over the wire, a third files.
             self.tells = given.get("unit") == "B" and not str(given.get("desc")).startswith("Downloading bytes")
@@ -285,4 +285,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
-

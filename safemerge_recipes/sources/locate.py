@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from safemerge_recipes.errors import SourceError
-from safemerge_recipes.events import Listener, ignore
+from safemerge_recipes.events import Listener
 from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.sources.checkpoint import instead, named_files
 from safemerge_recipes.sources.hub import Away, Repository, fetch, head, open_repository
@@ -134,9 +134,7 @@ def _fetched(folder: Folder, headers: bool) -> Folder:
     return folder
 
 
-def locate(
-    source: Source, role: str, directory: Path, *, headers: bool = False, known: Known | None = None
-) -> Folder:
+def locate(source: Source, role: str, directory: Path, *, headers: bool = False, known: Known | None = None) -> Folder:
     """The folder of a source, fetched if it is a hub id.
 
     Args:
@@ -178,4 +176,4 @@ def locate(
     if source.model and adapter and not (path / "config.json").exists():
         raise SourceError(f"{label}: is a PEFT adapter; say `adapter:` instead of `model:`")
     kind: Literal["model", "adapter"] = "adapter" if adapter and not source.model else "model"
-    return _fetched(Folder(name, path, kind, repository and repository.commit, repository), headers)
+    return _fetched(Folder(name, path, kind, repository.commit if repository else None, repository), headers)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.composing import MAX_DEPTH, Place, escaped
 from safemerge_recipes.recipe.loading import load_recipe, parse_recipe
+from safemerge_recipes.recipe.model import json_schema
 from safemerge_recipes.recipe.writing import dump_recipe
 
 BASE = """
@@ -146,6 +147,24 @@ class TestParameters:
         assert escaped({"a": [description]})["a"][0].count("${") == description.count("${")
 
 
+def test_an_editor_takes_a_parameter_for_any_value():
+    """The schema allows `${name}` where a value of another kind or one of a few is expected, and no other text."""
+    check = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
+    value = {
+        "parameters": {"x": 0.5},
+        "sources": {"base": "a/b", "aligned": "a/b", "finetuned": "a/b", "safety": {"adapter": "a/b", "on": "${x}"}},
+        "gate": {"tau": "${x}", "direction": "${x}", "metric": "rho"},
+        "merge": {"method": "ties", "alpha": "${x}", "density": "${x}"},
+        "rules": [{"tensors": "*", "gate": {"random": {"count": "${x}"}}, "merge": {"alpha": "${x}"}}],
+        "output": {"format": "${x}", "rank": "${x}"},
+        "evaluate": {"tasks": ["gsm8k"], "limit": "${x}"},
+    }
+    assert not list(check.iter_errors(value))
+    for part, key in (("gate", "tau"), ("merge", "alpha"), ("output", "format"), ("evaluate", "limit")):
+        for other in ("high", "${x", "${}", "a ${x}"):
+            assert not check.is_valid({**value, part: {**value[part], key: other}}), (part, key, other)
+
+
 def test_keys_for_anchors_are_free():
     text = "x-mine: &gate {metric: rho, tau: 0.2}\n" + BASE.replace("gate: {metric: rho, tau: 0.35}", "gate: *gate")
     assert parse_recipe(text).recipe.gate.tau == 0.2
@@ -192,12 +211,32 @@ class TestElsewhere:
             "evaluate: {tasks: [safemerge_refusal], task_path: tasks}",
             "rules: [{tensors: '*', gate: {names_file: /etc/passwd}}]",
             "rules: [{tensors: '*', merge: {method: mask, mask: {path: m.safetensors}}}]",
+            "evaluate: {tasks: [a], judge: {kind: openai, model: a/b, url: 'http://10.0.0.1/v1'}}",
+            "evaluate: {tasks: [a], judge: {kind: chat, model: a/b, prompt: ./ask.txt}}",
+            "evaluate: {tasks: [a], judge: {kind: chat, model: ./judge}}",
         ],
     )
-    def test_no_file_is_named(self, more):
+    def test_no_file_and_no_server_is_named(self, more):
         text = self.REMOTE.replace("rules:", "x-rules:") + more
         with pytest.raises(RecipeError, match="a recipe from elsewhere may name none"):
             self.read(text)
+
+    def test_no_training_is_named(self):
+        text = self.REMOTE.replace("safety: {adapter: org/safe}", "safety: {train: org/safety.yaml}")
+        with pytest.raises(RecipeError, match="--source safety=PLACE"):
+            self.read(text)
+
+    def test_a_judge_by_name_passes(self):
+        more = "evaluate: {tasks: [a], judge: {kind: chat, model: org/judge, prompt: harmbench}}"
+        assert self.read(self.REMOTE + more).recipe.evaluate.judge.model == "org/judge"
+
+    def test_a_parents_hub_id_leads_to_no_folder_of_this_machine(self, write, tmp_path):
+        (tmp_path / "org" / "base").mkdir(parents=True)
+        path = write("own.yaml", "extends: hf://org/x\n")
+        with pytest.raises(RecipeError, match="a folder here has that name"):
+            load_recipe(path, abroad=lambda named: self.place(self.REMOTE))
+        (tmp_path / "org" / "base").rmdir()
+        assert load_recipe(path, abroad=lambda named: self.place(self.REMOTE)).recipe.gate.tau == 0.35
 
     def test_a_parent_from_elsewhere_may_do_no_more(self):
         with pytest.raises(RecipeError, match="--source base=PLACE"):
