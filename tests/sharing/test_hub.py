@@ -1,6 +1,6 @@
 """Sources and recipes on the hub, asked of a real server by the real client: what is fetched, and every refusal.
 
-Guards `sources.hub`, `sources.locate` and `sharing.places`.
+Guards `sources.hub`, `sources.locate`, `sharing.places` and `api.opening`.
 """
 
 from __future__ import annotations
