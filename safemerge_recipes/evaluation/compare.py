@@ -29,7 +29,7 @@ from safemerge_recipes.evaluation.scoring import (
     threads,
 )
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
-from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, load_suite
+from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, check_backend, check_extra, load_suite
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.provenance import portable
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, text_of
@@ -158,7 +158,7 @@ def folder_key(folder: Path, adapter: Path | None = None) -> str:
 
 
 def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
-    from safemerge_recipes.evaluation.live import LiveModel
+    from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
     from safemerge_recipes.events import ignore
     from safemerge_recipes.pipeline import as_source, choose_device, prepare, resolve
     from safemerge_recipes.recipe.model import Evaluate
@@ -171,11 +171,12 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     names = (*prepared.family.models, MERGED)
     rounds = Rounds(asked.listen, len(names), suite, asked.limit or settings.limit)
     beside = side_key(prepared.resolved.side_files)
-    held: list[LiveModel] = []
+    held: list[LiveModel | WrittenModel] = []
 
-    def live() -> LiveModel:
+    def live() -> LiveModel | WrittenModel:
         if not held:
-            held.append(LiveModel(prepared, device=asked.device))
+            hf = settings.backend == "hf"
+            held.append(LiveModel(prepared, device=asked.device) if hf else WrittenModel(prepared))
         return held[0]
 
     found: dict[str, Scores] = {}
@@ -224,6 +225,8 @@ def evaluate_folder(
     own = load_recipe(folder / RECIPE_FILE).recipe.evaluate if ours else None
     options = {} if own is None else _options(own)
     tokens = ANSWER_TOKENS if own is None else own.answer_tokens
+    check_extra()
+    check_backend("hf" if own is None else own.backend)
     suite = load_suite(tuple(tasks) or (own.tasks if own else ("safemerge",)), answer_tokens=tokens)
     limit = limit or options.get("limit")
     name = MERGED if ours else folder.resolve().name

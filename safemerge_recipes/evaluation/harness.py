@@ -25,7 +25,15 @@ from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, qui
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.evaluation.store import Store, key_of
-from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, PACKAGES, Suite, expand, load_suite
+from safemerge_recipes.evaluation.suite import (
+    ANSWER_TOKENS,
+    BACKENDS,
+    PACKAGES,
+    Suite,
+    check_backend,
+    expand,
+    load_suite,
+)
 
 __all__ = ["Metric", "Scores", "Subject", "TaskScores", "choose", "evaluate", "expand", "result_keys", "score"]
 
@@ -70,6 +78,7 @@ def evaluate(
     task_path: Path | str | None = None,
     answer_tokens: int = ANSWER_TOKENS,
     auroc: bool = True,
+    backend: str = "hf",
 ) -> Scores:
     """Return the scores of a model.
 
@@ -98,6 +107,7 @@ def evaluate(
         task_path: A folder with further lm-eval tasks.
         answer_tokens: Tokens that an answer to a harmful or harmless request may have.
         auroc: Also measure how likely a refusal is, of harmful and harmless requests (`likelihood`).
+        backend: Which of lm-eval's models runs a folder, by its own name; no AUROC but with `hf`.
 
     Raises:
         CheckError: The extra is missing, a task is unknown, or the model cannot be loaded or scored. Unknown
@@ -106,12 +116,13 @@ def evaluate(
     if limit is not None and limit < 1:
         raise CheckError(f"limit: found {limit}; expected at least 1 prompt")
     suite = load_suite(tasks, task_path=task_path, answer_tokens=answer_tokens)
+    check_backend(backend)
     label = name or (Path(model).name if isinstance(model, str | Path) else type(model).__name__)
     subject = Subject(label, None, lambda: (model, tokenizer), peft)
     return score(
         subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
         keep_answers=keep_answers, threads=threads, num_fewshot=num_fewshot, chat_template=chat_template,
-        auroc=auroc,
+        auroc=auroc, backend=backend,
     )  # fmt: skip
 
 
@@ -129,6 +140,7 @@ def score(
     num_fewshot: int | None = None,
     chat_template: bool = True,
     auroc: bool = True,
+    backend: str = "hf",
     store: Store | None = None,
     tell: Tell | None = None,
 ) -> Scores:
@@ -137,7 +149,8 @@ def score(
     Args:
         subject: The model; opened only when something is missing.
         suite: The tasks.
-        limit, batch_size, device, dtype, seed, keep_answers, threads, num_fewshot, chat_template: See `evaluate`.
+        limit, batch_size, device, dtype, seed, keep_answers, threads, num_fewshot, chat_template, backend: See
+            `evaluate`.
         auroc: Also measure how likely a refusal is, of harmful and harmless requests (`likelihood`).
         store: Where results are kept.
         tell: Told how far it is.
@@ -150,7 +163,7 @@ def score(
     sizes = {task: suite.size(task, limit) for task in suite.tasks}
     keys = result_keys(
         subject, suite, limit=limit, batch_size=batch_size, device=device, dtype=dtype, seed=seed,
-        num_fewshot=num_fewshot, chat_template=chat_template, auroc=auroc,
+        num_fewshot=num_fewshot, chat_template=chat_template, auroc=auroc, backend=backend,
     )  # fmt: skip
     kept = store if store is not None and subject.key is not None else None
     found = {task: one for task in suite.tasks if kept is not None and (one := kept.get(keys[task])) is not None}
@@ -160,16 +173,20 @@ def score(
     if missing:
         model, tokenizer = subject.open()
         with _told_when_stopped(subject.name, kept), quiet(False), kept_mode(model), torch_threads(threads):
-            loaded, settings = _load(model, tokenizer, subject.peft, device, dtype, batch_size)
+            if backend == "hf":
+                loaded, settings = _load(model, tokenizer, subject.peft, device, dtype, batch_size)
+            else:
+                loaded, settings = _load_folder(backend, Path(model), subject.peft, device, dtype, batch_size)
             if not chat_template:
                 settings["chat_template_sha256"] = None
             settings |= {"limit": limit, "seed": seed, "num_fewshot": num_fewshot}
             settings |= {"answer_tokens": suite.answer_tokens}
+            curved = auroc and backend == "hf"
             for task in missing:
                 began = time.perf_counter()
                 listening = _Listening(loaded, kept, keys[task], partial(_share, told, task, sizes[task]))
                 raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
-                likely = _likelihoods(loaded, raw["samples"][task], settings) if auroc and _asks(suite, task) else {}
+                likely = _likelihoods(loaded, raw["samples"][task], settings) if curved and _asks(suite, task) else {}
                 source = dict(suite.sources[task]) if task in suite.sources else None
                 scores = replace(_task_scores(task, raw), source=source, likelihoods=likely)
                 found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
@@ -185,6 +202,7 @@ def result_keys(subject: Subject, suite: Suite, **given: Any) -> dict[str, str]:
     """Under which key a store has the scores of a model, by task; `given` are arguments of `score`."""
     defaults = {"dtype": "auto", "batch_size": None, "num_fewshot": None, "chat_template": True, "seed": 0}
     defaults["auroc"] = True
+    given = {name: value for name, value in given.items() if (name, value) != ("backend", "hf")}
     machine = Path("/dev/nvidiactl").exists()  # what `auto` stands for
     known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
     return {task: key_of(subject.key, task, known) for task in suite.tasks}
@@ -295,6 +313,37 @@ def _load(
         "device": parameter.device.type,
         "batch_size": batch_size,
         "threads": torch.get_num_threads() if parameter.device.type == "cpu" else None,
+        "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
+        "refusal_matcher": MATCHER_VERSION,
+        "versions": _versions(),
+    }
+    return wrapped, settings
+
+
+def _load_folder(
+    backend: str, folder: Path, peft: Path | str | None, device: str, dtype: str, batch_size: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return lm-eval's model of this name for a folder and the settings it runs under."""
+    from lm_eval.api.registry import get_model
+    from transformers import AutoTokenizer
+
+    if peft is not None:
+        raise CheckError(f"evaluate.backend {backend}: adapters are applied with hf alone; expected a full model")
+    given: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size or "auto"}
+    if backend not in BACKENDS:  # those find their device and their batches themselves
+        device, dtype = choose(device, dtype)
+        given = {"device": device, "dtype": dtype, "batch_size": batch_size or (32 if device == "cpu" else 64)}
+    try:
+        template = getattr(AutoTokenizer.from_pretrained(folder), "chat_template", None)
+        wrapped = get_model(backend)(pretrained=str(folder.resolve()), **given)
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckError(f"model {folder.name}: lm-eval's {backend} could not load it ({what})") from error
+    settings = {
+        **given,
+        "device": str(getattr(wrapped, "device", backend)),
+        "backend": backend,
+        "threads": None,
         "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
         "refusal_matcher": MATCHER_VERSION,
         "versions": _versions(),

@@ -158,15 +158,47 @@ class LiveModel:
 
     def _rewrite(self, graph: Graph) -> None:
         with tempfile.TemporaryDirectory(prefix="safemerge-") as scratch:
-            folder = Path(scratch)
-            with_journal = Journal(folder / JOURNAL_FILE, {}, {})
-            try:
-                store = LocalStore(folder, graph.layout)
-                Threads().run(graph, store, self.prepared.resources, {}, with_journal, ignore)
-            finally:
-                with_journal.close()
-            index = graph.layout.index_bytes()
-            if index is not None:
-                write_file(folder / INDEX_FILE, index)
-            copy_side_files(side_files(self.prepared.family), folder)
-            self._load(folder, graph)
+            write_model(self.prepared, graph, Path(scratch))
+            self._load(Path(scratch), graph)
+
+
+class WrittenModel:
+    """A model in a temporary folder, for backends that load folders alone; becomes any model a graph describes.
+
+    Attributes:
+        model: The folder.
+        tokenizer: None: the folder's.
+    """
+
+    tokenizer = None
+
+    def __init__(self, prepared: Prepared, output: Path | None = None) -> None:
+        """Args: prepared: What `pipeline.prepare` made. output: The folder the merge was written to."""
+        self.prepared, self.output = prepared, output
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self.model: Path | None = None
+
+    def become(self, graph: Graph) -> None:
+        """Write the graph's model; the one before it is removed. The merge's own finished folder is used as it is."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+        if self.output is not None and graph is self.prepared.graph:
+            self.model = self.output
+            return
+        self._scratch = tempfile.TemporaryDirectory(prefix="safemerge-")
+        self.model = Path(self._scratch.name)
+        write_model(self.prepared, graph, self.model)
+
+
+def write_model(prepared: Prepared, graph: Graph, folder: Path) -> None:
+    """Write a graph's model with its side files into an empty folder, not sealed."""
+    journal = Journal(folder / JOURNAL_FILE, {}, {})
+    try:
+        Threads().run(graph, LocalStore(folder, graph.layout), prepared.resources, {}, journal, ignore)
+    finally:
+        journal.close()
+    index = graph.layout.index_bytes()
+    if index is not None:
+        write_file(folder / INDEX_FILE, index)
+    copy_side_files(side_files(prepared.family), folder)

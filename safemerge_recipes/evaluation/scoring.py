@@ -27,7 +27,7 @@ from safemerge_recipes.evaluation.scores import Metric, Scores
 from safemerge_recipes.evaluation.separation import auroc, separation, sides
 from safemerge_recipes.evaluation.statistics import Difference, compare, corrected
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
-from safemerge_recipes.evaluation.suite import Suite, load_suite
+from safemerge_recipes.evaluation.suite import Suite, check_backend, check_extra, load_suite
 from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.prepared import Prepared
@@ -38,7 +38,7 @@ from safemerge_recipes.text import fixed, points
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from safemerge_recipes.evaluation.live import LiveModel
+    from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
 
 FORMAT = 1
 MERGED = "merged"
@@ -60,6 +60,8 @@ def suite_of(loaded: LoadedRecipe, tasks: Sequence[str] = (), settings: Evaluate
     """
     asked = settings or loaded.recipe.evaluate
     assert asked is not None  # the caller asks for scores only where the recipe does
+    check_extra()
+    check_backend(asked.backend)
     path = loaded.resolve(asked.task_path) if asked.task_path else None
     if asked.judge is not None:
         judge_for(loaded, asked)  # what can be wrong with it is known, too, before it costs
@@ -74,7 +76,7 @@ def judge_for(loaded: LoadedRecipe, settings: Evaluate, device: str = "auto") ->
 
 
 def score_graph(
-    live: Callable[[], LiveModel],
+    live: Callable[[], LiveModel | WrittenModel],
     graph: Graph,
     beside: str,
     name: str,
@@ -107,7 +109,7 @@ def score_graph(
     return score(subject, suite, threads=threads(), keep_answers=True, store=store, tell=tell, **given)
 
 
-def graph_subject(live: Callable[[], LiveModel], graph: Graph, beside: str, name: str) -> Subject:
+def graph_subject(live: Callable[[], LiveModel | WrittenModel], graph: Graph, beside: str, name: str) -> Subject:
     """The model that a graph describes; see `score_graph`."""
 
     def opened() -> tuple[Any, Any]:
@@ -120,7 +122,7 @@ def graph_subject(live: Callable[[], LiveModel], graph: Graph, beside: str, name
 
 def conditions(settings: Evaluate, limit: int | None, device: str) -> dict[str, Any]:
     """What a score depends on beside model and tasks, as arguments of `harness.score`."""
-    kept = ("batch_size", "num_fewshot", "chat_template", "seed", "auroc")
+    kept = ("batch_size", "num_fewshot", "chat_template", "seed", "auroc", "backend")
     return {"limit": limit or settings.limit, "device": device, **{key: getattr(settings, key) for key in kept}}
 
 
@@ -316,7 +318,7 @@ def score_output(
             merge itself stays as it is.
         WriteError: Stopped. What was scored is kept.
     """
-    from safemerge_recipes.evaluation.live import LiveModel
+    from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
 
     settings = loaded.recipe.evaluate
     assert settings is not None  # the caller asks for scores only where the recipe does
@@ -325,11 +327,12 @@ def score_output(
     names = (MERGED, *settings.compare)
     rounds = Rounds(listen, len(names), suite, settings.limit)
     beside, device = side_key(prepared.resolved.side_files), _device(prepared)
-    held: list[LiveModel] = []
+    held: list[LiveModel | WrittenModel] = []
 
-    def live() -> LiveModel:
+    def live() -> LiveModel | WrittenModel:
         if not held:
-            held.append(LiveModel(prepared, output, device=device))
+            hf = settings.backend == "hf"
+            held.append(LiveModel(prepared, output, device=device) if hf else WrittenModel(prepared, output))
         return held[0]
 
     scores: dict[str, Scores] = {}

@@ -92,6 +92,31 @@ def _installed(name: str) -> bool:
         return False
 
 
+BACKENDS = {"vllm": "vllm", "vllm-vlm": "vllm", "sglang": "sglang"}
+"""Backends with an engine of their own, and the package that each needs."""
+
+
+def check_backend(name: str) -> None:
+    """Refuses a backend that lm-eval does not know or that cannot run here.
+
+    Raises:
+        CheckError: it says which there are, or what to install.
+    """
+    if name == "hf":
+        return
+    from lm_eval.models import MODEL_MAPPING
+
+    if name not in MODEL_MAPPING:
+        close = difflib.get_close_matches(name, MODEL_MAPPING, n=3, cutoff=0.4) or ["hf", "vllm"]
+        raise CheckError(f"evaluate.backend {name!r}: lm-eval has no such model; did you mean {' or '.join(close)}?")
+    package = BACKENDS.get(name)
+    if package is not None and not _installed(package):
+        raise CheckError(
+            f"evaluate.backend {name}: the package {package} is not installed; try `pip install {package}`, or "
+            "`--set evaluate.backend=hf`"
+        )
+
+
 def load_suite(
     tasks: Sequence[str], *, task_path: Path | str | None = None, answer_tokens: int = ANSWER_TOKENS
 ) -> Suite:

@@ -52,6 +52,9 @@ class Evaluate(Strict):
     """A folder with further lm-eval tasks."""
     answer_tokens: int = Field(default=128, ge=1, le=100_000)
     """Tokens an answer to a harmful or harmless request may have; 32 is fast and does not see a refusal that turns."""
+    backend: Text = "hf"
+    """Which of lm-eval's models runs them, by lm-eval's own name: `hf` is transformers; `vllm` and others load every
+    model from a folder, so that sources are written to $TMPDIR first, and measure no AUROC."""
     auroc: bool = True
     """Also measure how likely a refusal is, of harmful and harmless requests, without decoding."""
     judge: Judge | None = None

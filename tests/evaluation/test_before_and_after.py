@@ -49,6 +49,8 @@ def run(*arguments, code=0):
         ("evaluate.tasks=[safemerge_refusl]", "did you mean safemerge_refusal"),
         ("evaluate.tasks=[safemerge_hexphi]", "not on this machine"),
         ("evaluate.task_path=./nowhere", "expected one with lm-eval tasks"),
+        ("evaluate.backend=vlm", "lm-eval has no such model; did you mean vllm"),
+        ("evaluate.backend=vllm", "try `pip install vllm`"),
     ],
 )
 def test_what_is_wrong_with_the_evaluation_is_said_before_anything_is_written(family, tmp_path, capsys, override, said):
@@ -77,6 +79,8 @@ def test_sweeps_and_probes_know_what_they_need_before_they_measure(family, tmp_p
             place = ("--output", tmp_path / "s", "--device", "cpu")
             run(verb[0], family, *verb[1:], "--tasks", tasks, *place, code=6)
             assert f"lacks a {missing} task" in capsys.readouterr().err
+    run("sweep", family, "--tau", "0.1", "--set", "evaluate.backend=huggingface", *place, code=6)
+    assert "which hf alone can patch" in capsys.readouterr().err
     run("sweep", family, "--tau", "0.1", "--tasks", "safemerge_refusal,hellaswag", *place, code=6)
     assert "has no tuning split" in capsys.readouterr().err
 

@@ -65,6 +65,22 @@ def test_every_model_scores_as_its_own_folder_does(family, output, tmp_path, mon
                 assert entry["n"] == 4
 
 
+def test_a_backend_that_loads_folders_scores_the_same_models(family, output, tmp_path, monkeypatch):
+    """By another of lm-eval's names for transformers, so that registry, written sources and scores are real."""
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    expected = json.loads((output / "safemerge_scores.json").read_text())
+    run("run", family, "--output", tmp_path / "out", "--set", "evaluate.backend=huggingface", "--device", "cpu")
+    found = json.loads((tmp_path / "out" / "safemerge_scores.json").read_text())
+    for model, tasks in expected["models"].items():
+        own = {task: one for task, one in tasks.items() if task != "safemerge_separation"}
+        for task, metrics in own.items():
+            assert found["models"][model][task] == metrics, (model, task)
+        assert found["details"][model]["settings"]["backend"] == "huggingface"
+        assert not found["details"][model]["tasks"]["safemerge_refusal"]["likelihoods"], "no AUROC without hf"
+    assert not list(tmp_path.glob("safemerge-*")), "what was written for it is gone"
+
+
 def test_scores_are_in_the_documents_and_the_manifest_fits_the_folder(output):
     content = json.loads((output / "safemerge_scores.json").read_text())
     assert "finetuned" in (output / "README.md").read_text()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments.controls import Control
 from safemerge_recipes.evaluation.experiments.measures import measures, tuning
 from safemerge_recipes.evaluation.harness import Tell, result_keys
@@ -73,6 +73,11 @@ class Bench:
         if given is None and not tasks:
             raise RecipeError(f"{recipe}: evaluate: missing; expected it there with tasks, or --tasks")
         self.settings: Evaluate = given or Evaluate(tasks=tuple(tasks))
+        if self.settings.backend != "hf":
+            raise CheckError(
+                f"evaluate.backend {self.settings.backend}: many merges are scored in one loaded model, which hf alone "
+                "can patch; try `--set evaluate.backend=hf`"
+            )
         self.tasks = expand(tuple(tasks) or self.settings.tasks)
         self._suites: dict[tuple[str, ...], Suite] = {}
         self.tuning: list[str] = [] if tuning_tasks is None else expand(tuple(tuning_tasks) or tuning(self.tasks))
