@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Task
+from safemerge_recipes.storage.safetensors import TensorRef
 
 COPIED = 1 << 21
 """Bytes of a stored tensor that are read at once: whole elements of any dtype."""
@@ -27,15 +27,14 @@ def produce(task: Task, tools: Tools, stop: threading.Event, *, allow_overflow: 
         ReadError: a source failed while being read.
         SourceError: a source ended early, or a computed value is not finite. Copied values are not looked at.
     """
-    if isinstance(task.work, Copy):
-        return _stored(task.work, tools)
+    if task.work.copied is not None:
+        return _stored(task.work.copied, tools)
     if task.native:
         return on_compiled.rounded(task.work, task.slot, tools, stop, allow_overflow)
     return on_torch.rounded(task.work, task.slot, tools, stop, allow_overflow)
 
 
-def _stored(work: Copy, tools: Tools) -> Iterator[memoryview]:
-    ref = work.source
+def _stored(ref: TensorRef, tools: Tools) -> Iterator[memoryview]:
     buffer = memoryview(tools.arena.array("copied", min(COPIED, ref.nbytes), "u1"))  # type: ignore[arg-type]  # buffer
     for at in range(0, ref.nbytes, COPIED):
         piece = buffer[: min(COPIED, ref.nbytes - at)]

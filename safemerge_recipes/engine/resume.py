@@ -21,7 +21,7 @@ from safemerge_recipes.engine.seal import digest_of_region
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import CheckError, SourceError, WriteError
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.planning.graph import ENGINE, Copy, Graph, Task
+from safemerge_recipes.planning.graph import ENGINE, Graph, Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 
@@ -89,6 +89,6 @@ def _compared(store: Store, graph: Graph, entries: Entries) -> dict[str, str | N
 
 
 def _source_digest(task: Task, reader: Reader) -> str | None:
-    if not isinstance(task.work, Copy):
+    if task.work.copied is None:
         return None
     return digest_of(produce(task, Tools(reader, Arena(), 0), threading.Event()))

@@ -11,7 +11,6 @@ from safemerge_recipes.engine.executor import Sealed
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import FileSealed, Listener
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.read_ahead import AHEAD, ahead
@@ -100,7 +99,7 @@ class Sealer(threading.Thread):
         for task in tasks:
             self._wait(task.slot.name)
             slot, own, bad = task.slot, xxhash.xxh3_128(), 0
-            copied = isinstance(task.work, Copy)  # computed tensors were checked when they were rounded
+            copied = task.work.copied is not None  # computed tensors were checked when they were rounded
             at, end = slot.offset, slot.offset + slot.nbytes
             if filled % ALIGNED:  # no element in two pieces
                 yield piece[:filled]

@@ -16,7 +16,6 @@ from safemerge_recipes.engine.seal import FLUSH_CHUNK, HASH_CHUNK, check_digest,
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import WriteError
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
@@ -92,7 +91,7 @@ def _written(
     import xxhash
 
     slot, own, bad = task.slot, xxhash.xxh3_128(), 0
-    there, copied = slot.name in done, isinstance(task.work, Copy)
+    there, copied = slot.name in done, task.work.copied is not None
     at = slot.offset
     for piece in _left(task, store) if there else produce(task, tools, stop, allow_overflow=allow_overflow):
         if not there:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Blocks = Callable[..., Iterator["tuple[Any, ...]"]]
 """A fresh pass over (first element, a piece of each input…). `every=n`: a glance at every n-th piece is enough."""
 
+Dot = Callable[[Weight, Weight], float]
+"""The inner product of two updates of low rank, float64."""
+
 Rows = Callable[[int, int], "torch.Tensor"]
 """(first, last) -> rows [first, last) of the prepared matrix; asked for in order, valid until the next call."""
 
@@ -40,6 +43,9 @@ class Kernel(ABC):
 
     __slots__ = ()
 
+    is_compiled: ClassVar[bool] = False
+    """Whether it has a twin in native/merge.c."""
+
     def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> Any:
         """Whatever `apply` needs to know of the whole tensor, in as many passes as it takes; else the tensor's name."""
         return name
@@ -56,11 +62,21 @@ class Kernel(ABC):
         """Numbers it holds at most while it scans a tensor of `numel` elements in pieces of `piece`."""
         return 0
 
+    def set_up(self, tensor: Tensor) -> None:
+        """Sets what the twin needs to know of the whole tensor, in as many passes as that takes."""
+        return None
+
+    def as_sum(self, inputs: tuple[Weight, ...], dot: Dot) -> Weight | None:
+        """What it makes of inputs of low rank, as a sum of them; None where that is none."""
+        return None
+
 
 class CompiledKernel(Kernel):
     """A kernel with a twin in native/merge.c, which gives the same bytes."""
 
     __slots__ = ()
+
+    is_compiled: ClassVar[bool] = True
 
     @abstractmethod
     def set_up(self, tensor: Tensor) -> None:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.methods.base import Method, Sides, always
-from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
+from safemerge_recipes.methods.kernel import Blocks, CompiledKernel, Dot
 from safemerge_recipes.methods.work import Apply
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Alpha, Space
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import exact
+from safemerge_recipes.weights.algebra import Weight, exact
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,12 @@ class SlerpKernel(CompiledKernel):
     ) -> torch.Tensor:
         """a·x + b·y."""
         return x.mul_(state[0]).add_(y, alpha=state[1])
+
+    def as_sum(self, inputs: tuple[Weight, ...], dot: Dot) -> Weight:
+        """a·x + b·y, whose coefficients follow from inner products."""
+        x, y = inputs
+        first, second = self.coefficients(dot(x, x), dot(y, y), dot(x, y))
+        return exact(first) * x + exact(second) * y
 
     def set_up(self, tensor: Tensor) -> None:
         """One pass for the dot products; then it is a weighted sum."""

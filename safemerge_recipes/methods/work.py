@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.methods.kernel import CompiledKernel, Kernel, Transform
+from safemerge_recipes.methods.kernel import Dot, Kernel, Transform
 from safemerge_recipes.storage.cut import largest
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -35,6 +35,30 @@ class Work(ABC):
     def refs(self) -> tuple[TensorRef, ...]:
         """What is read, each tensor once."""
         return tuple(dict.fromkeys(ref for weight in self.weights for ref in weight.refs))
+
+    @property
+    def copied(self) -> TensorRef | None:
+        """The stored tensor whose bytes are the result; None where that is computed."""
+        return None
+
+    @property
+    def sum(self) -> Weight | None:
+        """The sum that the result is; None where there is more to it."""
+        return None
+
+    @property
+    def matrices(self) -> str:
+        """What it takes: any tensor (""), only one "matrix", or only one "oriented" matrix `(d_out, d_in)`."""
+        return ""
+
+    @property
+    def ranked(self) -> tuple[Weight, ...]:
+        """The sums that are not zero and whose ranks bound that of the result, together."""
+        return tuple(weight for weight in self.weights if not weight.is_zero)
+
+    def factored(self, dot: Dot) -> Work:
+        """The same as a sum, where it is one once inner products of its low-rank inputs are known; else itself."""
+        return self
 
     @property
     def is_compiled(self) -> bool:
@@ -75,6 +99,11 @@ class Copy(Work):
     source: TensorRef
 
     @property
+    def copied(self) -> TensorRef:
+        """The tensor."""
+        return self.source
+
+    @property
     def weights(self) -> tuple[Weight, ...]:
         """The tensor itself."""
         return (Weight.of(Stored(self.source)),)
@@ -98,6 +127,11 @@ class Sum(Work):
     """Evaluate `weight` and round it to the output dtype."""
 
     weight: Weight
+
+    @property
+    def sum(self) -> Weight:
+        """The sum."""
+        return self.weight
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -140,12 +174,18 @@ class Apply(Work):
     @property
     def is_compiled(self) -> bool:
         """Whether the kernel has a twin."""
-        return isinstance(self.kernel, CompiledKernel)
+        return self.kernel.is_compiled
 
     def set_up(self, tensor: Tensor) -> None:
         """What the kernel's twin needs to know of the whole tensor."""
-        assert isinstance(self.kernel, CompiledKernel)  # `is_compiled` lets no other through
         self.kernel.set_up(tensor)
+
+    def factored(self, dot: Dot) -> Work:
+        """What the kernel makes of low-rank inputs, as a sum, if it can."""
+        if not self.origin.is_zero or not all(weight.is_zero or weight.low_rank for weight in self.inputs):
+            return self
+        found = self.kernel.as_sum(self.inputs, dot)
+        return self if found is None else Sum(found)
 
     def held(self, slot: Slot) -> int:
         """Bytes that the kernel holds while it scans."""
@@ -170,6 +210,16 @@ class Prepare(Work):
     origin: Weight
     inputs: tuple[Weight, ...]
     transform: Transform
+
+    @property
+    def matrices(self) -> str:
+        """What the transform takes."""
+        return self.transform.matrices
+
+    @property
+    def ranked(self) -> tuple[Weight, ...]:
+        """Its rank is at most that of the updates among its inputs."""
+        return tuple(weight for weight in self.weights if weight.low_rank)
 
     @property
     def weights(self) -> tuple[Weight, ...]:

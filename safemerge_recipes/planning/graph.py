@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.on_compiled import fits, memory
-from safemerge_recipes.methods.work import Apply, Copy, Prepare, Sum, Work
+from safemerge_recipes.methods.work import Copy, Sum, Work
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.planning.plugins import METHODS
 from safemerge_recipes.sources.family import Family
@@ -21,8 +21,6 @@ from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
 from safemerge_recipes.weights.algebra import describe
-
-__all__ = ["Apply", "Copy", "Graph", "Prepare", "Sum", "Task", "Work", "build_graph", "task_memory"]
 
 ENGINE = 4
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
@@ -41,7 +39,7 @@ class Task:
     @property
     def needs_torch(self) -> bool:
         """Whether torch must be loaded for it."""
-        return not self.native and not isinstance(self.work, Copy)
+        return not self.native and self.work.copied is None
 
     @property
     def bytes_read(self) -> int:
@@ -114,10 +112,10 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
 
 def _check_layout(name: str, work: Work, family: Family) -> None:
     """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
-    if not isinstance(work, Prepare) or not work.transform.matrices:
+    if not work.matrices:
         return
     stacked = len(family.inventory[name].shape) != 2
-    if stacked or (name in family.input_first and work.transform.matrices == "oriented"):
+    if stacked or (name in family.input_first and work.matrices == "oriented"):
         how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
         raise RecipeError(
             f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
@@ -142,10 +140,9 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
         work = find_method(merge.method, methods).work(merge, sides_of(tensor.name, family))
     else:
         work = Sum(family.weight(tensor.take, tensor.name))
-    if isinstance(work, Sum):
-        stored = work.weight.stored
-        if stored is not None and stored.dtype == tensor.dtype:
-            return Copy(stored)
+    stored = None if work.sum is None else work.sum.stored
+    if stored is not None and stored.dtype == tensor.dtype:
+        return Copy(stored)
     masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
     for ref in work.refs:
         if ref not in masks and (ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES):
@@ -161,7 +158,7 @@ def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: st
     import xxhash
 
     text = "|".join(describe(weight, identity) for weight in work.weights)
-    if isinstance(work, Copy):
+    if work.copied is not None:
         arithmetic = ""
     if work.is_named:
         assert tensor.policy is not None  # what is kept is a copy or a sum

@@ -27,7 +27,6 @@ from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.pipeline import carry_out
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
@@ -223,7 +222,7 @@ def test_bytes_that_an_earlier_run_left_otherwise_are_not_sealed(
 ) -> None:
     prepared = _prepared(root)
     _run(LOCAL, prepared, tmp_path / "out")
-    task = next(task for task in prepared.graph.tasks if not isinstance(task.work, Copy))
+    task = next(task for task in prepared.graph.tasks if task.work.copied is None)
     done: dict[str, str | None] = {task.slot.name: "0" * 32}
     journal = Journal(tmp_path / "out" / JOURNAL_FILE, {}, {})
     store = LocalStore(tmp_path / "out", prepared.graph.layout)

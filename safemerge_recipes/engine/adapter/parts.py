@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.methods.slerp import SlerpKernel
-from safemerge_recipes.methods.work import Apply, Copy, Prepare, Sum, Work
+from safemerge_recipes.methods.work import Work
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 
-from safemerge_recipes.engine.adapter.update import evaluated, refuse_unfit, slerp, thin, weights_of
+from safemerge_recipes.engine.adapter.update import evaluated, inner_products, refuse_unfit
 
 
 @dataclass(slots=True)
@@ -74,18 +73,17 @@ class Collector:
         """Takes up one tensor of the output."""
         task, reference = self.tasks[name], self.reference(name)
         work = task.work.less(reference)
-        weights = weights_of(work)
+        weights = [weight for weight in work.weights if not weight.is_zero]
         if not weights:
             return
-        base = reference.stored
-        if isinstance(task.work, Copy) and base is not None and same_bytes(task.work.source, base):
+        base, copied = reference.stored, task.work.copied
+        if copied is not None and base is not None and same_bytes(copied, base):
             return
         for weight in weights:
             refuse_unfit(name, weight)
-        if isinstance(work, Apply) and isinstance(work.kernel, SlerpKernel) and work.origin.is_zero and thin(*weights):
-            work = Sum(slerp(work, self.reader, self.arena))
-        if isinstance(work, Sum) and work.weight.low_rank:
-            self.exact(name, work.weight)
+        work = work.factored(inner_products(self.reader, self.arena))
+        if work.sum is not None and work.sum.low_rank:
+            self.exact(name, work.sum)
         elif is_block_matrix(name, task.slot.shape):
             self.approximate(name, task, work)
         elif not self.tokens(name, task.work):
@@ -105,11 +103,9 @@ class Collector:
 
     def approximate(self, name: str, task: Task, work: Work) -> None:
         """A dense update, truncated to the wanted rank."""
-        weights = weights_of(work)
-        if isinstance(work, Prepare):  # its rank is at most that of the updates among its inputs
-            weights = tuple(weight for weight in weights if weight.low_rank)
+        weights = work.ranked
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
-        rank = self.rank or (sum(own) if thin(*weights) else 0)
+        rank = self.rank or (sum(own) if all(weight.low_rank for weight in weights) else 0)
         if not rank:
             raise PlanError(
                 f"output.format: adapter: {name}: its update has no small exact rank; say `output.rank`, "
@@ -140,9 +136,9 @@ class Collector:
 
     def tokens(self, name: str, work: Work) -> bool:
         """Trained rows of the embedding pass through; True if the tensor is nothing else."""
-        if not isinstance(work, Sum) or len(work.weight.terms) != 1:
+        if work.sum is None or len(work.sum.terms) != 1:
             return False
-        operand = work.weight.terms[0][1]
+        operand = work.sum.terms[0][1]
         if not isinstance(operand, Rows) or len(operand.parts) != 2 or operand.parts[0] != self.reference(name):
             return False
         ref = operand.parts[1].stored

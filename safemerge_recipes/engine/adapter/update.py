@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods import on_torch
-from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.slerp import SlerpKernel
-from safemerge_recipes.methods.work import Apply, Work
+from safemerge_recipes.methods.kernel import Dot, Tools
+from safemerge_recipes.methods.work import Work
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.weights.algebra import Weight, exact
+from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.operands import LowRankStack, Rescaled
 from safemerge_recipes.weights.torch_factors import joined_factors
 
@@ -21,32 +20,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def weights_of(work: Work) -> tuple[Weight, ...]:
-    """Every weight of an update that is not zero."""
-    return tuple(weight for weight in work.weights if not weight.is_zero)
-
-
-def thin(*weights: Weight) -> bool:
-    """Whether all of them are sums of LoRA products, or zero."""
-    return all(weight.is_zero or weight.low_rank for weight in weights)
-
-
-def slerp(work: Apply, reader: Reader, arena: Arena) -> Weight:
-    """Slerp of two low-rank updates as a sum: its coefficients follow from the factors' inner products."""
+def inner_products(reader: Reader, arena: Arena) -> Dot:
+    """What finds the inner product of two low-rank updates, from their factors."""
     import torch
 
-    kernel = work.kernel
-    assert isinstance(kernel, SlerpKernel)
-    left, right = work.inputs
-    x, y = (joined_factors(weight, reader, torch.float64, arena.device) for weight in work.inputs)
-
-    def inner(one: tuple[torch.Tensor, torch.Tensor] | None, other: tuple[torch.Tensor, torch.Tensor] | None) -> float:
-        if one is None or other is None:  # zero
+    def dot(one: Weight, other: Weight) -> float:
+        left, right = (joined_factors(weight, reader, torch.float64, arena.device) for weight in (one, other))
+        if left is None or right is None:  # zero
             return 0.0
-        return float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
+        return float(((left[0].T @ right[0]) * (left[1] @ right[1].T)).sum())
 
-    first, second = kernel.coefficients(inner(x, x), inner(y, y), inner(x, y))
-    return exact(first) * left + exact(second) * right
+    return dot
 
 
 def refuse_unfit(name: str, weight: Weight) -> None:

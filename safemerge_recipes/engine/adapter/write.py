@@ -13,7 +13,6 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import BytesDone, Listener
 from safemerge_recipes.methods import on_torch
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.family import Family
@@ -56,7 +55,7 @@ def write_adapter(
     with Reader() as reader:
         collected = Collector(plan, family, graph, reader, memory)
         for task in graph.tasks:
-            if task.slot.dtype == "F16" and not isinstance(task.work, Copy) and not plan.recipe.output.allow_overflow:
+            if task.slot.dtype == "F16" and task.work.copied is None and not plan.recipe.output.allow_overflow:
                 for _ in on_torch.rounded(task.work, task.slot, Tools(reader, Arena(), 0), threading.Event(), False):
                     pass  # what a model with this adapter could not hold is refused here as it would be there
             collected.add(task.slot.name)

@@ -19,7 +19,6 @@ from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import RecipeError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, TensorDone
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.work import Copy
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
@@ -115,8 +114,8 @@ def _written(
     import xxhash
 
     slot = task.slot
-    if isinstance(task.work, Copy):
-        for done in store.copy(slot.shard, slot.offset, task.work.source, tools.reader):
+    if task.work.copied is not None:
+        for done in store.copy(slot.shard, slot.offset, task.work.copied, tools.reader):
             on_event(BytesDone(done))
             check(stop)
         return None
