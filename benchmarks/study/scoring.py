@@ -44,8 +44,9 @@ from safemerge_recipes.evaluation.scores import Scores, TaskScores
 from safemerge_recipes.evaluation.scoring import model_key, threads
 from safemerge_recipes.evaluation.separation import separation, sides
 from safemerge_recipes.evaluation.store import Store, key_of
-from safemerge_recipes.events import ignore
+from safemerge_recipes.events import Event, Note
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.load import load
 from safemerge_recipes.storage.files import write_json
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.training.rows import Near, read_rows
@@ -98,16 +99,18 @@ class Study:
         self.tasks = (*self.harmful, LOOKALIKES, self.utility)
         self.tuning = tuple(f"{task}_tuning" for task in (REFUSAL, LOOKALIKES, self.utility))
         self.bench = Bench(
-            self._recipe(),
-            ["evaluate.batch_size=96", f"evaluate.answer_tokens={settings.tokens}"],
+            load(self._recipe(), ["evaluate.batch_size=96", f"evaluate.answer_tokens={settings.tokens}"]),
             places.own / "scores.jsonl",
             Resources(1, 1 << 30),
-            ignore,
-            console,
+            self._tell,
         )
         self.results, self.file = results, results / f"{family.name}.jsonl"
         self.outcomes = self._outcomes()
         self.choice: Choice | None = settings.given or self._chosen()
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.console.print(event.text, markup=False, soft_wrap=True)
 
     def _recipe(self) -> Path:
         """The family as a recipe in the study's folder."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.api.given import Overrides, loaded_of, notes_to, resources_of, texts_of
+from safemerge_recipes.api.given import Overrides, load_recipe, loaded_of, resources_of, texts_of
 from safemerge_recipes.api.merging import plan
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.events import Listener, ignore
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    recipe: str | Path,
+    recipe: RecipeLike,
     grid: Mapping[str, Sequence[Any]] | Sequence[str],
     output: str | Path = "safemerge-sweep",
     *,
@@ -34,7 +34,7 @@ def sweep(
     """Tries keys of a recipe without writing models; chooses on the tuning split, reports on the test split.
 
     Args:
-        recipe: the recipe's file.
+        recipe: a loaded recipe, or its file.
         grid: values by dotted key, such as `{"gate.tau": [0.2, 0.3]}`, or `KEY=V1,V2` texts.
         output: the folder for results; finished scores in it are used again.
         overrides: what holds at every point, as in `load_recipe`.
@@ -58,13 +58,11 @@ def sweep(
     if not axes:
         raise RecipeError("sweep: found nothing to vary; expected --tau, --alpha or --grid KEY=V1,V2")
     bench = _bench(recipe, overrides, tasks, limit, Path(output), device, on_event, tuning_tasks)
-    return run_sweep(
-        bench, axes, Path(output), notes_to(on_event), seeds=seeds, allowed_loss=allowed_loss, listen=on_event
-    )
+    return run_sweep(bench, axes, Path(output), seeds=seeds, allowed_loss=allowed_loss)
 
 
 def probe(
-    recipe: str | Path,
+    recipe: RecipeLike,
     by: str = "type",
     output: str | Path = "safemerge-probe",
     *,
@@ -85,7 +83,7 @@ def probe(
     if by not in ("tensor", "type", "block"):
         raise RecipeError(f"--by {by}: expected tensor, type or block")
     bench = _bench(recipe, overrides, tasks, limit, Path(output), device, on_event)
-    return run_probe(bench, by, Path(output), only=only, listen=on_event)  # type: ignore[arg-type]  # checked above
+    return run_probe(bench, by, Path(output), only=only)  # type: ignore[arg-type]  # checked above
 
 
 def write_controls(
@@ -122,7 +120,7 @@ def _axes(grid: Mapping[str, Sequence[Any]] | Sequence[str]) -> list[str]:
 
 
 def _bench(
-    recipe: str | Path,
+    recipe: RecipeLike,
     overrides: Overrides,
     tasks: Sequence[str],
     limit: int | None,
@@ -133,13 +131,12 @@ def _bench(
 ) -> Bench:
     from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
+    from safemerge_recipes.planning.load import vary
 
-    if str(recipe) == "-":
-        raise RecipeError("standard input: found it given as the recipe, which is read several times; expected a file")
+    given = [*texts_of(overrides), *([f"evaluate.limit={limit}"] if limit else [])]
+    loaded = load_recipe(recipe, given) if isinstance(recipe, str | Path) else vary(recipe, given)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"--output {folder}: {error.strerror}; expected a folder that can be made") from None
-    given = [*texts_of(overrides), *([f"evaluate.limit={limit}"] if limit else [])]
-    resources = resources_of(device, None, "2GB")
-    return Bench(Path(recipe), given, folder / STORE_FILE, resources, on_event, notes_to(on_event), tasks, tuning_tasks)
+    return Bench(loaded, folder / STORE_FILE, resources_of(device, None, "2GB"), on_event, tasks, tuning_tasks)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.events import Listener, Note
 
 if TYPE_CHECKING:
     from safemerge_recipes.recipe.loading import LoadedRecipe
@@ -102,16 +101,3 @@ def memory_of(given: str | int) -> int:
     if not isinstance(size, int) or size < 64_000_000:
         raise RecipeError(f"--max-memory {given}: too little; expected at least 64MB")
     return size
-
-
-class _Lines:
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
-
-    def print(self, text: object, **_: object) -> None:
-        self._listener(Note(str(text)))
-
-
-def notes_to(listener: Listener) -> Any:
-    """A console that hands its lines on as events."""
-    return _Lines(listener)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.api.given import loaded_of, notes_to, resources_of, target_of
+from safemerge_recipes.api.given import loaded_of, resources_of, target_of
 from safemerge_recipes.api.opening import opened
 from safemerge_recipes.errors import SafemergeError
 from safemerge_recipes.events import Listener, Note, ignore
@@ -164,7 +164,7 @@ def _scored(result: Result, loaded: LoadedRecipe, suite: Suite, on_event: Listen
     from safemerge_recipes.evaluation.scoring import score_output
 
     try:
-        scores = score_output(result.plan, result.output, loaded, notes_to(on_event), suite=suite, listen=on_event)
+        scores = score_output(result.plan, result.output, loaded, on_event, suite=suite)
     except SafemergeError as error:
         again = f"safemerge evaluate {loaded.path}" + (f" --output {result.output}" if told else "")
         raise type(error)(f"{error}\n{result.output} is merged and sound; `{again}` goes on from there") from None

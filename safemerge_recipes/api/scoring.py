@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.api.given import is_recipe, loaded_of, notes_to, resources_of, target_of
+from safemerge_recipes.api.given import is_recipe, loaded_of, resources_of, target_of
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.events import Listener, Step, ignore
 
@@ -43,9 +43,8 @@ def evaluate(
     """
     from safemerge_recipes.evaluation.compare import evaluate_folder
 
-    notes = notes_to(on_event)
     if isinstance(target, str | Path) and not is_recipe(target):
-        return evaluate_folder(Path(target), tasks, notes, limit=limit, device=device, listen=on_event)
+        return evaluate_folder(Path(target), tasks, on_event, limit=limit, device=device)
     from safemerge_recipes.evaluation.scoring import score_output, suite_of
     from safemerge_recipes.pipeline import prepare, resolve
     from safemerge_recipes.planning.load import vary
@@ -58,7 +57,7 @@ def evaluate(
         raise RecipeError(f"{loaded.path}: evaluate: missing; expected it there with tasks, or --tasks")
     folder, suite = target_of(loaded, output), suite_of(loaded)
     prepared = prepare(resolve(loaded), resources_of(device, None, "2GB"), on_event)
-    return score_output(prepared, folder, loaded, notes, suite=suite, listen=on_event)
+    return score_output(prepared, folder, loaded, on_event, suite=suite)
 
 
 def compare(
@@ -92,7 +91,7 @@ def compare(
     from safemerge_recipes.evaluation.scoring import document
 
     named = [str(model) for model in models]
-    scores = score_models(named, tasks, notes_to(on_event), limit=limit, device=device, listen=on_event)
+    scores = score_models(named, tasks, on_event, limit=limit, device=device)
     references = list(references) or [next(iter(scores))]
     for name in references:
         if name not in scores:

@@ -16,7 +16,7 @@ from safemerge_recipes.engine.manifest import manifest_record, read_record, repl
 from safemerge_recipes.errors import CheckError, RecipeError, SourceError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
-from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import (
     MERGED,
@@ -30,13 +30,12 @@ from safemerge_recipes.evaluation.scoring import (
 )
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, check_backend, check_extra, load_suite
+from safemerge_recipes.events import Listener, Note
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.provenance import portable
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, text_of
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from safemerge_recipes.recipe.model import Evaluate
 
 
@@ -52,18 +51,16 @@ class _Asked:
     tasks: tuple[str, ...]
     limit: int | None
     device: str
-    console: Console
-    listen: Listener | None
+    on_event: Listener
 
 
 def score_models(
     given: Sequence[str],
     tasks: Sequence[str],
-    console: Console,
+    on_event: Listener,
     *,
     limit: int | None = None,
     device: str = "auto",
-    listen: Listener | None = None,
 ) -> dict[str, Scores]:
     """Scores every model named, by the name it goes by. Tasks, folders and names are checked before any is loaded.
 
@@ -71,16 +68,15 @@ def score_models(
         given: Each a model folder, `MODEL+ADAPTER`, a recipe (its sources and its merge, patched in memory),
             or a scores file; `NAME=` before it names it.
         tasks: What is scored; empty: a recipe's own tasks, else all shipped ones.
-        console: Told of every model.
+        on_event: Told how far it is, and of every model that is scored.
         limit: Prompts of each task.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        listen: Told how far it is.
 
     Raises:
         CheckError: A model cannot be scored.
         RecipeError: Two go by one name.
     """
-    asked = _Asked(tuple(tasks), limit, device, console, listen)
+    asked = _Asked(tuple(tasks), limit, device, on_event)
     named = [_named(text) for text in given]
     folders = [(label, path) for label, path in named if path.suffix != ".json" and not is_recipe(path)]
     suite = load_suite(asked.tasks or ("safemerge",)) if folders else None
@@ -99,7 +95,7 @@ def score_models(
         else:
             assert suite is not None  # there is a folder
             name, place = label or _own_name(path), folders.index((label, path)) + 1
-            tell = Rounds(listen, len(folders), suite, limit).of(place, name)
+            tell = Rounds(on_event, len(folders), suite, limit).of(place, name)
             scored = {name: _folder_scores(path, name, suite, asked, tell)}
         if label and (path.suffix == ".json" or is_recipe(path)):
             scored = {f"{label} {name}": one for name, one in scored.items()}
@@ -141,7 +137,7 @@ def _folder_scores(path: Path, name: str, suite: Suite, asked: _Asked, tell: Tel
         keep_answers=True, store=Store(scores_folder() / f"{key}.jsonl"), tell=tell,
         **({"limit": asked.limit} | options),
     )  # fmt: skip
-    asked.console.print(f"Scored {name} in {scores.seconds:.0f} s", markup=False)
+    asked.on_event(Note(f"Scored {name} in {scores.seconds:.0f} s"))
     return scores
 
 
@@ -169,7 +165,7 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     suite = suite_of(loaded, asked.tasks, settings)
     prepared = prepare(resolve(loaded), Resources(1, 1 << 30, choose_device(asked.device)), ignore)
     names = (*prepared.family.models, MERGED)
-    rounds = Rounds(asked.listen, len(names), suite, asked.limit or settings.limit)
+    rounds = Rounds(asked.on_event, len(names), suite, asked.limit or settings.limit)
     beside = side_key(prepared.resolved.side_files)
     held: list[LiveModel | WrittenModel] = []
 
@@ -186,7 +182,7 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
         found[name] = score_graph(
             live, graph, beside, name, suite, settings, store, rounds.of(place, name), asked.limit, asked.device
         )
-        asked.console.print(f"Scored {name} in {found[name].seconds:.0f} s", markup=False)
+        asked.on_event(Note(f"Scored {name} in {found[name].seconds:.0f} s"))
     return found
 
 
@@ -206,11 +202,10 @@ def read_scores(path: Path) -> dict[str, Scores]:
 def evaluate_folder(
     folder: Path,
     tasks: Sequence[str],
-    console: Console,
+    on_event: Listener,
     *,
     limit: int | None = None,
     device: str = "auto",
-    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores one model folder; an output of this program gets the scores into its report and card.
 
@@ -230,13 +225,13 @@ def evaluate_folder(
     suite = load_suite(tuple(tasks) or (own.tasks if own else ("safemerge",)), answer_tokens=tokens)
     limit = limit or options.get("limit")
     name = MERGED if ours else folder.resolve().name
-    tell = Rounds(listen, 1, suite, limit).of(1, name)
-    asked = _Asked(tuple(tasks), limit, device, console, listen)
+    tell = Rounds(on_event, 1, suite, limit).of(1, name)
+    asked = _Asked(tuple(tasks), limit, device, on_event)
     scores = {name: _folder_scores(folder, name, suite, asked, tell, **(options | {"limit": limit}))}
     content = document(scores, ())
     if ours:
         attach(folder, content, answers.lines(scores), read_record(folder / PLAN_FILE), provenance_in(folder))
-        console.print(f"Put the scores into {folder}", markup=False)
+        on_event(Note(f"Put the scores into {folder}"))
     return content
 
 

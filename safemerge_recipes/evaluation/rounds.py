@@ -14,13 +14,13 @@ class Rounds:
     """So many models that answer the same tasks.
 
     Attributes:
-        listen: Told every step; None: nobody is.
+        on_event: Told every step.
         models: How many there are.
         suite: The tasks.
         limit: Prompts of each task.
     """
 
-    listen: Listener | None
+    on_event: Listener
     models: int
     suite: Suite
     limit: int | None
@@ -33,8 +33,7 @@ class Rounds:
 
         def tell(task: str, done: int, total: int) -> None:
             finished[task] = done
-            if self.listen is not None:
-                so_far = (place - 1) * each + sum(finished.values())
-                self.listen(Step(model, place, self.models, task, so_far, self.models * each))
+            so_far = (place - 1) * each + sum(finished.values())
+            self.on_event(Step(model, place, self.models, task, so_far, self.models * each))
 
         return tell

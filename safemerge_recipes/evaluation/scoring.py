@@ -1,7 +1,7 @@
 """Scores a finished output beside the models it came from, and says what the numbers support.
 
 Every model answers the same prompts in the same loaded model (`live`); nothing but scores is written. What
-is printed goes to the console given; files of the output folder are replaced whole.
+there is to say is told as events; files of the output folder are replaced whole.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from safemerge_recipes.evaluation.harness import Subject, Tell, score
 from safemerge_recipes.evaluation.judge import Judge, judge_of
 from safemerge_recipes.evaluation.judging import judged
 from safemerge_recipes.evaluation.rates import wilson
-from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.evaluation.scores import Metric, Scores
 from safemerge_recipes.evaluation.separation import auroc, separation, sides
 from safemerge_recipes.evaluation.statistics import Difference, compare, corrected
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import Suite, check_backend, check_extra, load_suite
+from safemerge_recipes.events import Listener, Note
 from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.prepared import Prepared
@@ -36,8 +37,6 @@ from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.text import fixed, points
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
 
 FORMAT = 1
@@ -295,10 +294,9 @@ def score_output(
     prepared: Prepared,
     output: Path,
     loaded: LoadedRecipe,
-    console: Console,
+    on_event: Listener,
     *,
     suite: Suite | None = None,
-    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores a finished output and the roles its recipe compares; puts scores into report, card and manifest.
 
@@ -306,9 +304,8 @@ def score_output(
         prepared: What the output was made from.
         output: The finished folder.
         loaded: The recipe, with `evaluate`.
-        console: Told of every model.
+        on_event: Told how far it is, and of every model that is scored.
         suite: The recipe's tasks, if they are loaded already.
-        listen: Told how far it is.
 
     Returns:
         The content of `safemerge_scores.json`.
@@ -325,7 +322,7 @@ def score_output(
     suite = suite or suite_of(loaded)
     _check_output_is(prepared, output)
     names = (MERGED, *settings.compare)
-    rounds = Rounds(listen, len(names), suite, settings.limit)
+    rounds = Rounds(on_event, len(names), suite, settings.limit)
     beside, device = side_key(prepared.resolved.side_files), _device(prepared)
     held: list[LiveModel | WrittenModel] = []
 
@@ -341,7 +338,7 @@ def score_output(
         store = Store(scores_folder() / f"{key_of(model_key(graph), beside)}.jsonl")
         tell = rounds.of(place, name)
         scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)
-        console.print(f"Scored {name} in {scores[name].seconds:.0f} s", markup=False)
+        on_event(Note(f"Scored {name} in {scores[name].seconds:.0f} s"))
     content = _put(prepared, output, scores)
     if settings.judge is not None:  # the scores are there already, whatever becomes of the judge
         held.clear()  # its room

@@ -3,6 +3,7 @@
 Guards `cli.experiments`.
 """
 
+import io
 import itertools
 import json
 import re
@@ -12,6 +13,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
+from safemerge_recipes import api
 from safemerge_recipes.cli import app as cli
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
@@ -22,7 +24,8 @@ from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
 from safemerge_recipes.evaluation.rates import spearman
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
-from safemerge_recipes.events import ignore
+from safemerge_recipes.events import Note
+from safemerge_recipes.planning.load import load
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.report.scatter import Mark, front, scatter
 from safemerge_recipes.storage.workers import Resources
@@ -41,18 +44,12 @@ def recipe(tmp_path_factory):
     return make_family(tmp_path_factory.mktemp("family"))
 
 
-class Lines:
-    """A console that keeps what is said."""
-
-    def __init__(self):
-        self.lines = []
-
-    def print(self, text, **_):
-        self.lines.append(str(text))
-
-
 def open_bench(recipe, store, *overrides):
-    return Bench(recipe, overrides, store, Resources(1, 1 << 28), ignore, Lines())
+    """A bench that keeps what is said in its `told`."""
+    told = []
+    bench = Bench(load(recipe, overrides), store, Resources(1, 1 << 28), told.append)
+    bench.told = told
+    return bench
 
 
 def run(*arguments, code=0):
@@ -204,7 +201,7 @@ def test_the_exact_p_is_the_share_of_orders_in_which_the_gate_is_as_good():
 
 def scored(*benches):
     """Names of the models that really ran, in order."""
-    return [line.split(":")[0] for bench in benches for line in bench.console.lines]
+    return [one.text.split(":")[0] for bench in benches for one in bench.told if isinstance(one, Note)]
 
 
 def test_equal_models_are_scored_once_and_kept(recipe, tmp_path):
@@ -289,6 +286,13 @@ def test_what_cannot_be_swept_is_said(recipe, tmp_path, capsys):
     assert "lacks a utility task" in capsys.readouterr().err
 
 
+def test_a_recipe_from_standard_input_can_be_swept(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(recipe.read_bytes())))
+    run("sweep", "-", "--tau", "0.1", "--set", "evaluate.tasks=[safemerge_refusal]", "--output", tmp_path, code=6)
+    assert "lacks a utility task" in capsys.readouterr().err
+
+
 # Probes
 
 
@@ -319,6 +323,11 @@ def test_probe_end_to_end(recipe, tmp_path, capsys):
     root = ET.parse(tmp_path / "p" / "safemerge_probe.svg").getroot()
     shown = {element.text for element in root.iter() if element.tag.endswith("text")}
     assert {"ρ", "safety", "utility"} <= shown
+    # A loaded recipe is probed as its file is, and nothing is scored twice.
+    told = []
+    again = api.probe(load(recipe), "type", tmp_path / "p", limit=3, device="cpu", on_event=told.append)
+    assert again == content
+    assert not [one for one in told if isinstance(one, Note) and "scored" in one.text]
     run("probe", recipe, "--by", "layer", "--output", tmp_path / "p", code=2)
 
 

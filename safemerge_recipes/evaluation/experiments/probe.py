@@ -9,22 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import measures
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.rates import spearman
-from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.report.scatter import heat_map
 from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.tensor_names import block_of, module_type
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 1
 PROBE_FILE = "safemerge_probe.json"
@@ -67,7 +64,6 @@ def probe(
     overrides: Sequence[str] = (),
     limit: int | None = None,
     only: int | None = None,
-    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores every group merged alone, and writes `safemerge_probe.json` and its picture.
 
@@ -79,7 +75,6 @@ def probe(
         overrides: `KEY=VALUE` texts on top of the bench's: what merging means.
         limit: Only the first so many prompts of each task; the recipe's by default.
         only: Probe only so many groups, spread evenly over the model.
-        listen: Told how far it is.
 
     Raises:
         PlanError: nothing is gated.
@@ -95,7 +90,7 @@ def probe(
         found = {keys[i * len(keys) // only]: found[keys[i * len(keys) // only]] for i in range(only)}
     suite = bench.suite(names)
     weigh = measures(suite.better, names)
-    rounds = Rounds(listen, 1 + len(found), suite, limit or bench.settings.limit)
+    rounds = Rounds(bench.on_event, 1 + len(found), suite, limit or bench.settings.limit)
     graph = bench.graph(controls.with_merged(plan, (), "probe"))
     none = bench.score(graph, "merge none", names, len(found), limit, rounds.of(1, "merge none"))
     safety, utility = weigh.of(none)

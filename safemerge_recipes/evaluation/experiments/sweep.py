@@ -10,23 +10,21 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import Measures, measures
 from safemerge_recipes.evaluation.experiments.workbench import Bench
-from safemerge_recipes.evaluation.rounds import Listener, Rounds
+from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import compared, interval, table
+from safemerge_recipes.events import Note
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.report.scatter import Mark, scatter
 from safemerge_recipes.storage.files import write_file, write_json
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 FORMAT = 1
 STORE_FILE = "safemerge_points.jsonl"
@@ -97,11 +95,9 @@ def sweep(
     bench: Bench,
     axes: Sequence[str],
     folder: Path,
-    console: Console,
     *,
     seeds: int = 10,
     allowed_loss: float = 0.02,
-    listen: Listener | None = None,
 ) -> dict[str, Any]:
     """Scores the grid and its controls and writes everything into a folder.
 
@@ -109,10 +105,8 @@ def sweep(
         bench: The family.
         axes: `KEY=V1,V2,…` texts.
         folder: Where results go; exists.
-        console: Told what goes on.
         seeds: Random controls of each of the two kinds; 0: no controls.
         allowed_loss: Utility that the chosen point may lose against the fine-tuned model, from 0 to 1.
-        listen: Told how far it is.
 
     Returns:
         The content of `safemerge_sweep.json`.
@@ -128,18 +122,18 @@ def sweep(
         plans[", ".join(overrides)] = (overrides, bench.plan(overrides))
     sources = {role: bench.role(role) for role in SOURCES}  # type: ignore[arg-type]  # roles
     tried = {**sources, **{label: bench.graph(plan) for label, (_, plan) in plans.items()}}
-    console.print(f"{len(plans)} points on the tuning split: {', '.join(first)}", markup=False, soft_wrap=True)
-    on_tuning = _scored(bench, tried, first, listen)
+    bench.on_event(Note(f"{len(plans)} points on the tuning split: {', '.join(first)}"))
+    on_tuning = _scored(bench, tried, first)
     by = measures(bench.suite(first).better, first)
     counts = {label: len(controls.merged(one)) for label, (_, one) in plans.items()}
     best = choose({label: on_tuning[label] for label in plans}, on_tuning["finetuned"], by, allowed_loss, counts)
     overrides, plan = plans[best]
-    console.print(f"Chosen: {best}", markup=False, soft_wrap=True)
+    bench.on_event(Note(f"Chosen: {best}"))
     reported = {**sources, best: tried[best]}
     kinds = {one.label: one for one in (controls.controls(seeds) if seeds else ())}
     drawn = {label: bench.graph(bench.control(plan, one)) for label, one in kinds.items()}
-    console.print(f"{len(drawn)} controls on the test split: {', '.join(second)}", markup=False, soft_wrap=True)
-    on_test = _scored(bench, {**reported, **drawn}, second, listen)
+    bench.on_event(Note(f"{len(drawn)} controls on the test split: {', '.join(second)}"))
+    on_test = _scored(bench, {**reported, **drawn}, second)
     content = {
         "format": FORMAT,
         "axes": list(axes),
@@ -161,10 +155,8 @@ def sweep(
     return content
 
 
-def _scored(
-    bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str], listen: Listener | None
-) -> dict[str, Scores]:
-    rounds = Rounds(listen, len(graphs), bench.suite(tasks), bench.settings.limit)
+def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
+    rounds = Rounds(bench.on_event, len(graphs), bench.suite(tasks), bench.settings.limit)
     return {
         label: bench.score(graph, label, tasks, len(graphs) - place, tell=rounds.of(place, label))
         for place, (label, graph) in enumerate(graphs.items(), 1)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments.controls import Control
@@ -22,30 +21,25 @@ from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import conditions, graph_subject, score_graph, side_key, suite_of
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
-from safemerge_recipes.events import Listener
+from safemerge_recipes.events import Listener, Note, ignore
 from safemerge_recipes.pipeline import as_source, build, decide, measurer_of, prepare, resolve
 from safemerge_recipes.planning.graph import Graph
-from safemerge_recipes.planning.load import load, vary
+from safemerge_recipes.planning.load import vary
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
 from safemerge_recipes.storage.workers import Resources
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 class Bench:
     """A family of models, loaded once.
 
     Args:
-        recipe: The recipe's file.
-        overrides: `KEY=VALUE` texts that hold for every point.
+        loaded: The recipe, with what holds for every point.
         store: A JSONL file of finished scores; made when missing.
         resources: What measuring may use.
-        on_event: Told of the gate pass.
-        console: Told of every score.
+        on_event: Told of the gate pass, and of every score.
         tasks: What is scored unless said otherwise; the recipe's `evaluate.tasks` by default.
         tuning_tasks: Tasks to choose on; none given: the tuning splits of the others; None: nothing is chosen.
 
@@ -58,20 +52,17 @@ class Bench:
 
     def __init__(
         self,
-        recipe: Path,
-        overrides: Sequence[str],
+        loaded: LoadedRecipe,
         store: Path,
         resources: Resources,
-        on_event: Listener,
-        console: Console,
+        on_event: Listener = ignore,
         tasks: Sequence[str] = (),
         tuning_tasks: Sequence[str] | None = None,
     ) -> None:
-        self.path, self.overrides, self.store, self.console = recipe, tuple(overrides), Store(store), console
-        self.loaded: LoadedRecipe = load(recipe, overrides)
+        self.loaded, self.store, self.on_event = loaded, Store(store), on_event
         given = self.loaded.recipe.evaluate
         if given is None and not tasks:
-            raise RecipeError(f"{recipe}: evaluate: missing; expected it there with tasks, or --tasks")
+            raise RecipeError(f"{loaded.path}: evaluate: missing; expected it there with tasks, or --tasks")
         self.settings: Evaluate = given or Evaluate(tasks=tuple(tasks))
         if self.settings.backend != "hf":
             raise CheckError(
@@ -86,7 +77,7 @@ class Bench:
             if tuning_tasks is not None:
                 caution = measures(suite.better, tuple(suite.tasks)).caution
                 if caution and names == self.tuning:
-                    console.print(f"Mind: {caution}", style="yellow", markup=False, soft_wrap=True)
+                    on_event(Note(f"Mind: {caution}", warning=True))
         self.prepared: Prepared = prepare(resolve(self.loaded), resources, on_event)
         self.measurer = measurer_of(self.prepared.resolved, resources)
         self._device = resources.device if resources.device.startswith("cuda") else "auto"
@@ -184,7 +175,7 @@ class Bench:
         if left:
             minutes = left * self._spent / self._scored / 60
             text += f"; {left} to go, about {minutes:.0f} min" if minutes >= 1 else f"; {left} to go"
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.on_event(Note(text))
 
     def live(self) -> LiveModel:
         """The loaded model that becomes one merge after the other; opened once."""
