@@ -19,12 +19,14 @@ from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.merging import plan, run
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
+from safemerge_recipes.api.sharing import import_mergekit
 from safemerge_recipes.api.training import plan_training, train_adapter
 
 __all__ = [
     "compare",
     "compiled",
     "evaluate",
+    "import_mergekit",
     "is_recipe",
     "judge",
     "load_recipe",

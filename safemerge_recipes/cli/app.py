@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from safemerge_recipes.cli import experiments, run, scores, training, verify
+from safemerge_recipes.cli import experiments, recipes, run, scores, training, verify
 from safemerge_recipes.cli.options import VersionOption
 from safemerge_recipes.cli.program import run_program
 
@@ -34,6 +34,7 @@ for verb in (
     training.train_adapter, training.prepare_safety_data,
 ):  # fmt: skip
     app.command()(verb)
+app.command("import")(recipes.import_)  # whose name is a word of Python's
 
 
 def main(arguments: list[str] | None = None) -> None:

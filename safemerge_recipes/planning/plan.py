@@ -148,12 +148,13 @@ def _policies(recipe: Recipe, names: Sequence[str]) -> dict[str, Policy]:
     return found
 
 
-def _scope(scope: Matcher | None, name: str, ref: TensorRef) -> str | None:
-    """Why a tensor is not gated, or None if it is."""
+def _scope(scope: Matcher | None, name: str, ref: TensorRef, gate: Gate) -> str | None:
+    """Why a tensor is not gated, or None if it is. Vectors have no ρ: they are gated where a list names them."""
     if scope is not None:
+        listed = gate.selector[0] == "names" and ref.shape
         if not scope(name):
             return "outside gate.scope"
-        if len(ref.shape) not in (2, 3):
+        if len(ref.shape) not in (2, 3) and not listed:
             return f"in gate.scope, but {len(ref.shape)}-D: only matrices and stacks of them are gated"
         if not ref.numel:
             return "in gate.scope, but empty"
@@ -192,7 +193,9 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
         if policy.keep is not None:
             outlook = Outlook(name, ref.shape, dtype, None, f"rules.{policy.rule}: keep {policy.keep}", policy.keep)
         else:
-            why = _quantised(family, name) or _scope(scopes[policy.rule], name, ref) or _absent(family, name)
+            why = (
+                _quantised(family, name) or _scope(scopes[policy.rule], name, ref, policy.gate) or _absent(family, name)
+            )
             if why is None and delta.is_zero and policy.gate.scope is None:
                 why = "fine-tuning did not change it"
             if why is None and policy.gate.metric not in metrics:
@@ -228,11 +231,12 @@ def _sum(parts: Sequence[Moments | None]) -> Moments | None:
 def _decide_policy(
     policy: Policy,
     names: list[str],
+    matrices: set[str],
     measure: Measure | None,
     metrics: Mapping[str, Metric],
     selectors: Mapping[str, Selector],
 ) -> tuple[dict[str, Decision], dict[str, Candidate], dict[str, Moments]]:
-    """Decisions, group values and moments of the tensors under one policy, measured as far as needed."""
+    """Decisions, group values and moments of the tensors under one policy, the matrices measured as far as needed."""
     gate = policy.gate
     groups = _groups(gate, names)
     # A group's interval does not follow from its members' intervals of ρ, so groups are measured exactly.
@@ -240,7 +244,7 @@ def _decide_policy(
     rank = gate.rank if gate.uses_rank else 0
     null = gate.metric not in METRICS or METRICS[gate.metric].null  # a plugin's may look at anything
     moments: dict[str, Moments] = {}
-    wanted, settled = names, set[str]()
+    wanted, settled = [name for name in names if name in matrices], set[str]()
     while True:
         if measure and wanted:
             moments.update(measure(wanted, effort, rank, null))
@@ -312,8 +316,9 @@ def make_plan(
     decisions: dict[str, Decision] = {}
     candidates: dict[str, Candidate] = {}
     moments: dict[str, Moments] = {}
+    matrices = {outlook.name for outlook in outlooks if len(outlook.shape) > 1}
     for policy, names in by_policy:
-        found = _decide_policy(policy, names, measure, metrics, selectors)
+        found = _decide_policy(policy, names, matrices, measure, metrics, selectors)
         decisions.update(found[0])
         candidates.update(found[1])
         moments.update(found[2])

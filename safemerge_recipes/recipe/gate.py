@@ -121,7 +121,7 @@ class GateChange(_Selectors):
     that of its concatenated deltas."""
     scope: Patterns | None = None
     """Patterns of the tensors that are gated. Default: every 2-D weight of a linear layer that differs
-    between aligned and fine-tuned."""
+    between aligned and fine-tuned. Vectors (norms, biases) are gated only where `names` lists them."""
     degenerate: Literal["keep", "merge", "error"] = "keep"
     """What happens where V = 0 or Δf = 0 leaves the metric undefined."""
     precision: Literal["exact", "adaptive"] = "adaptive"

@@ -1,0 +1,45 @@
+"""Recipes that are written for the user: from mergekit files, from models, and those that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safemerge_recipes.errors import RecipeError
+
+
+def import_mergekit(path: str | Path, output: str | Path | None = None, *, like: str | Path | None = None) -> str:
+    """A mergekit file as a recipe with the same tensors, as YAML text; also written to `output`, if given.
+
+    Args:
+        path: the file for mergekit-yaml.
+        output: where the recipe goes; its relative paths start there, else at the current folder.
+        like: a local model with the same tensors, where the models themselves are not here and settings differ
+            between tensors.
+
+    Raises:
+        RecipeError: with everything that has no counterpart, a line each, or the file exists already.
+    """
+    from safemerge_recipes.sharing.mergekit.importing import import_mergekit as made
+
+    return _written(made(Path(path), _folder_of(output), None if like is None else Path(like)), output)
+
+
+def _folder_of(output: str | Path | None) -> Path:
+    """The folder that a recipe's relative paths start from."""
+    return Path.cwd() if output is None else (Path.cwd() / output).parent
+
+
+def _written(text: str, output: str | Path | None) -> str:
+    """A recipe's text, written to a new file if one is given. Raises RecipeError where that exists."""
+    from safemerge_recipes.storage.files import write_file
+
+    if output is not None:
+        path = Path(output)
+        if path.exists():
+            raise RecipeError(f"--output {path}: is there already; expected a new file, choose another name")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"--output {path}: {error.strerror}; expected a folder that can be made") from None
+        write_file(path, text)
+    return text

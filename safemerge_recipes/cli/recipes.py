@@ -1,0 +1,28 @@
+"""`init`, `import`, `recipes` and `mergekit-yaml`: recipes from models, from mergekit, and those that are shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safemerge_recipes import api
+from safemerge_recipes.cli.streams import write_line
+
+FileOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the recipe there, instead of printing it.")
+]
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file for mergekit-yaml.", show_default=False)],
+    output: FileOption = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A local model with the same tensors, where the file's models are not here."),
+    ] = None,
+) -> None:
+    """Make a recipe with the same tensors of a mergekit file. What has no counterpart is named, with its line."""
+    text = api.import_mergekit(file, output, like=like)
+    write_line(str(output) if output else text.rstrip("\n"))

@@ -1,0 +1,1 @@
+"""Mergekit: its files become recipes, and the gated merge becomes one of its methods."""
