@@ -19,7 +19,7 @@ from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.merging import plan, run
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
-from safemerge_recipes.api.sharing import import_mergekit
+from safemerge_recipes.api.sharing import import_mergekit, mergekit_yaml
 from safemerge_recipes.api.training import plan_training, train_adapter
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "judge",
     "load_recipe",
     "lock",
+    "mergekit_yaml",
     "plan",
     "plan_training",
     "probe",

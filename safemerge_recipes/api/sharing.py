@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import PlanError, RecipeError
 
 
 def import_mergekit(path: str | Path, output: str | Path | None = None, *, like: str | Path | None = None) -> str:
@@ -22,6 +22,23 @@ def import_mergekit(path: str | Path, output: str | Path | None = None, *, like:
     from safemerge_recipes.sharing.mergekit.importing import import_mergekit as made
 
     return _written(made(Path(path), _folder_of(output), None if like is None else Path(like)), output)
+
+
+def mergekit_yaml(arguments: list[str]) -> None:
+    """Runs mergekit-yaml with the method `safemerge` registered.
+
+    Args:
+        arguments: those of mergekit-yaml: the file, the folder to write, and options.
+
+    Raises:
+        PlanError: mergekit is not installed, or says that it cannot be done.
+        RecipeError: mergekit refuses the file or an option.
+    """
+    try:
+        from safemerge_recipes.sharing.mergekit.method import run
+    except ImportError:
+        raise PlanError("mergekit is not installed; try: pip install 'safemerge-recipes[mergekit]'") from None
+    run(arguments)
 
 
 def _folder_of(output: str | Path | None) -> Path:

@@ -35,6 +35,7 @@ for verb in (
 ):  # fmt: skip
     app.command()(verb)
 app.command("import")(recipes.import_)  # whose name is a word of Python's
+app.command("mergekit-yaml", context_settings={"ignore_unknown_options": True})(recipes.mergekit_yaml)
 
 
 def main(arguments: list[str] | None = None) -> None:

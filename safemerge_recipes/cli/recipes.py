@@ -26,3 +26,12 @@ def import_(
     """Make a recipe with the same tensors of a mergekit file. What has no counterpart is named, with its line."""
     text = api.import_mergekit(file, output, like=like)
     write_line(str(output) if output else text.rstrip("\n"))
+
+
+def mergekit_yaml(
+    arguments: Annotated[
+        list[str], typer.Argument(help="What mergekit-yaml takes: the file, the folder to write, its options.")
+    ],
+) -> None:
+    """Run mergekit-yaml with `merge_method: safemerge` among its methods."""
+    api.mergekit_yaml(arguments)

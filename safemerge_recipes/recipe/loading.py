@@ -254,11 +254,10 @@ def _folder_hint(folder: Path) -> str:
 
 def _refuse_mergekit(path: Path, value: dict[str, Any]) -> None:
     """Says what a mergekit configuration is, instead of refusing its keys one by one."""
-    if "merge_method" in value and "sources" not in value:
+    if {"merge_method", "experts"} & set(value) and "sources" not in value:
         raise RecipeError(
-            f"{path}: a configuration of mergekit; expected a recipe, which names its models under `sources` "
-            "(base, aligned, finetuned, safety), says under `gate` which tensors are merged, and under `merge` how: "
-            "`method: mergekit:NAME` is a method of mergekit"
+            f"{path}: a configuration of mergekit; expected a recipe. `safemerge import {path} -o recipe.yaml` makes "
+            "one of it"
         )
 
 
