@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.plugins import Apply, Arena, Blocks, Custom, Kernel, Method, RecipeError, Sides
+from safemerge_recipes.plugins import Apply, Arena, Custom, Kernel, Method, Pieces, RecipeError, Sides
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +17,9 @@ class Clip(Kernel):
 
     limit: float
 
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> float:
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> float:
         """The largest size that stays: one pass over the update."""
-        square = sum(float((x.double() ** 2).sum()) for _, x in blocks())
+        square = sum(float((x.double() ** 2).sum()) for _, x in pieces())
         return self.limit * (square / numel) ** 0.5
 
     def apply(self, bound: float, start: int, x: torch.Tensor, arena: Arena) -> torch.Tensor:

@@ -22,11 +22,11 @@ def exact_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: 
     tall = v.columns <= v.rows
     probes = normal_probes(name, v.rows, NULL_PROBES[True] if tall and not null else 0, v.dtype, device)
     right = torch.zeros(v.columns, probes.shape[1], dtype=v.dtype, device=device)
-    for (rows, v_block), (_, d_block) in zip(v, delta, strict=True):
-        v_square += square_sum(v_block)
-        delta_square += square_sum(d_block)
-        inner += inner_product(v_block, d_block)
-        right.addmm_(v_block.T, probes[rows])
+    for (rows, v_piece), (_, d_piece) in zip(v, delta, strict=True):
+        v_square += square_sum(v_piece)
+        delta_square += square_sum(d_piece)
+        inner += inner_product(v_piece, d_piece)
+        right.addmm_(v_piece.T, probes[rows])
     seen = torch.zeros(probes.shape[1], probes.shape[1], dtype=torch.float64, device=device)
     side = min(v.rows, v.columns)
     step = panel_width(max(v.rows, v.columns))
@@ -36,29 +36,29 @@ def exact_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: 
         if tall:  # T = VᵀΔ by columns, and VᵀV
             t = torch.zeros(v.columns, width, dtype=v.dtype, device=device)
             vtv = torch.zeros(v.columns, width if null else 0, dtype=v.dtype, device=device)
-            for (_, v_block), (_, d_block) in zip(v, delta, strict=True):
-                t.addmm_(v_block.T, d_block[:, part])
+            for (_, v_piece), (_, d_piece) in zip(v, delta, strict=True):
+                t.addmm_(v_piece.T, d_piece[:, part])
                 if null:
-                    vtv.addmm_(v_block.T, v_block[:, part])
+                    vtv.addmm_(v_piece.T, v_piece[:, part])
             overlap += square_sum(t)
             gram += square_sum(vtv)
-            for _, v_block in v:
-                image += square_sum(v_block @ t)
+            for _, v_piece in v:
+                image += square_sum(v_piece @ t)
                 if not null and not first:
-                    found = (v_block @ right).double()
+                    found = (v_piece @ right).double()
                     seen.addmm_(found.T, found)
         else:  # wide: rows of S = VVᵀ, then SΔ
             s = torch.zeros(width, v.rows, dtype=v.dtype, device=device)
             panels = [slice(c, min(c + step, v.columns)) for c in range(0, v.columns, step)]
             for columns in panels:
-                block = v.panel(columns)
-                s.addmm_(block[part], block.T)
+                piece = v.panel(columns)
+                s.addmm_(piece[part], piece.T)
             gram += square_sum(s)
             for columns in panels:
-                block = delta.panel(columns)
-                projected = s @ block
+                piece = delta.panel(columns)
+                projected = s @ piece
                 image += square_sum(projected)
-                overlap += float((projected * block[part]).sum(dim=-1).double().sum())
+                overlap += float((projected * piece[part]).sum(dim=-1).double().sum())
     moments = Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns)
     if null or not tall or not v_square or not math.isfinite(v_square):
         return moments

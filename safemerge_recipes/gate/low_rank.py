@@ -1,7 +1,7 @@
 """ρ where a side is low-rank: products with a few columns, so that it costs little more than reading.
 
 From LoRA factors Δ = B·A, with M = VᵀB and G = AAᵀ, ‖VᵀΔ‖² = tr(MᵀM·G) and ‖VVᵀΔ‖² = tr((VM)ᵀ(VM)·G): two passes
-over V, exact to rounding. ρ₀ comes along in a few more columns, at random. Blocks are numpy arrays where
+over V, exact to rounding. ρ₀ comes along in a few more columns, at random. Pieces are numpy arrays where
 numpy suffices, and torch tensors otherwise; everything small is float64 in numpy.
 """
 
@@ -18,7 +18,7 @@ from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import NARROW_BLOCK, TorchRows, square_sum
+from safemerge_recipes.weights.matrix import NARROW_PIECE, TorchRows, square_sum
 from safemerge_recipes.weights.numpy_rows import NumpyRows, add_product, dot, numpy_factors, numpy_suffices, wide
 from safemerge_recipes.weights.spectrum import SMALL, normal
 
@@ -29,11 +29,11 @@ def needs_torch(v: Weight, delta: Weight, device: str) -> bool:
     return device != "cpu" or full or not all(weight.is_zero or numpy_suffices(weight) for weight in (v, delta))
 
 
-def row_blocks(weight: Weight, reader: Reader, arena: Arena) -> NumpyRows | TorchRows:
-    """A weight in small row blocks, as numpy arrays where that will do."""
+def row_pieces(weight: Weight, reader: Reader, arena: Arena) -> NumpyRows | TorchRows:
+    """A weight in small pieces of rows, as numpy arrays where that will do."""
     if arena.device == "cpu" and numpy_suffices(weight):
-        return NumpyRows(weight, reader, arena, NARROW_BLOCK)
-    return TorchRows(weight, reader, arena, "rows", block=NARROW_BLOCK)
+        return NumpyRows(weight, reader, arena, NARROW_PIECE)
+    return TorchRows(weight, reader, arena, "rows", piece=NARROW_PIECE)
 
 
 def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, np.ndarray]:
@@ -49,9 +49,9 @@ def factors(weight: Weight, reader: Reader, arena: Arena) -> tuple[np.ndarray, n
     return pair[0].numpy(), pair[1].numpy()
 
 
-def square(block: Any) -> float:
-    """‖block‖² of a numpy array or torch tensor."""
-    return dot(block, block) if isinstance(block, np.ndarray) else square_sum(block)
+def square(piece: Any) -> float:
+    """‖piece‖² of a numpy array or torch tensor."""
+    return dot(piece, piece) if isinstance(piece, np.ndarray) else square_sum(piece)
 
 
 def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
@@ -61,7 +61,7 @@ def square_norm(weight: Weight, reader: Reader, arena: Arena) -> float:
     if weight.low_rank:
         b, a = factors(weight, reader, arena)
         return float(np.sum(b.T @ b * (a @ a.T)))
-    return math.fsum(square(block) for _, block in row_blocks(weight, reader, arena))
+    return math.fsum(square(piece) for _, piece in row_pieces(weight, reader, arena))
 
 
 def both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
@@ -86,13 +86,13 @@ def both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Mom
 def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
     """Δ streamed once, V from its factors."""
     bv, av = factors(v, reader, arena)
-    matrix = row_blocks(delta, reader, arena)
+    matrix = row_pieces(delta, reader, arena)
     narrow = matrix.lift(bv)
     k = np.zeros((matrix.columns, bv.shape[1]))
     total = 0.0
-    for rows, block in matrix:
-        k += wide(block.T @ narrow[rows])
-        total += square(block)
+    for rows, piece in matrix:
+        k += wide(piece.T @ narrow[rows])
+        total += square(piece)
     gv, hv = av @ av.T, bv.T @ bv
     inner, hg = gv @ k.T, hv @ gv
     return Moments(
@@ -109,18 +109,18 @@ def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moment
 
 def low_rank_delta(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena, null: bool) -> Moments:
     """V streamed twice, Δ from its factors: ρ exact, ρ₀ from random columns S beside those of B."""
-    matrix = row_blocks(v, reader, arena)
+    matrix = row_pieces(v, reader, arena)
     b, a = factors(delta, reader, arena)
     rank = b.shape[1]
     left = matrix.lift(np.concatenate([b, normal(name, matrix.rows, NULL_PROBES[null])], axis=1))
     right: Any = matrix.lift(np.zeros((matrix.columns, left.shape[1])))
     total = 0.0
-    for rows, block in matrix:
-        add_product(right, block.T, left[rows], arena)  # Vᵀ·[B | S]
-        total += square(block)
+    for rows, piece in matrix:
+        add_product(right, piece.T, left[rows], arena)  # Vᵀ·[B | S]
+        total += square(piece)
     image = np.zeros((left.shape[1], left.shape[1]))
-    for _, block in matrix:
-        part = wide(block @ right)
+    for _, piece in matrix:
+        part = wide(piece @ right)
         image += part.T @ part
     thin, g = wide(right), a @ a.T
     gram, own = thin.T @ thin, b.T @ b @ g
@@ -146,9 +146,9 @@ def low_rank_delta(name: str, v: Weight, delta: Weight, reader: Reader, arena: A
 def small_gram(matrix: NumpyRows | TorchRows) -> float:
     """‖VᵀV‖² of a matrix with a short side, from its Gram matrix on that side, in float64."""
     if matrix.columns <= matrix.rows:
-        return float(np.square(sum(wide(block.T @ block) for _, block in matrix)).sum())
+        return float(np.square(sum(wide(piece.T @ piece) for _, piece in matrix)).sum())
     total = 0.0
-    for _, block in matrix:
-        kept = block.copy() if isinstance(block, np.ndarray) else block.clone()
+    for _, piece in matrix:
+        kept = piece.copy() if isinstance(piece, np.ndarray) else piece.clone()
         total += math.fsum(float(np.square(wide(kept @ other.T)).sum()) for _, other in matrix)
     return total

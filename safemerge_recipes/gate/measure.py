@@ -2,7 +2,7 @@
 
 Neither VVᵀ nor a low-rank Δ is ever formed. Two full matrices are sketched (`sketch`) or multiplied out
 (`exact`); where a side is low-rank two passes over the other are exact (`low_rank`). Matrices are streamed in row
-blocks of fixed size; products are float32, sums of squares and everything of size r × r float64. Knows nothing of
+pieces of fixed size; products are float32, sums of squares and everything of size r × r float64. Knows nothing of
 thresholds or recipes.
 """
 
@@ -20,7 +20,7 @@ from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.directions import energy_inside
-from safemerge_recipes.weights.matrix import NARROW_BLOCK, ROW_BLOCK, TorchRows
+from safemerge_recipes.weights.matrix import NARROW_PIECE, ROW_PIECE, TorchRows
 from safemerge_recipes.weights.spectrum import SMALL
 
 EXACT_SIDE = 640
@@ -78,7 +78,7 @@ def measure(
     else:
         exact = effort == "exact" or side <= EXACT_SIDE
         left, right = (
-            TorchRows(weight, reader, arena, slot, room // 2, ROW_BLOCK if exact else NARROW_BLOCK)
+            TorchRows(weight, reader, arena, slot, room // 2, ROW_PIECE if exact else NARROW_PIECE)
             for weight, slot in ((v, "v"), (delta, "delta"))
         )
         if exact:
@@ -98,8 +98,8 @@ def _not_finite(name: str, v: Weight, delta: Weight, reader: Reader, arena: Aren
     for ref in dict.fromkeys((*v.refs, *delta.refs)):
         count = 0
         flat = Weight.of(Stored(ref))
-        for _, block in TorchRows(flat, reader, arena, "scan", 0):
-            count += int((~block.isfinite()).sum())
+        for _, piece in TorchRows(flat, reader, arena, "scan", 0):
+            count += int((~piece.isfinite()).sum())
         if count:
             return f"{ref.path}: {name}: {count} of {ref.numel} values are NaN or infinite; expected finite weights"
     return f"{name}: the sums of squares overflow; are the weights of a sane size?"

@@ -7,7 +7,7 @@ import math
 from safemerge_recipes.gate.null import NULL_PROBES
 from safemerge_recipes.gate.sketch import RANK
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.matrix import NARROW_BLOCK, ROW_BLOCK, panel_width
+from safemerge_recipes.weights.matrix import NARROW_PIECE, ROW_PIECE, panel_width
 from safemerge_recipes.weights.spectrum import SMALL, leading_memory
 
 PRODUCTS = 16_000_000
@@ -26,11 +26,11 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
     rows = math.prod(shape) // max(1, columns)
     low_rank = v.low_rank or delta.low_rank
     wide = exact and (null or not low_rank)  # d × d products
-    block = min(rows * columns, max(ROW_BLOCK if directions or wide or not low_rank else NARROW_BLOCK, columns))
+    piece = min(rows * columns, max(ROW_PIECE if directions or wide or not low_rank else NARROW_PIECE, columns))
     factors = 3 * 8 * rank * (rows + columns)
     if v.low_rank and delta.low_rank:
         return factors
-    blocks = 2 * block * (4 * 3 + 8) + PRODUCTS + v.memory(block) + delta.memory(block)
+    pieces = 2 * piece * (4 * 3 + 8) + PRODUCTS + v.memory(piece) + delta.memory(piece)
     panel = min(panel_width(max(rows, columns)), rows, columns)
     spectrum = 0
     if directions and not v.low_rank:
@@ -40,6 +40,6 @@ def measure_memory(v: Weight, delta: Weight, directions: int = 0, exact: bool = 
     panels = 3 * 4 * max(rows, columns) * panel
     if low_rank:
         products = 4 * (5 * columns + 3 * rows) * (rank + NULL_PROBES[null])
-        return blocks + factors + max(products, spectrum, panels if wide else 0)
+        return pieces + factors + max(products, spectrum, panels if wide else 0)
     sketch = 4 * RANK * (14 * columns + 12 * rows)
-    return blocks + max(sketch, panels, spectrum)
+    return pieces + max(sketch, panels, spectrum)

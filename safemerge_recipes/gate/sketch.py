@@ -89,9 +89,9 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     probes = normal_probes(name + "\0rest", v.columns, RANK, v.dtype, device)
     leading = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)
     v_square = 0.0
-    for _, block in v:  # pass 1: the leading right space of V
-        leading += (block @ start).T @ block
-        v_square += square_sum(block)
+    for _, piece in v:  # pass 1: the leading right space of V
+        leading += (piece @ start).T @ piece
+        v_square += square_sum(piece)
     right = orthonormal(leading.T)
     few = probes if null else probes[:, :NULL_FEW]  # these are for ρ₀ alone
     outside = few - right @ (right.T @ few)
@@ -100,13 +100,13 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     gram_rows = torch.zeros(RANK + outside.shape[1], v.columns, dtype=v.dtype, device=device)
     inner = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # SᵀΔ
     delta_square = product = 0.0
-    for (rows, block), (_, d_block) in zip(v, delta, strict=True):  # pass 2
-        both = block @ torch.cat([right, outside], dim=1)
+    for (rows, piece), (_, d_piece) in zip(v, delta, strict=True):  # pass 2
+        both = piece @ torch.cat([right, outside], dim=1)
         image[rows] = both[:, :RANK]
-        gram_rows += both.T @ block
-        inner += both[:, :RANK].T @ d_block
-        delta_square += square_sum(d_block)
-        product += inner_product(block, d_block)
+        gram_rows += both.T @ piece
+        inner += both[:, :RANK].T @ d_piece
+        delta_square += square_sum(d_piece)
+        product += inner_product(piece, d_piece)
     gram, gram_error = gram_moment(gram_rows, RANK, QUANTILE if null else NULL_QUANTILE)
 
     q64, r64 = torch.linalg.qr(image.double())
@@ -124,11 +124,11 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     mq = torch.zeros(v.rows, RANK, dtype=v.dtype, device=device)  # MQ
     rest = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # (VᵀR·probes)ᵀ
     mq_delta = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # (MQ)ᵀΔ
-    for (rows, block), (_, d_block) in zip(v, delta, strict=True):  # pass 3
-        mq[rows] = block @ vq
-        rest += (d_block @ probes - q[rows] @ d_probes).T @ block
-        mq_delta += mq[rows].T @ d_block
-    images = torch.cat([block @ rest.T for _, block in v]).double()  # pass 4: MR·probes
+    for (rows, piece), (_, d_piece) in zip(v, delta, strict=True):  # pass 3
+        mq[rows] = piece @ vq
+        rest += (d_piece @ probes - q[rows] @ d_probes).T @ piece
+        mq_delta += mq[rows].T @ d_piece
+    images = torch.cat([piece @ rest.T for _, piece in v]).double()  # pass 4: MR·probes
     led = mq.double() @ d_probes.double()
 
     mq64, d64 = mq.double(), d.double()

@@ -10,7 +10,7 @@ from pydantic import ValidationInfo, field_validator
 from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import zero_where_dropped
 from safemerge_recipes.methods.factors import blend
-from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
+from safemerge_recipes.methods.kernel import CompiledKernel, Pieces
 from safemerge_recipes.methods.ties import Consensus, consensus
 from safemerge_recipes.methods.work import Apply, Sum
 from safemerge_recipes.recipe.merge import Merge
@@ -67,14 +67,14 @@ class DareKernel(CompiledKernel):
     weights: tuple[float, float]
     then: Consensus | None
 
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[str, float, float]:
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[str, float, float]:
         """(tensor name, rescaling of x, rescaling of y)."""
         sums = [0.0, 0.0, 0.0, 0.0]
         if self.l1:
-            for start, *pair in blocks():
+            for start, *pair in pieces():
                 kept = self.draw.keep(name, start, pair[0].numel(), arena)
-                for side, (block, keep) in enumerate(zip(pair, kept, strict=True)):
-                    size = block.abs().double()
+                for side, (piece, keep) in enumerate(zip(pair, kept, strict=True)):
+                    size = piece.abs().double()
                     sums[2 * side] += float(size.sum())
                     sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
         return name, *self.rescaling(*sums)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from safemerge_recipes.methods.on_compiled import Tensor
 
-Blocks = Callable[..., Iterator["tuple[Any, ...]"]]
+Pieces = Callable[..., Iterator["tuple[Any, ...]"]]
 """A fresh pass over (first element, a piece of each input…). `every=n`: a glance at every n-th piece is enough."""
+Blocks = Pieces
+"""The name that it had; plugins may use it."""
 
 Dot = Callable[[Weight, Weight], float]
 """The inner product of two updates of low rank, float64."""
@@ -46,7 +48,7 @@ class Kernel(ABC):
     is_compiled: ClassVar[bool] = False
     """Whether it has a twin in native/merge.c."""
 
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> Any:
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> Any:
         """Whatever `apply` needs to know of the whole tensor, in as many passes as it takes; else the tensor's name."""
         return name
 

@@ -15,7 +15,7 @@ from safemerge_recipes.methods.kernel import Rows, Tools, Transform
 from safemerge_recipes.methods.work import Prepare
 from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.merge import Custom
-from safemerge_recipes.storage.cut import BLOCK
+from safemerge_recipes.storage.cut import PIECE
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
 
@@ -87,7 +87,7 @@ def _whole(weight: Weight, shape: tuple[int, ...], tools: Tools) -> torch.Tensor
 
     whole = torch.empty(math.prod(shape), dtype=torch.float32, device=tools.arena.device)
     evaluate = Evaluator((weight,), tools.reader, tools.arena, "whole", working_dtype(weight))
-    step = max(1, BLOCK // shape[-1]) * shape[-1]
+    step = max(1, PIECE // shape[-1]) * shape[-1]
     for first in range(0, len(whole), step):
         last = min(first + step, len(whole))
         whole[first:last] = evaluate(first, last)[0]

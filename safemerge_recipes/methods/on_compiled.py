@@ -1,4 +1,4 @@
-"""A task's bytes from the compiled kernels: reads each block once a pass, and merges and rounds it in one go."""
+"""A task's bytes from the compiled kernels: reads each piece once a pass, and merges and rounds it in one go."""
 
 from __future__ import annotations
 

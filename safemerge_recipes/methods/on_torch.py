@@ -1,4 +1,4 @@
-"""A task's values from torch, block by block: on a GPU, for methods and operands that are not compiled, in float64."""
+"""A task's values from torch, piece by piece: on a GPU, for methods and operands that are not compiled, in float64."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def rounded(work: Work, slot: Slot, tools: Tools, stop: threading.Event, allow_overflow: bool) -> Iterator[memoryview]:
-    """The tensor's bytes, block by block, each valid until the next.
+    """The tensor's bytes, piece by piece, each valid until the next.
 
     Raises:
         SourceError: values are not finite, or do not fit the dtype and `allow_overflow` is not set.
     """
     dtype = torch_dtype(slot.dtype)
-    for block in values(work, slot, tools, stop):
-        out = block
-        if block.dtype != dtype:
-            out = tools.arena.take("out", block.numel(), dtype).copy_(block)
+    for piece in values(work, slot, tools, stop):
+        out = piece
+        if piece.dtype != dtype:
+            out = tools.arena.take("out", piece.numel(), dtype).copy_(piece)
         if not bool(out.sum().isfinite()):  # one cheap pass; what it suspects is counted
-            refuse(work, slot, block, out, allow_overflow)
+            refuse(work, slot, piece, out, allow_overflow)
         yield torch_bytes(out)
 
 
@@ -48,7 +48,7 @@ def refuse(work: Work, slot: Slot, before: torch.Tensor, after: torch.Tensor, al
 
 @singledispatch
 def values(work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> Iterator[torch.Tensor]:
-    """The tensor's values before rounding: flat blocks in the dtype of the arithmetic, each valid until the next."""
+    """The tensor's values before rounding: flat pieces in the dtype of the arithmetic, each valid until the next."""
     raise TypeError(f"{type(work).__name__} has no values")  # copies are never computed
 
 
@@ -69,8 +69,8 @@ def _prepared(work: Prepare, slot: Slot, tools: Tools, stop: threading.Event) ->
     origin = None if work.origin.is_zero else Evaluator((work.origin,), tools.reader, tools.arena, "sum", dtype)
     for first, last in ranges(shape, True):
         check(stop)
-        block = rows(first // columns, last // columns).reshape(-1)
-        yield block if origin is None else origin(first, last)[0].add_(block)
+        piece = rows(first // columns, last // columns).reshape(-1)
+        yield piece if origin is None else origin(first, last)[0].add_(piece)
 
 
 @values.register(Apply)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.methods.kernel import Rows, Tools
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors
-from safemerge_recipes.weights.matrix import ROW_BLOCK, TorchRows
+from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +34,16 @@ def left_times(left: torch.Tensor, delta: Weight, tools: Tools) -> torch.Tensor:
     matrix = TorchRows(delta, tools.reader, tools.arena, "delta", 0)
     narrow = left.to(matrix.dtype)
     total = torch.zeros(left.shape[1], matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
-    for rows, block in matrix:
-        total.addmm_(narrow[rows].T, block)
+    for rows, piece in matrix:
+        total.addmm_(narrow[rows].T, piece)
     return total.double()
 
 
 def factor_bytes(rank: int, shape: tuple[int, ...]) -> int:
-    """Bytes of narrow matrices of this rank and their float64 originals, and of the streamed blocks."""
+    """Bytes of narrow matrices of this rank and their float64 originals, and of the streamed pieces."""
     columns = shape[-1]
     rows = math.prod(shape) // columns
-    return 4 * 8 * rank * (rows + columns) + 2 * max(ROW_BLOCK, columns) * (4 * 3 + 8)
+    return 4 * 8 * rank * (rows + columns) + 2 * max(ROW_PIECE, columns) * (4 * 3 + 8)
 
 
 def ranks(*weights: Weight) -> int:

@@ -20,7 +20,7 @@ from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors, left_directions
-from safemerge_recipes.weights.matrix import ROW_BLOCK, TorchRows
+from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows
 from safemerge_recipes.weights.spectrum import leading_memory
 from safemerge_recipes.weights.torch_rows import working_dtype
 
@@ -76,7 +76,7 @@ class Projection(Transform):
         if self.rank and not v.low_rank:
             own += leading_memory(rows, columns, self.rank)
         if not (v.low_rank or delta.low_rank or self.normalize.startswith("rank")):
-            own += 8 * (2 * PANEL * columns + PANEL * max(1, ROW_BLOCK // columns))
+            own += 8 * (2 * PANEL * columns + PANEL * max(1, ROW_PIECE // columns))
         return own
 
     def prepare(self, name: str, inputs: tuple[Weight, ...], shape: tuple[int, ...], tools: Tools) -> Rows:
@@ -121,17 +121,17 @@ class Projection(Transform):
         thin = b.to(matrix.dtype)
         inner = torch.zeros(matrix.columns, b.shape[1], dtype=matrix.dtype, device=tools.arena.device)
         square = 0.0
-        for rows, block in matrix:
-            inner.addmm_(block.T, thin[rows])
-            square += float((block * block).sum(dim=-1).double().sum())
-        left = torch.cat([block @ inner for _, block in matrix]).double()
+        for rows, piece in matrix:
+            inner.addmm_(piece.T, thin[rows])
+            square += float((piece * piece).sum(dim=-1).double().sum())
+        left = torch.cat([piece @ inner for _, piece in matrix]).double()
         return product(left / self._scale(name, v, square, tools), a, dtype)
 
     def _wide(self, name: str, v: Weight, matrix: TorchRows, delta: Weight, tools: Tools) -> Rows:
-        """V·(VᵀΔ) by panels of rows: (V_panel·Vᵀ)·Δ, summed over the row blocks of V and Δ."""
+        """V·(VᵀΔ) by panels of rows: (V_panel·Vᵀ)·Δ, summed over the pieces of rows of V and Δ."""
         import torch
 
-        square = sum(float((block * block).sum(dim=-1).double().sum()) for _, block in matrix)
+        square = sum(float((piece * piece).sum(dim=-1).double().sum()) for _, piece in matrix)
         scale = self._scale(name, v, square, tools)
         right = TorchRows(delta, tools.reader, tools.arena, "delta", tools.room // 2)
         made: dict[int, torch.Tensor] = {}
@@ -141,8 +141,8 @@ class Projection(Transform):
                 made.clear()
                 own = matrix.part(number * PANEL, min((number + 1) * PANEL, matrix.rows))
                 total = torch.zeros(len(own), matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
-                for (_, v_block), (_, d_block) in zip(matrix, right, strict=True):
-                    total.addmm_(own @ v_block.T, d_block)
+                for (_, v_piece), (_, d_piece) in zip(matrix, right, strict=True):
+                    total.addmm_(own @ v_piece.T, d_piece)
                 made[number] = total.div_(scale)
             return made[number]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.methods.base import Method, Sides, always
-from safemerge_recipes.methods.kernel import Blocks, CompiledKernel, Dot
+from safemerge_recipes.methods.kernel import CompiledKernel, Dot, Pieces
 from safemerge_recipes.methods.work import Apply
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Alpha, Space
@@ -38,7 +38,7 @@ class SlerpKernel(CompiledKernel):
 
     t: float
 
-    def scan(self, name: str, numel: int, pieces: Blocks, arena: Arena) -> tuple[float, float]:
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[float, float]:
         """The coefficients of x and y."""
         import torch
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from safemerge_recipes.storage.cut import BLOCK
+from safemerge_recipes.storage.cut import PIECE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ LOOKS = 1 << 12, 1 << 16, 1 << 19
 """Elements of a tensor that are looked at first, about: from the first on one of 32, from the second on one of 512, at
 most the last. Sorting them must not take longer than what a narrower bracket saves."""
 GLANCE = 8
-"""Where looking takes reading, only every so-many-th block is read for it."""
+"""Where looking takes reading, only every so-many-th piece is read for it."""
 SLACK = 6.0
 """Half-width of the bracket in standard deviations of the looked-at quantile."""
 HELD = 1 << 22
@@ -49,20 +49,20 @@ class Trim:
 
 
 class Magnitudes(Protocol):
-    """|x| and |y| of a tensor, block by block; the sides are 0 and 1."""
+    """|x| and |y| of a tensor, piece by piece; the sides are 0 and 1."""
 
     def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(side, every stride-th magnitude of a block), of every so-many-th block."""
+        """(side, every stride-th magnitude of a piece), of every so-many-th piece."""
 
     def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """(side, magnitudes of a block above the bracket, number inside it, those unless its ends are equal).
+        """(side, magnitudes of a piece above the bracket, number inside it, those unless its ends are equal).
 
         For the sides that have a bracket; what it holds is valid until the next.
         """
 
 
 class Selection:
-    """The search for one side's threshold: feed it blocks, pass by pass, until `trim` is known."""
+    """The search for one side's threshold: feed it pieces, pass by pass, until `trim` is known."""
 
     def __init__(self, keep: int, numel: int) -> None:
         self.keep, self.numel = keep, numel
@@ -85,11 +85,11 @@ class Selection:
         """Distance of the elements that are looked at; odd, so that it does not walk along columns."""
         least, middle, most = LOOKS
         looks = min(max(least, min(self.numel >> 5, middle), self.numel >> 9), most)
-        seen = max(self.numel // GLANCE, min(self.numel, BLOCK))  # a single block is seen whole
+        seen = max(self.numel // GLANCE, min(self.numel, PIECE))  # a single piece is seen whole
         return max(1, seen // looks) | 1
 
     def look(self, magnitudes: np.ndarray) -> None:
-        """Takes some of a block's magnitudes into the sample."""
+        """Takes some of a piece's magnitudes into the sample."""
         self._looked.append(magnitudes)
 
     def bracket(self) -> None:
@@ -111,7 +111,7 @@ class Selection:
             self.low = self.high = float(values[counts.argmax()])
 
     def count(self, above: int, inside: int, found: np.ndarray) -> None:
-        """Takes a block's counts, and what lies inside the bracket."""
+        """Takes a piece's counts, and what lies inside the bracket."""
         import numpy as np
 
         self._above += above

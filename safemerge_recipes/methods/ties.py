@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import bits, choose, spread_sign
-from safemerge_recipes.methods.kernel import Blocks, CompiledKernel
+from safemerge_recipes.methods.kernel import CompiledKernel, Pieces
 from safemerge_recipes.methods.threshold import HELD, LOOKS, Bracket, Trim, trims
 from safemerge_recipes.methods.work import Apply
 from safemerge_recipes.recipe.merge import Merge
@@ -41,13 +41,13 @@ class Ties(Merge):
 
 
 class Trimmer:
-    """Trims block after block, in order, as ties go by position; what is left of them is the only state."""
+    """Trims piece after piece, in order, as ties go by position; what is left of them is the only state."""
 
     def __init__(self, trim: Trim) -> None:
         self.trim, self.ties = trim, trim.ties
 
     def __call__(self, x: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """Trims one block in place: float32 or float64, dropped elements become 0."""
+        """Trims one piece in place: float32 or float64, dropped elements become 0."""
         import numpy as np
         import torch
 
@@ -85,23 +85,23 @@ class Trimmer:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """|x| and |y| of torch blocks, for the search of their thresholds."""
+    """|x| and |y| of torch pieces, for the search of their thresholds."""
 
-    blocks: Blocks
+    pieces: Pieces
     arena: Arena
 
     def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(side, every stride-th magnitude of a block)."""
-        for _, *pair in self.blocks(every=every):
+        """(side, every stride-th magnitude of a piece)."""
+        for _, *pair in self.pieces(every=every):
             for side, x in enumerate(pair):
                 yield side, x[::stride].abs().cpu().numpy()
 
     def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """(side, magnitudes above the bracket, inside it, those) of block after block; numpy compares fastest."""
+        """(side, magnitudes above the bracket, inside it, those) of piece after piece; numpy compares fastest."""
         import numpy as np
         import torch
 
-        for _, *pair in self.blocks():
+        for _, *pair in self.pieces():
             for side, (x, bracket) in enumerate(zip(pair, brackets, strict=True)):
                 if bracket is None:
                     continue
@@ -138,7 +138,7 @@ class Consensus:
     scale: float
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """Merges two blocks. For two inputs, what agrees is both of them, or the larger or the smaller one."""
+        """Merges two pieces. For two inputs, what agrees is both of them, or the larger or the smaller one."""
         import torch
 
         alpha, beta = self.weights
@@ -179,9 +179,9 @@ class TiesKernel(CompiledKernel):
         """How many elements of each side stay."""
         return int(exact(self.density) * numel)
 
-    def scan(self, name: str, numel: int, blocks: Blocks, arena: Arena) -> tuple[Trimmer, Trimmer]:
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[Trimmer, Trimmer]:
         """The two trims: exact thresholds, found without sorting the tensor."""
-        first, second = trims(self.kept(numel), numel, Sizes(blocks, arena))
+        first, second = trims(self.kept(numel), numel, Sizes(pieces, arena))
         return Trimmer(first), Trimmer(second)
 
     def apply(

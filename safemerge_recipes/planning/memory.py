@@ -1,7 +1,7 @@
 """How much memory a run will need of its own, before it starts. Pure arithmetic, in bytes.
 
 "Own" is what comes on top of the idle footprint of Python and torch, and is not page cache. A task needs its
-blocks and factors, and may hold a matrix between passes where the budget allows.
+pieces and factors, and may hold a matrix between passes where the budget allows.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Arena:
     def upload(self, slot: str, numel: int, dtype: torch.dtype, fill: Callable[[memoryview], None]) -> torch.Tensor:
         """A tensor on the device whose bytes `fill` puts into staging memory of the host.
 
-        The copy is started, not waited for: two staging buffers take turns, so the next block is read while this
+        The copy is started, not waited for: two staging buffers take turns, so the next piece is read while this
         one travels. What is computed from it comes later on the same stream.
         """
         import torch

@@ -41,7 +41,7 @@ def refuse_non_finite(
         name: of the tensor.
         dtype: its safetensors dtype in the output.
         refs: what it was merged from.
-        bad: how many values of a block are NaN or infinite after rounding.
+        bad: how many values of a piece are NaN or infinite after rounding.
         overflows: how many of them were finite before.
         allow_overflow: whether values that do not fit may become infinite, if all others are finite.
 

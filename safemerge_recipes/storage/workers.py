@@ -67,7 +67,7 @@ class StoppedError(Exception):
 
 
 def check(stop: threading.Event) -> None:
-    """Leaves the item where the others have to stop, too: to be called at every block."""
+    """Leaves the item where the others have to stop, too: to be called at every piece."""
     if stop.is_set():
         raise StoppedError
 
@@ -102,7 +102,7 @@ def run_parallel(
     """Does `work` on every item, in order of start, each worker with an arena of its own.
 
     `light` promises that the work does not use torch, which takes longer to load than much of it takes to do.
-    An error stops the others at their next block (`stop` is set) and is raised here; Ctrl-C likewise. Of several bad
+    An error stops the others at their next piece (`stop` is set) and is raised here; Ctrl-C likewise. Of several bad
     sources the first in the order of items is named, however many workers there are: those before it are finished.
     """
     queue = deque(enumerate(items))

@@ -34,8 +34,8 @@ class Operand(Protocol):
     def describe(self, name: Naming) -> str:
         """Everything the numbers depend on, as text: equal texts, equal numbers."""
 
-    def memory(self, block: int) -> int:
-        """Bytes that evaluating it takes, besides the one block of `block` elements that every operand has."""
+    def memory(self, piece: int) -> int:
+        """Bytes that evaluating it takes, besides the one piece of `piece` elements that every operand has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Stored:
         """Its place."""
         return f"Stored({name(self.ref)})"
 
-    def memory(self, block: int) -> int:
+    def memory(self, piece: int) -> int:
         """Nothing more."""
         return 0
 
@@ -98,7 +98,7 @@ class LowRank:
         which = f"C{self.columns}" if self.columns != (0, 1) else ""
         return f"LowRank({name(self.b)},{name(self.a)}*{self.scale!r}T{self.transposed}{which})"
 
-    def memory(self, block: int) -> int:
+    def memory(self, piece: int) -> int:
         """Its factors in float32, twice: as loaded and as joined."""
         return 8 * (self.b.numel + self.a.numel)
 
@@ -143,9 +143,9 @@ class Blend:
         parts = ",".join(f"{b!r}:{a!r}:{factors.describe(name)}" for b, a, factors in self.parts)
         return f"Blend({parts}*{self.scale!r}D{self.draw!r})"
 
-    def memory(self, block: int) -> int:
+    def memory(self, piece: int) -> int:
         """Its factors, as loaded and as summed."""
-        return sum(factors.memory(block) for _, _, factors in self.parts)
+        return sum(factors.memory(piece) for _, _, factors in self.parts)
 
 
 Factored = (LowRank, Blend)
@@ -224,9 +224,9 @@ class Weight:
         """The sum as text in which `name` stands for stored tensors: equal texts, equal numbers."""
         return "+".join(f"{coefficient}*{operand.describe(name)}" for coefficient, operand in self.terms)
 
-    def memory(self, block: int) -> int:
-        """Bytes that its operands take, besides blocks of `block` elements."""
-        return sum(operand.memory(block) for _, operand in self.terms)
+    def memory(self, piece: int) -> int:
+        """Bytes that its operands take, besides pieces of `piece` elements."""
+        return sum(operand.memory(piece) for _, operand in self.terms)
 
     def __iter__(self) -> Iterator[tuple[Rational, Operand]]:
         return iter(self.terms)

@@ -30,7 +30,7 @@ KEEP_ALL, KEEP_NONE, KEEP_LARGEST = range(3)
 
 
 class Term(Structure):
-    """coefficient · data: a stored tensor's block."""
+    """coefficient · data: a stored tensor's piece."""
 
     _fields_ = (("data", c_void_p), ("coefficient", c_float), ("dtype", c_int32))
 
@@ -90,7 +90,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def terms(stored: Sequence[tuple[float, str, int]]) -> ctypes.Array[Term]:
-    """Terms from (coefficient, safetensors dtype, address of the block)."""
+    """Terms from (coefficient, safetensors dtype, address of the piece)."""
     found = (Term * len(stored))()
     for term, (coefficient, dtype, address) in zip(found, stored, strict=True):
         term.coefficient, term.dtype, term.data = coefficient, DTYPES[dtype], address

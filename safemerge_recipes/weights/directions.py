@@ -42,11 +42,11 @@ def left_directions(
     side = min(matrix.rows, matrix.columns)
     gram = torch.zeros(side, side, dtype=torch.float64, device=arena.device)
     if matrix.columns <= matrix.rows:
-        for _, block in matrix:
-            wide = block.double()
+        for _, piece in matrix:
+            wide = piece.double()
             gram.addmm_(wide.T, wide)
         right, values = leading_of_gram(gram, rank)
-        left = torch.cat([block.double() @ right for _, block in matrix])
+        left = torch.cat([piece.double() @ right for _, piece in matrix])
         left /= left.norm(dim=0)
     else:
         step = panel_width(matrix.columns)
@@ -73,8 +73,8 @@ def energy_inside(
         narrow = found.left.to(matrix.dtype)
         product = torch.zeros(narrow.shape[1], matrix.columns, dtype=matrix.dtype, device=arena.device)
         total = 0.0
-        for rows, block in matrix:
-            product.addmm_(narrow[rows].T, block)
-            total += square_sum(block)
+        for rows, piece in matrix:
+            product.addmm_(narrow[rows].T, piece)
+            total += square_sum(piece)
         energy = square_sum(product)
     return energy, found.error * total  # |‖PΔ‖² − ‖P̃Δ‖²| ≤ ‖P − P̃‖·‖Δ‖², the sine of the largest angle

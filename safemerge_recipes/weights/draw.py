@@ -31,7 +31,7 @@ class Draw:
 
     A counter-based generator: the draw of element i is a hash (Wellons' lowbias32 of the counter, keyed by
     seed and tensor name) whose upper 16 bits serve x and whose lower 16 bits serve y. So a choice does not
-    depend on blocks, threads, order or device.
+    depend on pieces, threads, order or device.
     """
 
     density: float

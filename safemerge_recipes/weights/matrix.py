@@ -1,4 +1,4 @@
-"""A weight as row blocks of a matrix, for torch's products; as many passes as are asked for."""
+"""A weight as pieces of rows of a matrix, for torch's products; as many passes as are asked for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-ROW_BLOCK = 1 << 20
-"""Elements of a row block of the streamed matrices ..."""
-NARROW_BLOCK = 1 << 18
+ROW_PIECE = 1 << 20
+"""Elements of a piece of rows of the streamed matrices ..."""
+NARROW_PIECE = 1 << 18
 """... and where products have but a few columns: its float32 form is 1 MiB and stays in a core's cache."""
 
 
@@ -31,51 +31,51 @@ def panel_width(longest: int) -> int:
 
 
 class TorchRows:
-    """A weight as row blocks of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
+    """A weight as pieces of rows of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
 
     def __init__(
-        self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int = 0, block: int = ROW_BLOCK
+        self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int = 0, piece: int = ROW_PIECE
     ) -> None:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
         self.dtype, self._device = working_dtype(weight), arena.device
         self._evaluate = Evaluator((weight,), reader, arena, slot, self.dtype)
-        self._step = max(1, block // self.columns)
+        self._step = max(1, piece // self.columns)
         self._hold = self.rows * self.columns * self.dtype.itemsize <= room
         self._held: list[tuple[slice, torch.Tensor]] = []
 
     def lift(self, x: np.ndarray) -> torch.Tensor:
-        """The array as it goes into products with the blocks."""
+        """The array as it goes into products with the pieces."""
         import torch
 
         return torch.from_numpy(x).contiguous().to(self._device, self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, block `(len(rows), columns)`); a block is valid until the next one unless held."""
+        """(rows, piece `(len(rows), columns)`); a piece is valid until the next one unless held."""
         if self._held:
             yield from self._held
             return
         held = []
         for first in range(0, self.rows, self._step):
             last = min(first + self._step, self.rows)
-            (block,) = self._evaluate(first * self.columns, last * self.columns)
-            block = block.view(-1, self.columns)
+            (piece,) = self._evaluate(first * self.columns, last * self.columns)
+            piece = piece.view(-1, self.columns)
             if self._hold:
-                block = block.clone()
-                held.append((slice(first, last), block))
-            yield slice(first, last), block
+                piece = piece.clone()
+                held.append((slice(first, last), piece))
+            yield slice(first, last), piece
         self._held = held
 
     def part(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last), in memory of their own."""
-        (block,) = self._evaluate(first * self.columns, last * self.columns)
-        return block.view(-1, self.columns).clone()
+        (piece,) = self._evaluate(first * self.columns, last * self.columns)
+        return piece.view(-1, self.columns).clone()
 
     def panel(self, columns: slice) -> torch.Tensor:
         """All rows of some columns, `(rows, len(columns))`. Reads the whole matrix again unless it is held."""
         import torch
 
-        return torch.cat([block[:, columns].clone() for _, block in self])
+        return torch.cat([piece[:, columns].clone() for _, piece in self])
 
 
 def square_sum(x: torch.Tensor) -> float:

@@ -1,7 +1,7 @@
 """Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
 
 The same arithmetic as `evaluator.Evaluator`, for the weights that need no other: float32 (float64 where a float64
-tensor takes part), a row block at a time, compiled where that is possible. Loading torch takes longer than gating a
+tensor takes part), a piece of rows at a time, compiled where that is possible. Loading torch takes longer than gating a
 model of a billion parameters.
 """
 
@@ -32,16 +32,16 @@ def numpy_suffices(weight: Weight) -> bool:
 
 
 class NumpyRows:
-    """A sum of stored tensors as row blocks of a matrix `(rows, columns)`; a block is valid until the next one."""
+    """A sum of stored tensors as pieces of rows of a matrix `(rows, columns)`; a piece is valid until the next one."""
 
-    def __init__(self, weight: Weight, reader: Reader, arena: Arena, block: int) -> None:
+    def __init__(self, weight: Weight, reader: Reader, arena: Arena, piece: int) -> None:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
         self._reader = reader
         self._terms = [(float(coefficient), operand.refs[0]) for coefficient, operand in weight]
         wide = any(ref.dtype == "F64" for _, ref in self._terms)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
-        self._step = min(self.rows, max(1, block // self.columns))
+        self._step = min(self.rows, max(1, piece // self.columns))
         size = self._step * self.columns
         self._sum = arena.array("sum", size, self.dtype)
         self._raw = [
@@ -56,11 +56,11 @@ class NumpyRows:
             )
 
     def lift(self, x: np.ndarray) -> np.ndarray:
-        """The array as it goes into products with the blocks."""
+        """The array as it goes into products with the pieces."""
         return x.astype(self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows, block `(len(rows), columns)`)."""
+        """(rows, piece `(len(rows), columns)`)."""
         for first in range(0, self.rows, self._step):
             rows = slice(first, min(first + self._step, self.rows))
             count = (rows.stop - first) * self.columns

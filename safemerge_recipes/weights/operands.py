@@ -13,9 +13,9 @@ from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import LowRank, Naming, Operand, Stored, Weight
 
 
-def _sources(weight: Weight, block: int) -> int:
-    """Bytes that evaluating a weight inside an operand takes: its blocks and whatever its operands hold."""
-    return 4 * 8 * block + weight.memory(block)
+def _sources(weight: Weight, piece: int) -> int:
+    """Bytes that evaluating a weight inside an operand takes: its pieces and whatever its operands hold."""
+    return 4 * 8 * piece + weight.memory(piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class LowRankStack:
         """Factors, scale and layout."""
         return f"LowRankStack({name(self.b)},{name(self.a)}*{self.scale!r}T{self.transposed}N{self.count})"
 
-    def memory(self, block: int) -> int:
-        """The factors in float32, twice, and one block."""
-        return 8 * (self.b.numel + self.a.numel) + 8 * block
+    def memory(self, piece: int) -> int:
+        """The factors in float32, twice, and one piece."""
+        return 8 * (self.b.numel + self.a.numel) + 8 * piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,9 @@ class Rescaled:
         """Weight, magnitudes and orientation."""
         return f"Rescaled({self.weight.describe(name)},{name(self.magnitude)}C{self.columns})"
 
-    def memory(self, block: int) -> int:
+    def memory(self, piece: int) -> int:
         """The weight's own, and one factor a row or column."""
-        return _sources(self.weight, block) + 4 * 8 * self.magnitude.numel
+        return _sources(self.weight, piece) + 4 * 8 * self.magnitude.numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,9 @@ class Rows:
         """The parts and the runs."""
         return f"Rows({';'.join(part.describe(name) for part in self.parts)}|{self.runs})"
 
-    def memory(self, block: int) -> int:
-        """One block, and the parts' own."""
-        return 8 * block + sum(_sources(part, block) for part in self.parts) + 64 * len(self.runs)
+    def memory(self, piece: int) -> int:
+        """One piece, and the parts' own."""
+        return 8 * piece + sum(_sources(part, piece) for part in self.parts) + 64 * len(self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,10 @@ class Fused:
         """The parts and where they stand."""
         return f"Fused({self.shape}:{';'.join(f'{rows}:{part.describe(name)}' for rows, part in self.parts)})"
 
-    def memory(self, block: int) -> int:
-        """One block, and the greatest part's own, as one is open at a time."""
-        most = max((_sources(part, block) for _, part in self.parts if part.terms), default=0)
-        return 8 * block + most + 64 * len(self.parts)
+    def memory(self, piece: int) -> int:
+        """One piece, and the greatest part's own, as one is open at a time."""
+        most = max((_sources(part, piece) for _, part in self.parts if part.terms), default=0)
+        return 8 * piece + most + 64 * len(self.parts)
 
     def member(self, number: int) -> Weight:
         """One entry of the first dimension."""
@@ -173,9 +173,9 @@ class Transposed:
         """The matrix."""
         return f"Transposed({self.operand.describe(name)})"
 
-    def memory(self, block: int) -> int:
+    def memory(self, piece: int) -> int:
         """The matrix and its transpose."""
-        return 2 * 8 * math.prod(self.shape) + _sources(Weight.of(self.operand), block)
+        return 2 * 8 * math.prod(self.shape) + _sources(Weight.of(self.operand), piece)
 
 
 def transposed(weight: Weight) -> Weight:

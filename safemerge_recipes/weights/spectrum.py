@@ -1,7 +1,7 @@
-"""The leading singular directions of a matrix that is only ever seen in row blocks.
+"""The leading singular directions of a matrix that is only ever seen in pieces of rows.
 
 Block power iteration on the right side (Halko, Martinsson, Tropp 2011, arXiv 0909.4061): one pass over the
-blocks multiplies a thin orthonormal basis by VᵀV, a Rayleigh-Ritz step turns the basis towards the singular
+pieces multiplies a thin orthonormal basis by VᵀV, a Rayleigh-Ritz step turns the basis towards the singular
 vectors, and the residual of the same pass bounds the angle to the true subspace (Davis and Kahan). Iteration
 stops at a stated tolerance. Seeded by the tensor's name, so every run finds the same directions.
 """
@@ -34,8 +34,8 @@ SMALL = 256
 """Matrices with a side up to this are always decomposed, and their ρ₀ found, exactly: sketching would cost as much."""
 
 
-class RowBlocks(Protocol):
-    """A matrix `(rows, columns)` as row blocks; every iteration is a fresh pass."""
+class RowPieces(Protocol):
+    """A matrix `(rows, columns)` as pieces of rows; every iteration is a fresh pass."""
 
     rows: int
     columns: int
@@ -75,15 +75,15 @@ def normal_probes(name: str, columns: int, count: int, dtype: torch.dtype, devic
 
 
 def leading_memory(rows: int, columns: int, k: int) -> int:
-    """Bytes that `leading` needs at most besides the blocks: a dozen thin float64 matrices."""
+    """Bytes that `leading` needs at most besides the pieces: a dozen thin float64 matrices."""
     return 8 * (2 * k + OVERSAMPLING) * (6 * columns + 6 * rows)
 
 
-def leading(matrix: RowBlocks, k: int, name: str, device: str) -> Leading:
+def leading(matrix: RowPieces, k: int, name: str, device: str) -> Leading:
     """The k leading left singular directions of a streamed matrix.
 
     Args:
-        matrix: its row blocks; read once a pass, at most `PASSES` + 1 times.
+        matrix: its pieces of rows; read once a pass, at most `PASSES` + 1 times.
         k: how many directions.
         name: seeds the start.
         device: where the thin matrices live.
@@ -98,8 +98,8 @@ def leading(matrix: RowBlocks, k: int, name: str, device: str) -> Leading:
     for number in range(PASSES):
         thin = basis.to(matrix.dtype)
         image = torch.zeros(matrix.columns, width, dtype=matrix.dtype, device=device)
-        for _, block in matrix:
-            image.addmm_(block.T, block @ thin)
+        for _, piece in matrix:
+            image.addmm_(piece.T, piece @ thin)
         wide = image.double()
         values, turn = torch.linalg.eigh(basis.T @ wide)
         values, turn = values.flip(0).clamp(min=0), turn.flip(1)
@@ -113,8 +113,8 @@ def leading(matrix: RowBlocks, k: int, name: str, device: str) -> Leading:
         basis = torch.linalg.qr(wide).Q
     both = torch.cat([ritz[:, :k], away[:, :k]], dim=1).to(matrix.dtype)
     image = torch.empty(matrix.rows, 2 * k, dtype=matrix.dtype, device=device)
-    for rows, block in matrix:
-        image[rows] = block @ both
+    for rows, piece in matrix:
+        image[rows] = piece @ both
     left, sizes, _ = torch.linalg.svd(image[:, :k].double(), full_matrices=False)
     real = sizes > NEGLIGIBLE * sizes[:1]
     rest = image[:, k:].double()[:, real] / sizes[real]

@@ -22,7 +22,7 @@ from safemerge_recipes.weights.torch_factors import load
 if TYPE_CHECKING:
     import torch
 
-Block = Callable[[int, int], "torch.Tensor"]
+Piece = Callable[[int, int], "torch.Tensor"]
 """(start, stop) of whole rows of the flattened tensor -> the values, valid until the next call."""
 
 
@@ -42,18 +42,18 @@ class Opening:
     arena: Arena
     slot: str
     dtype: torch.dtype
-    evaluate: Callable[[Weight, str], Block]
+    evaluate: Callable[[Weight, str], Piece]
 
 
-def _stack(operand: LowRankStack, how: Opening) -> Block:
-    """Rows of one expert after the other; a block may begin and end inside experts."""
+def _stack(operand: LowRankStack, how: Opening) -> Piece:
+    """Rows of one expert after the other; a piece may begin and end inside experts."""
     a, b = (load(how.reader, ref, how.dtype, how.arena.device) for ref in (operand.a, operand.b))
     a = a.view(operand.count, -1, a.shape[1]) * operand.scale
     b = b.view(b.shape[0], -1, operand.count).permute(2, 0, 1)
     left, right = (a.transpose(1, 2), b.transpose(1, 2)) if operand.transposed else (b, a)
     _, rows, columns = operand.shape
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def piece(start: int, stop: int) -> torch.Tensor:
         out = how.arena.take(how.slot, stop - start, how.dtype)
         first, last = start // columns, stop // columns
         while first < last:
@@ -65,10 +65,10 @@ def _stack(operand: LowRankStack, how: Opening) -> Block:
             first += count
         return out
 
-    return block
+    return piece
 
 
-def _rescaled(operand: Rescaled, how: Opening) -> Block:
+def _rescaled(operand: Rescaled, how: Opening) -> Piece:
     """Norms first, in one pass over the weight; sums of squares in float64."""
     import torch
 
@@ -84,22 +84,22 @@ def _rescaled(operand: Rescaled, how: Opening) -> Block:
     magnitude = load(how.reader, operand.magnitude, torch.float64, how.arena.device).flatten()
     factor = (magnitude / squares.sqrt()).to(how.dtype)
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def piece(start: int, stop: int) -> torch.Tensor:
         out = evaluate(start, stop)
         rows = factor if operand.columns else factor[start // width : stop // width, None]
         out.view(-1, width).mul_(rows)
         return out
 
-    return block
+    return piece
 
 
-def _rows(operand: Rows, how: Opening) -> Block:
+def _rows(operand: Rows, how: Opening) -> Piece:
     """Rows are taken from run to run."""
     sources = [how.evaluate(part, str(number)) for number, part in enumerate(operand.parts)]
     width = math.prod(operand.shape[1:])
     starts = list(accumulate((count for _, _, count in operand.runs), initial=0))
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def piece(start: int, stop: int) -> torch.Tensor:
         out = how.arena.take(how.slot, stop - start, how.dtype)
         row, last = start // width, stop // width
         at = bisect_right(starts, row) - 1
@@ -113,16 +113,16 @@ def _rows(operand: Rows, how: Opening) -> Block:
             row, at = row + take, at + 1
         return out
 
-    return block
+    return piece
 
 
-def _fused(operand: Fused, how: Opening) -> Block:
-    """Parts follow one another; a block may begin and end inside parts. Only the part at hand is open."""
+def _fused(operand: Fused, how: Opening) -> Piece:
+    """Parts follow one another; a piece may begin and end inside parts. Only the part at hand is open."""
     width = operand.shape[-1]
     starts = list(accumulate((count for count, _ in operand.parts), initial=0))
-    opened: tuple[int, Block | None] = (-1, None)
+    opened: tuple[int, Piece | None] = (-1, None)
 
-    def block(start: int, stop: int) -> torch.Tensor:
+    def piece(start: int, stop: int) -> torch.Tensor:
         nonlocal opened
         out = how.arena.take(how.slot, stop - start, how.dtype)
         row, last = start // width, stop // width
@@ -142,10 +142,10 @@ def _fused(operand: Fused, how: Opening) -> Block:
             row += take
         return out
 
-    return block
+    return piece
 
 
-def _transposed(operand: Transposed, how: Opening) -> Block:
+def _transposed(operand: Transposed, how: Opening) -> Piece:
     """Evaluates the whole matrix at once."""
     import torch
 
@@ -157,7 +157,7 @@ def _transposed(operand: Transposed, how: Opening) -> Block:
     return lambda start, stop: flat[start:stop]
 
 
-OPENED: Mapping[type[Any], Callable[[Any, Opening], Block]] = {
+OPENED: Mapping[type[Any], Callable[[Any, Opening], Piece]] = {
     Fused: _fused,
     LowRankStack: _stack,
     Rescaled: _rescaled,

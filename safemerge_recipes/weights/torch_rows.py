@@ -1,4 +1,4 @@
-"""Turns symbolic weights into torch tensors, a block at a time.
+"""Turns symbolic weights into torch tensors, a piece at a time.
 
 Sums are evaluated in float32 (float64 where a float64 tensor takes part); rounding to the output dtype is the
 caller's, once.
@@ -13,7 +13,7 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Factored, Operand, Stored, Weight
 from safemerge_recipes.weights.torch_factors import add_product, joined_factors
-from safemerge_recipes.weights.torch_operands import OPENED, Block, Opening
+from safemerge_recipes.weights.torch_operands import OPENED, Opening, Piece
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ def working_dtype(*weights: Weight) -> torch.dtype:
 
 
 class Evaluator:
-    """Evaluates several weights of one tensor together, block by block, reading each stored block once.
+    """Evaluates several weights of one tensor together, piece by piece, reading each stored piece once.
 
     Args:
         weights: the sums to evaluate, all of one shape.
@@ -60,21 +60,21 @@ class Evaluator:
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Elements [start, stop) of each flattened weight, in `dtype`, valid until the next call."""
         count = stop - start
-        blocks = {}
+        pieces = {}
         for number, ref in enumerate(self.refs):
             raw = self.reader.read(ref, start, count, self.arena, f"{self.slot}:raw")
-            blocks[ref] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
-        return tuple(self._sum(number, blocks, start, stop) for number in range(len(self.stored)))
+            pieces[ref] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
+        return tuple(self._sum(number, pieces, start, stop) for number in range(len(self.stored)))
 
-    def _sum(self, number: int, blocks: dict[TensorRef, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def _sum(self, number: int, pieces: dict[TensorRef, torch.Tensor], start: int, stop: int) -> torch.Tensor:
         terms = self.stored[number]
         if not terms:
             out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).zero_()
         for place, (coefficient, ref) in enumerate(terms):
             if place:
-                out.add_(blocks[ref], alpha=coefficient)
+                out.add_(pieces[ref], alpha=coefficient)
                 continue
-            out = blocks[ref]
+            out = pieces[ref]
             if self.last[ref] != number:  # a later sum needs it as it is
                 out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).copy_(out)
             if coefficient != 1:
@@ -83,15 +83,15 @@ class Evaluator:
         if pair is not None:
             columns = pair[1].shape[1]
             add_product(out.view(-1, columns), pair[0][start // columns : stop // columns], pair[1])
-        for coefficient, block in self.computed[number]:
-            out.add_(block(start, stop), alpha=coefficient)
+        for coefficient, piece in self.computed[number]:
+            out.add_(piece(start, stop), alpha=coefficient)
         return out
 
 
-def _opened(operand: Operand, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Block:
+def _opened(operand: Operand, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Piece:
     """An operand that is neither stored nor a product of factors, ready to give its values."""
 
-    def evaluate(weight: Weight, place: str) -> Block:
+    def evaluate(weight: Weight, place: str) -> Piece:
         inside = Evaluator((weight,), reader, arena, f"{slot}:{place}", dtype)
         return lambda start, stop: inside(start, stop)[0]
 

@@ -93,7 +93,7 @@ def test_exact_measures_equal_their_definitions(tmp_path: Path, shape: Any, form
 
 @pytest.mark.parametrize("shape", [(300, 420), (420, 300)])
 @pytest.mark.parametrize("form", ["dense", "low rank"])
-def test_room_and_block_size_change_nothing_but_rounding(
+def test_room_and_piece_size_change_nothing_but_rounding(
     tmp_path: Path, shape: Any, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safemerge_recipes.gate import measure as module
@@ -101,7 +101,7 @@ def test_room_and_block_size_change_nothing_but_rounding(
 
     v, delta, *dense = _pair(tmp_path, shape, ("dense", form))
     assert _measure(v, delta, room=0) == _measure(v, delta)
-    monkeypatch.setattr(module, "ROW_BLOCK", 1000)
+    monkeypatch.setattr(module, "ROW_PIECE", 1000)
     monkeypatch.setattr(panels, "PANEL", 64)
     _assert_moments(_measure(v, delta, room=0), *dense)
 
@@ -161,7 +161,7 @@ def test_plain_sums_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     weight = Weight.of(Stored(refs["x"])) * 0.5 - Weight.of(Stored(refs["y"]))
     with Reader() as reader:
         rows = NumpyRows(weight, reader, Arena(), 128)
-        found = torch.cat([torch.from_numpy(block.copy()) for _, block in rows])
+        found = torch.cat([torch.from_numpy(piece.copy()) for _, piece in rows])
     wide = torch.promote_types(dtype, torch.float32)
     assert torch.equal(found, x.to(wide) * 0.5 - y.to(wide))
 

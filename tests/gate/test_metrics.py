@@ -117,7 +117,7 @@ def test_sketches_hold_the_truth_and_exact_measurement_agrees(tmp_path, monkeypa
 def test_room_changes_no_number(tmp_path, monkeypatch, kinds):
     monkeypatch.setattr(directions, "SMALL", 0)
     monkeypatch.setattr(measuring, "EXACT_SIDE", 0)
-    monkeypatch.setattr(measuring, "ROW_BLOCK", 500)  # many blocks
+    monkeypatch.setattr(measuring, "ROW_PIECE", 500)  # many pieces
     operands = Operands(tmp_path, SHAPES["tall"])
     pair = operands.v[kinds[0]][0], operands.delta[kinds[1]][0]
     assert moments(*pair, rank=RANK, room=0) == moments(*pair, rank=RANK, room=1 << 30)
@@ -172,7 +172,7 @@ def test_residual_of_a_group_adds_energies_inside_each_members_own_subspace(tmp_
 
 class TestLeading:
     class Matrix:
-        """Row blocks of a dense matrix."""
+        """Pieces of rows of a dense matrix."""
 
         def __init__(self, matrix: torch.Tensor) -> None:
             self.matrix, self.rows, self.columns, self.dtype = matrix, *matrix.shape, matrix.dtype

@@ -114,7 +114,7 @@ def test_project_does_not_depend_on_memory_or_workers(family, kind, monkeypatch)
     from safemerge_recipes.methods import project as transforms
 
     monkeypatch.setattr(transforms, "PANEL", 7)
-    monkeypatch.setattr(measure, "ROW_BLOCK", 100)
+    monkeypatch.setattr(measure, "ROW_PIECE", 100)
     text = recipe_text(sources(kind), ALWAYS, "{method: project}")
     _, plenty = run_recipe(family.root, text, workers=2)
     monkeypatch.setattr("safemerge_recipes.planning.memory.room_of", lambda task, share: 0)

@@ -29,7 +29,7 @@ QUICK = settings(max_examples=60, deadline=None)
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-40, -1e-45, 3.4e38, -3.4e38, 1e-8])
 
 
-def _blocks(x: Tensor, y: Tensor, size: int) -> Any:
+def _pieces(x: Tensor, y: Tensor, size: int) -> Any:
     def passes(every: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
         for start in range(0, len(x), size * every):
             yield start, x[start : start + size].clone(), y[start : start + size].clone()
@@ -38,7 +38,7 @@ def _blocks(x: Tensor, y: Tensor, size: int) -> Any:
 
 
 def _trimmed(x: Tensor, keep: int, size: int) -> Tensor:
-    first, _ = trims(keep, len(x), Sizes(_blocks(x, x.flip(0), size), Arena()))
+    first, _ = trims(keep, len(x), Sizes(_pieces(x, x.flip(0), size), Arena()))
     trim = Trimmer(first)
     return torch.cat([trim(x[start : start + size].clone(), Arena()) for start in range(0, len(x), size)])
 
@@ -163,7 +163,7 @@ def test_slerp_is_shoemakes_and_straight_where_it_must_be() -> None:
     for name, (left, right) in cases.items():
         for t in (0.0, 0.3, 1.0):
             kernel = Slerp(t)
-            state = kernel.scan("x", 500, _blocks(left, right, 128), Arena())
+            state = kernel.scan("x", 500, _pieces(left, right, 128), Arena())
             found = kernel.apply(state, 0, left.clone(), right.clone(), Arena()).double()
             general = name == "general"
             straight = (1 - t) * left.double() + t * right.double()

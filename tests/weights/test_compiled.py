@@ -30,7 +30,7 @@ from safemerge_recipes.methods.ties import Consensus
 from safemerge_recipes.methods.ties import TiesKernel as Ties
 from safemerge_recipes.methods.work import Apply, Sum
 from safemerge_recipes.storage.arena import Arena
-from safemerge_recipes.storage.cut import BLOCK
+from safemerge_recipes.storage.cut import PIECE
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
@@ -100,7 +100,7 @@ def _merged(work: Any, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.M
     return found[0]
 
 
-SIZES = [(1,), (3, 5), (1023,), (64, 1025), (3, BLOCK // 2 + 7)]
+SIZES = [(1,), (3, 5), (1023,), (64, 1025), (3, PIECE // 2 + 7)]
 
 
 @pytest.mark.parametrize("method", KERNELS)
@@ -130,9 +130,9 @@ def test_sums_give_the_bytes_of_torch(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [1, 700, 1 << 18])
+@pytest.mark.parametrize("piece", [1, 700, 1 << 18])
 def test_differences_for_the_gate_are_those_of_float64_rounded_once(
-    dtype: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = _models(tmp_path, (37, 129), {"aligned": dtype, "base": "BF16"})
     stored = {name: load_file(tmp_path / "x.safetensors")[name].double() for name in ("aligned", "base")}
@@ -140,7 +140,7 @@ def test_differences_for_the_gate_are_those_of_float64_rounded_once(
     for library in (*LIBRARIES.values(), None):
         monkeypatch.setattr(compiled, "LIBRARY", library)
         with Reader() as reader:
-            found = [part.copy() for _, part in NumpyRows(w["aligned"] - w["base"], reader, Arena(), block)]
+            found = [part.copy() for _, part in NumpyRows(w["aligned"] - w["base"], reader, Arena(), piece)]
         assert np.array_equal(np.concatenate(found), wanted)
 
 
@@ -182,7 +182,7 @@ def test_halves_between_two_numbers_are_rounded_to_even(tmp_path: Path, monkeypa
     assert found == x.half().view(torch.int16).numpy().tobytes()
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (9, 100), (130, 257), (3, BLOCK // 2 + 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (9, 100), (130, 257), (3, PIECE // 2 + 5)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_products_are_those_of_torch_and_exact_to_rounding(
     shape: tuple[int, int], transposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,11 +335,11 @@ def test_a_machine_without_the_library_merges_alike(
         monkeypatch.undo()
 
 
-def test_ties_are_kept_by_position_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant tensor: what is kept of it is its beginning, in a later block and in the middle of a strip."""
-    n = 2 * BLOCK + 5000
+def test_ties_are_kept_by_position_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant tensor: what is kept of it is its beginning, in a later piece and in the middle of a strip."""
+    n = 2 * PIECE + 5000
     w = _store(tmp_path, {"x": torch.full((n,), 0.25), "y": torch.zeros(n)})
-    keep = BLOCK + 1500
+    keep = PIECE + 1500
     kernel = Ties(keep / n, Consensus((1.0, 0.0), False, 1.0))
     work = Apply(Weight(), (w["x"], w["y"]), kernel)
     found = np.frombuffer(_merged(work, "F32", (n,), monkeypatch), np.float32)

@@ -35,7 +35,7 @@ def refs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TensorRef]:
 
 @pytest.fixture
 def evaluate() -> Iterator[Callable[..., torch.Tensor]]:
-    """`evaluate(weight, rows)`: the weight put together from blocks of so many rows."""
+    """`evaluate(weight, rows)`: the weight put together from pieces of so many rows."""
     with Reader() as reader:
 
         def run(weight: Weight, rows: int) -> torch.Tensor:
@@ -43,8 +43,8 @@ def evaluate() -> Iterator[Callable[..., torch.Tensor]]:
             evaluator = Evaluator((weight,), reader, Arena(), "test", dtype)
             total, columns = torch.Size(weight.shape).numel(), weight.shape[-1]
             starts = range(0, total, rows * columns)
-            blocks = [evaluator(start, min(start + rows * columns, total))[0].clone() for start in starts]
-            return torch.cat(blocks).reshape(weight.shape)
+            pieces = [evaluator(start, min(start + rows * columns, total))[0].clone() for start in starts]
+            return torch.cat(pieces).reshape(weight.shape)
 
         yield run
 

@@ -77,7 +77,7 @@ def test_blocks_smaller_than_a_matrix_change_nothing(
 ) -> None:
     family = "gpt_oss" if kind == "experts" else "gpt2"
     adapter = peft_families.save_adapter(bench.model(family), tmp_path / "adapter", **KINDS[kind](family))
-    monkeypatch.setattr(cut, "BLOCK", 48)
+    monkeypatch.setattr(cut, "PIECE", 48)
     peft_families.fold(bench.model(family), adapter, tmp_path / "out")
     oracle = peft_families.merge_with_peft(bench.model(family), adapter, tmp_path / "peft")
     assert peft_families.largest_error(tmp_path / "out", oracle) <= EXACT

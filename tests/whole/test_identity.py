@@ -81,7 +81,7 @@ def test_small_blocks_and_no_room_change_nothing_within_a_block_size(
     from safemerge_recipes.storage import cut
 
     wanted = read_weights(merge(llama, merge={"method": method})[0])
-    monkeypatch.setattr(cut, "BLOCK", 100)
+    monkeypatch.setattr(cut, "PIECE", 100)
     held = _weights(merge(llama, "--workers", 3, merge={"method": method})[0])
     monkeypatch.setattr(memory, "room_of", lambda task, share: 0)
     output, _ = merge(llama, "--workers", 2, merge={"method": method})

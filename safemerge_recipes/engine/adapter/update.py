@@ -51,8 +51,8 @@ def evaluated(task: Task, work: Work, reader: Reader, arena: Arena) -> torch.Ten
     import torch
 
     parts = []
-    for block in on_torch.values(work, task.slot, Tools(reader, arena, 0), threading.Event()):
-        if not bool(block.sum().isfinite()):
-            on_torch.refuse(work, task.slot, block, block, False)
-        parts.append(block.float().clone())
+    for piece in on_torch.values(work, task.slot, Tools(reader, arena, 0), threading.Event()):
+        if not bool(piece.sum().isfinite()):
+            on_torch.refuse(work, task.slot, piece, piece, False)
+        parts.append(piece.float().clone())
     return torch.cat(parts).view(task.slot.shape)
