@@ -19,7 +19,7 @@ from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.merging import plan, run
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
-from safemerge_recipes.api.sharing import import_mergekit, mergekit_yaml
+from safemerge_recipes.api.sharing import import_mergekit, mergekit_yaml, shipped_recipe, shipped_recipes
 from safemerge_recipes.api.training import plan_training, train_adapter
 
 __all__ = [
@@ -40,6 +40,8 @@ __all__ = [
     "results_of",
     "run",
     "schema",
+    "shipped_recipe",
+    "shipped_recipes",
     "show",
     "sign",
     "sweep",

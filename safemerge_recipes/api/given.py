@@ -26,7 +26,7 @@ def load_recipe(
 
     Args:
         path: the YAML file, the folder of an output, `-` for standard input, or on the hub `org/model[@revision]` or
-            `hf://org/repo/file.yaml[@revision]`.
+            `hf://org/repo/file.yaml[@revision]`; `safemerge:NAME` is one that is shipped.
         overrides: values by dotted key, such as `{"gate.tau": 0.3}`, or `KEY=VALUE` texts; applied in order.
         sources: a folder or hub id by role, such as `{"finetuned": "my-lora"}`, or `ROLE=PLACE` texts; stands in for
             what the recipe names.

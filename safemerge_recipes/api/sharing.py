@@ -24,6 +24,24 @@ def import_mergekit(path: str | Path, output: str | Path | None = None, *, like:
     return _written(made(Path(path), _folder_of(output), None if like is None else Path(like)), output)
 
 
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that come with the package: by name where each comes from. `safemerge:NAME` is a place of one."""
+    from safemerge_recipes.sharing.shipped import shipped, shipped_text, what_it_is
+
+    return {name: what_it_is(shipped_text(name)) for name in shipped()}
+
+
+def shipped_recipe(name: str, output: str | Path | None = None) -> str:
+    """The text of a recipe that comes with the package; also written to `output`, if given.
+
+    Raises:
+        RecipeError: there is none of that name, or the file exists already.
+    """
+    from safemerge_recipes.sharing.shipped import shipped_text
+
+    return _written(shipped_text(name), output)
+
+
 def mergekit_yaml(arguments: list[str]) -> None:
     """Runs mergekit-yaml with the method `safemerge` registered.
 

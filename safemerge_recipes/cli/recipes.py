@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from safemerge_recipes import api
-from safemerge_recipes.cli.streams import write_line
+from safemerge_recipes.cli.options import JsonOption
+from safemerge_recipes.cli.streams import write_json, write_line
 
 FileOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the recipe there, instead of printing it.")
@@ -26,6 +27,27 @@ def import_(
     """Make a recipe with the same tensors of a mergekit file. What has no counterpart is named, with its line."""
     text = api.import_mergekit(file, output, like=like)
     write_line(str(output) if output else text.rstrip("\n"))
+
+
+def recipes(
+    action: Annotated[str, typer.Argument(metavar="list|show", help="List them, or print one.")] = "list",
+    name: Annotated[str, typer.Argument(help="Which one, such as defenses/resta.", show_default=False)] = "",
+    output: FileOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """List the recipes that come with the package, or `show NAME`. `safemerge-run safemerge:NAME` runs one."""
+    if action == "show" and name:
+        text = api.shipped_recipe(name, output)
+        return write_line(str(output) if output else text.rstrip("\n"))
+    if action != "list" or name:
+        raise typer.BadParameter(f"found {action!r} {name}; expected list, or show NAME")
+    known = api.shipped_recipes()
+    if json_:
+        return write_json([{"name": one, "source": source} for one, source in known.items()])
+    width = max(map(len, known), default=0)
+    for one, source in known.items():
+        write_line(f"{one:<{width}}  {source}".rstrip())
+    return None
 
 
 def mergekit_yaml(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.branchless import zero_where_dropped
 from safemerge_recipes.methods.kernel import Kernel, Rows, Tools, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
 from safemerge_recipes.methods.work import Apply, Prepare, Sum
-from safemerge_recipes.recipe.fields import Seed, Strict
+from safemerge_recipes.recipe.fields import Seed, Strict, read_onto, tell_onto
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Gamma
 from safemerge_recipes.storage.arena import Arena
@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 class Dare(Strict):
     """DARE for `add_safety_vector`: elements dropped at random, the rest divided by `density`."""
 
+    model_config = ConfigDict(json_schema_extra=tell_onto)
+
     on: Literal["vector", "delta"] = "vector"
     """What is thinned out: the safety vector V, or the fine-tuned delta Δf."""
     density: float = Field(default=0.5, gt=0, le=1)
     """The part of the elements that stays."""
     seed: Seed = 0
     """Seed of the choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        return read_onto(value)
 
 
 class AddSafetyVector(Merge):

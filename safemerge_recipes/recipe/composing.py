@@ -15,6 +15,7 @@ from typing import Any
 
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.builtins import SELECTORS
+from safemerge_recipes.recipe.fields import ONTO
 from safemerge_recipes.recipe.yaml_text import Document, Keys, YamlError, describe, read_yaml
 
 MAX_DEPTH = 8
@@ -307,7 +308,7 @@ def _stand_in(value: dict[str, Any], role: str, where: str) -> None:
         sources[role] = where
         return
     key = next((key for key in ("model", "adapter", "location") if key in source), "location")
-    sources[role] = {key: where} | {key: source[key] for key in ("on",) if key in source}
+    sources[role] = {key: where} | {key: source[key] for key in ("on", ONTO) if key in source}
 
 
 def escaped(value: Any) -> Any:

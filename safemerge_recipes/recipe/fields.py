@@ -167,3 +167,23 @@ def check_known(kind: str, name: str, builtin: Mapping[str, Any], info: Validati
     close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f'did you mean "{known[close[0]]}"?' if close else f"expected one of {', '.join(known.values())}"
     raise ValueError(f'found "{name}", an unknown {kind}; {hint}')
+
+
+ONTO = "onto"
+"""Another spelling of the key `on`, which readers of YAML 1.1 take for true."""
+
+
+def read_onto(value: Any) -> Any:
+    """The mapping with `onto` under its other name, `on`. Raises ValueError where both are given."""
+    if not isinstance(value, dict) or ONTO not in value:
+        return value
+    if "on" in value:
+        raise ValueError("found on and onto, which are the same; expected one of them")
+    return {("on" if key == ONTO else key): part for key, part in value.items()}
+
+
+def tell_onto(schema: dict[str, Any]) -> None:
+    """Adds `onto` to the schema of a mapping that has `on`."""
+    on = schema["properties"]["on"]
+    schema["properties"][ONTO] = {**on, "description": "Another spelling of `on`, which YAML 1.1 reads as true."}
+    schema["not"] = {"required": ["on", ONTO]}

@@ -35,7 +35,9 @@ __all__ = [
 class Recipe(Strict):
     """A SafeMERGE recipe: which models, which tensors, how they merge, and what is written."""
 
-    SCHEMA_ID: ClassVar[str] = "urn:safemerge-recipes:recipe:1"
+    SCHEMA_ID: ClassVar[str] = (
+        "https://raw.githubusercontent.com/safemerge/safemerge-recipes/main/docs/safemerge-recipe.schema.json"
+    )
 
     name: (
         Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\n\t]*$"), AfterValidator(check_text)] | None

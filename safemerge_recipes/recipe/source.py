@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationInfo, model_validator
+from pydantic import ConfigDict, ValidationInfo, model_validator
 
 from safemerge_recipes.recipe.builtins import Role
-from safemerge_recipes.recipe.fields import Problems, Strict, Text
+from safemerge_recipes.recipe.fields import Problems, Strict, Text, read_onto, tell_onto
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -30,6 +30,8 @@ def split_revision(location: str, directory: Path | None) -> tuple[str, str | No
 
 class Source(Strict):
     """A model or an adapter: a local folder or a hub id. Plain text stands for `location`."""
+
+    model_config = ConfigDict(json_schema_extra=tell_onto)
 
     model: Text | None = None
     """A checkpoint: local folder or hub id, or `id@revision`."""
@@ -54,6 +56,7 @@ class Source(Strict):
             value = {"location": value}
         if not isinstance(value, dict):
             return value
+        value = read_onto(value)
         directory = (info.context or {}).get("directory")
         value = dict(value)
         for key in ("model", "adapter", "location"):

@@ -1,4 +1,4 @@
-"""Where a recipe may come from: a file, standard input, the folder of an output, or a repository of the hub.
+"""Where a recipe may come from: a file, standard input, the folder of an output, a repository of the hub, the package.
 
 A recipe from the hub comes with what locks it: its lock, or the manifest of the output that it lies in.
 """
@@ -14,6 +14,7 @@ from safemerge_recipes.engine.folder import MANIFEST_FILE, RECIPE_FILE
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.recipe.composing import Place
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES
+from safemerge_recipes.sharing.shipped import PREFIX, shipped_place
 from safemerge_recipes.sources.hub import HubFile, Repository, fetch, open_repository
 from safemerge_recipes.storage.files import MAX_BYTES as MAX_RECORD
 from safemerge_recipes.storage.files import text_of
@@ -29,12 +30,15 @@ def open_place(where: str | Path) -> tuple[Path, Place | None]:
     """(the path that messages name, the recipe's text and bounds) of a place; None for a file and standard input.
 
     Args:
-        where: a file, an output's folder, `-`, `org/model[@revision]`, or `hf://org/repo/file.yaml[@revision]`.
+        where: a file, an output's folder, `-`, `org/model[@revision]`, `hf://org/repo/file.yaml[@revision]`, or
+            `safemerge:NAME` for one that is shipped.
 
     Raises:
         RecipeError: the hub does not give it, or it is no address of one.
     """
     text = str(where)
+    if text.startswith(PREFIX):
+        return shipped_place(text)
     if (place := abroad(text)) is not None:
         return Path(place.label), place
     path = Path(where)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-SCHEMA_URL = "https://raw.githubusercontent.com/safemerge/safemerge-recipes/main/docs/safemerge-recipe.schema.json"
-"""Where the schema of a recipe lies; its `$id`."""
-EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_URL}"
+from safemerge_recipes.recipe.model import Recipe
+
+EDITOR_LINE = f"# yaml-language-server: $schema={Recipe.SCHEMA_ID}"
+"""Tells editors where the schema of a recipe lies."""
 
 
 def shown_place(place: str, folder: Path) -> str:

@@ -35,6 +35,8 @@ def test_one_wheel_fits_every_python_and_holds_the_whole_package(tmp_path: Path)
     wheel, names = build(tmp_path)
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert sources() <= names
+    recipes = {path.name for path in (ROOT / "recipes" / "defenses").glob("*.yaml")}
+    assert {f"safemerge_recipes/recipes/defenses/{name}" for name in recipes} <= names
     assert not {name for name in names if name.split("/")[0] not in ("safemerge_recipes", wheel_info(names))}
     assert {name for name in names if name.endswith(".so")} >= {"safemerge_recipes/weights/_merge.so"}
 
@@ -54,9 +56,14 @@ def test_without_a_compiler_it_is_installed_all_the_same_and_says_so(tmp_path: P
     wheel, names = build(tmp_path, PATH=path, CC=str(no_tools / "cc"))
     assert not {name for name in names if name.endswith(".so")}
     ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "from safemerge_recipes.cli.app import main; main(['--version'])"
+    code = "from safemerge_recipes.cli.app import main; main(sys.argv[1:])"
     paths = [str(tmp_path / "installed"), *sys.path]  # -S: no hook of an editable installation goes first
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-S", "-c", code]
-    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "kernels not compiled" in said.stdout
+    for words, told in (
+        (["--version"], "kernels not compiled"),
+        (["recipes", "show", "resta"], "method: add_safety_vector"),
+        (["validate", "safemerge:defenses/resta"], "a sound recipe"),
+    ):
+        command = [sys.executable, "-S", "-c", f"import sys; {code}", *words]
+        said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert told in said.stdout, said.stderr
