@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-import safemerge_recipes
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.composing import Place
 
@@ -16,7 +15,7 @@ GROUPS = ("defenses",)
 
 def _home() -> Path:
     """Where they lie: in the installed package, or beside it in a checkout."""
-    package = Path(safemerge_recipes.__file__).parent
+    package = Path(__file__).parents[1]
     return next((home for home in (package / "recipes", package.parent / "recipes") if home.is_dir()), package)
 
 
