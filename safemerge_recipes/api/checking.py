@@ -21,10 +21,10 @@ def verify(
     max_memory: str | int = "2GB",
     on_event: Listener = ignore,
 ) -> dict[str, Any]:
-    """Checks an output against its manifest and plan.
+    """Checks an output against its manifest and plan, or the results of a sweep or probe against their digests.
 
     Args:
-        folder: the output.
+        folder: the output, or a folder of results.
         deep: compute every tensor again from the sources and compare the bytes.
         sample: only so many of them, drawn with `seed`; implies `deep`.
         seed: which sample.
@@ -41,8 +41,14 @@ def verify(
         CheckError: something is not as it was written; the message names the file and, if it can, the tensor.
         SourceError: a source that a deep check needs is missing.
     """
+    from safemerge_recipes.engine.folder import MANIFEST_FILE
     from safemerge_recipes.verification import verify as check
 
+    if not (Path(folder) / MANIFEST_FILE).exists() and Path(folder).is_dir():
+        from safemerge_recipes.evaluation.experiments.results import check_results, is_results
+
+        if is_results(Path(folder)):
+            return check_results(Path(folder))
     deep = deep or sample is not None
     resources = resources_of(device if deep else "cpu", workers, max_memory)
     if public_key is not None:

@@ -129,7 +129,7 @@ def _bench(
     on_event: Listener,
     tuning_tasks: Sequence[str] = (),
 ) -> Bench:
-    from safemerge_recipes.evaluation.experiments.sweep import STORE_FILE
+    from safemerge_recipes.evaluation.experiments.results import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
     from safemerge_recipes.planning.load import vary
 

@@ -36,8 +36,9 @@ def verify(
         )  # fmt: skip
     if json_:
         write_json(result)
-    again = f", {result['recomputed']} tensors computed again" if deep or sample is not None else ""
-    sys.stderr.write(f"{folder}: sound ({result['files']} files, {result['tensors']} tensors{again})\n")
+    told = f"{result['tensors']} tensors" if "tensors" in result else f"{result['lines']} scores and answers"
+    again = f", {result['recomputed']} tensors computed again" if result.get("recomputed") else ""
+    sys.stderr.write(f"{folder}: sound ({result['files']} files, {told}{again})\n")
     for heading, key in (("checked", "checked"), ("not checked", "unchecked")):
         sys.stderr.write("".join(f"  {heading}: {line}\n" for line in result[key]))
 

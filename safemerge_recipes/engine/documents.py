@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.folder import MAX_PICTURE_BYTES, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE
-from safemerge_recipes.engine.manifest import make_manifest, versions, write_manifest
+from safemerge_recipes.engine.folder import (
+    MANIFEST_FILE,
+    MAX_PICTURE_BYTES,
+    PICTURES,
+    PLAN_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    SCORES_FILE,
+)
+from safemerge_recipes.engine.manifest import make_manifest, manifest_record, read_record, versions, write_manifest
+from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.planning.graph import ENGINE
 from safemerge_recipes.planning.prepared import Prepared, recipe_json
 from safemerge_recipes.recipe.model import Recipe
@@ -18,7 +27,7 @@ from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
 from safemerge_recipes.sources.side_files import copy_side_files, only_tokenizer
 from safemerge_recipes.storage.digests import InputDigest
-from safemerge_recipes.storage.files import text_of, write_file, write_json
+from safemerge_recipes.storage.files import MAX_BYTES, text_of, write_file, write_json
 from safemerge_recipes.storage.identity import check_unchanged
 
 
@@ -34,11 +43,13 @@ def write_documents(
 ) -> dict[str, float]:
     """Writes everything that lies beside the weights, the manifest last; returns the timings of all phases."""
     write_json(part / PLAN_FILE, plan)
-    write_file(part / RECIPE_FILE, _stored_recipe(prepared, output))
+    recipe = _stored_recipe(prepared, output)
+    write_file(part / RECIPE_FILE, recipe)
     check_unchanged(prepared.identities)
     copy_side_files(beside_of(prepared), part, prepared.family.config_edits)
     timings = {**prepared.timings, **timings}
     provenance = provenance_of(prepared)
+    provenance["recipe"] = portable(recipe, provenance["sources"])
     for name, text in documents(plan, None, provenance, part).items():
         write_file(part / name, text)
     labels: dict[str, tuple[list[str], str]] = {}
@@ -80,6 +91,41 @@ def documents(
         REPORT_FILE: render_report(plan, scores=scores, provenance=provenance, pictures=pictures),
         "README.md": render_card(plan, scores=scores, provenance=provenance),
     }
+
+
+def provenance_in(folder: Path) -> dict[str, Any]:
+    """What report and card say of sources and versions, from a finished output alone.
+
+    Raises:
+        CheckError: The folder is no finished output.
+    """
+    try:
+        manifest = manifest_record(folder)
+        text = text_of(folder / RECIPE_FILE, MAX_BYTES)
+        known = {key: manifest[key] for key in ("sources", "pipeline_tag")}
+        return {**known, "versions": manifest["versions"], "recipe": portable(text, known["sources"])}
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckError(
+            f"{folder}: no finished output of safemerge ({type(error).__name__}: {error}); expected {MANIFEST_FILE}, "
+            f"{PLAN_FILE} and {RECIPE_FILE} there"
+        ) from None
+
+
+def scores_in(folder: Path) -> dict[str, Any] | None:
+    """The content of an output's scores file; None without one. Raises CheckError for one that is none."""
+    return read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
+
+
+def rendered(folder: Path, scores: dict[str, Any] | None) -> dict[str, str]:
+    """Report and model card of a finished output by file name: what lies in it decides every byte of them.
+
+    Raises:
+        CheckError: The folder is no finished output, or a picture in it is none.
+    """
+    try:
+        return documents(read_record(folder / PLAN_FILE), scores, provenance_in(folder), folder)
+    except SourceError as error:
+        raise CheckError(str(error)) from None
 
 
 def beside_of(prepared: Prepared) -> Mapping[str, Path]:

@@ -27,7 +27,7 @@ from safemerge_recipes.weights import compiled
 
 FORMAT = 2
 _BLANK = "0" * 64
-_OPENING = re.compile(rb'\{\n "format": (\d+),\n "digest": "([0-9a-f]{64})",\n')
+_OPENING = re.compile(rb'\{\n "format": (\d{1,9}),\n "digest": "([0-9a-f]{64})",\n')
 """How a manifest begins. Its digest is the sha256 of the whole file with zeros in the digest's place."""
 MAX_VALUES = 4_000_000
 """Most values a manifest, plan or scores may hold."""
@@ -181,10 +181,24 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
 
 def write_manifest(folder: Path, value: Mapping[str, Any]) -> None:
     """Writes an output's manifest with a digest of itself, so that no byte of it can change unseen."""
+    write_file(folder / MANIFEST_FILE, sealed(value, FORMAT))
+
+
+def sealed(value: Mapping[str, Any], form: int) -> str:
+    """JSON that begins with its format and a digest of itself; see `seal_of`."""
     rest = {key: part for key, part in value.items() if key not in ("format", "digest")}
-    content = {"format": FORMAT, "digest": _BLANK, **rest}
+    content = {"format": form, "digest": _BLANK, **rest}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(folder / MANIFEST_FILE, text.replace(_BLANK, hashlib.sha256(text.encode()).hexdigest(), 1))
+    return text.replace(_BLANK, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def seal_of(content: bytes) -> tuple[int, bool] | None:
+    """(format, whether the digest of itself is right) of what `sealed` wrote; None for anything else."""
+    opening = _OPENING.match(content)
+    if opening is None:
+        return None
+    blank = content[: opening.start(2)] + _BLANK.encode() + content[opening.end(2) :]
+    return int(opening[1]), hashlib.sha256(blank).hexdigest().encode() == opening[2]
 
 
 def manifest_record(folder: Path) -> dict[str, Any]:
@@ -195,22 +209,21 @@ def manifest_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_FILE
     content = _content(path)
-    opening = _OPENING.match(content)
-    if opening is None or int(opening[1]) != FORMAT:
-        found = f"format {int(opening[1])}" if opening else "another beginning"
+    seal = seal_of(content)
+    if seal is None or seal[0] != FORMAT:
+        found = f"format {seal[0]}" if seal else "another beginning"
         raise CheckError(
             f"{path}: not a manifest of this program (found {found}, expected format {FORMAT}); "
             "run the recipe again, with --force if an earlier version wrote it"
         )
-    blank = content[: opening.start(2)] + _BLANK.encode() + content[opening.end(2) :]
-    if hashlib.sha256(blank).hexdigest().encode() != opening[2]:
+    if not seal[1]:
         raise CheckError(f"{path}: changed since it was written (its digest of itself differs); get the output again")
-    return _object(path, content)
+    return object_of(path, content)
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The JSON object of a plan or scores. Raises CheckError when it is missing or not sound."""
-    return _object(path, _content(path))
+    return object_of(path, _content(path))
 
 
 def _content(path: Path) -> bytes:
@@ -222,7 +235,8 @@ def _content(path: Path) -> bytes:
         raise CheckError(f"{path}: {error.strerror}; expected the folder of a finished run") from None
 
 
-def _object(path: Path, content: bytes) -> dict[str, Any]:
+def object_of(path: Path, content: bytes) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises CheckError when it holds none."""
     try:
         check_values(content, MAX_VALUES)
         value = json.loads(content.decode("utf-8"))

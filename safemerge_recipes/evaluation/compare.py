@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, PLAN_FILE, RECIPE_FILE, REPORT_FILE, SCORES_FILE
-from safemerge_recipes.engine.manifest import manifest_record, read_record, replace_files
+from safemerge_recipes.engine.documents import provenance_in, rendered, scores_in
+from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, RECIPE_FILE, REPORT_FILE, SCORES_FILE
+from safemerge_recipes.engine.manifest import replace_files
 from safemerge_recipes.errors import CheckError, RecipeError, SourceError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
@@ -32,8 +33,7 @@ from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import ANSWER_TOKENS, Suite, check_backend, check_extra, load_suite
 from safemerge_recipes.events import Listener, Note
 from safemerge_recipes.recipe.loading import load_recipe
-from safemerge_recipes.sources.provenance import portable
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, text_of
+from safemerge_recipes.storage.files import MAX_BYTES, content_of
 
 if TYPE_CHECKING:
     from safemerge_recipes.recipe.model import Evaluate
@@ -230,7 +230,7 @@ def evaluate_folder(
     scores = {name: _folder_scores(folder, name, suite, asked, tell, **(options | {"limit": limit}))}
     content = document(scores, ())
     if ours:
-        attach(folder, content, answers.lines(scores), read_record(folder / PLAN_FILE), provenance_in(folder))
+        attach(folder, content, answers.lines(scores))
         on_event(Note(f"Put the scores into {folder}"))
     return content
 
@@ -238,24 +238,6 @@ def evaluate_folder(
 def _options(own: Evaluate) -> dict[str, Any]:
     kept = own.model_dump(exclude={"tasks", "compare", "task_path", "judge", "answer_tokens"})
     return {key: value for key, value in kept.items() if value is not None}
-
-
-def provenance_in(folder: Path) -> dict[str, Any]:
-    """What report and card say of sources and versions, from a finished output alone.
-
-    Raises:
-        CheckError: The folder is no finished output.
-    """
-    try:
-        manifest = manifest_record(folder)
-        text = text_of(folder / RECIPE_FILE, MAX_BYTES)
-        known = {key: manifest[key] for key in ("sources", "pipeline_tag")}
-        return {**known, "versions": manifest["versions"], "recipe": portable(text, known["sources"])}
-    except (OSError, SourceError, ValueError, KeyError, TypeError) as error:
-        raise CheckError(
-            f"{folder}: no finished output of safemerge ({type(error).__name__}: {error}); expected {MANIFEST_FILE}, "
-            f"{PLAN_FILE} and {RECIPE_FILE} there"
-        ) from None
 
 
 def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
@@ -268,19 +250,11 @@ def render_again(folder: Path, results: Sequence[Path] = ()) -> None:
     Raises:
         CheckError: The folder is no finished output, or a result folder holds no result.
     """
-    from safemerge_recipes.engine.documents import documents
-
-    provenance = provenance_in(folder)
-    plan = read_record(folder / PLAN_FILE)
-    scores = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else None
+    provenance_in(folder)  # before anything is changed
     copied = {name: data for place in results for name, data in _results(place).items()}
     if copied:
         replace_files(folder, copied)
-    try:
-        rendered = documents(plan, scores, provenance, folder)
-    except SourceError as error:  # a picture that is none
-        raise CheckError(str(error)) from None
-    replace_files(folder, rendered)
+    replace_files(folder, rendered(folder, scores_in(folder)))
 
 
 def _results(place: Path) -> dict[str, bytes]:

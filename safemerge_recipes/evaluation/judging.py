@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.folder import ANSWERS_FILE, PLAN_FILE, SCORES_FILE
+from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.answers import read_answers, requests_of
 from safemerge_recipes.evaluation.judge import Judge, verdict_store
@@ -109,12 +109,11 @@ def judge_folder(
     """
     from safemerge_recipes.engine.manifest import read_record
     from safemerge_recipes.evaluation import answers
-    from safemerge_recipes.evaluation.compare import provenance_in
     from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, attach, document
 
     before = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else {}
     found = judged(with_answers(folder), judge, tell)
     references = dict.fromkeys(row["reference"] for row in before.get("comparisons", ())) or REFERENCES
     content = document(found, tuple(references), MERGED if MERGED in found else None)
-    attach(folder, content, answers.lines(found), read_record(folder / PLAN_FILE), provenance_in(folder))
+    attach(folder, content, answers.lines(found))
     return content

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.documents import documents, provenance_of
+from safemerge_recipes.engine.documents import rendered
 from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.engine.manifest import read_manifest, replace_files, sha256_of
 from safemerge_recipes.errors import CheckError
@@ -339,16 +339,16 @@ def score_output(
         tell = rounds.of(place, name)
         scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)
         on_event(Note(f"Scored {name} in {scores[name].seconds:.0f} s"))
-    content = _put(prepared, output, scores)
+    content = _put(output, scores)
     if settings.judge is not None:  # the scores are there already, whatever becomes of the judge
         held.clear()  # its room
-        content = _put(prepared, output, judged(scores, judge_for(loaded, settings, device)))
+        content = _put(output, judged(scores, judge_for(loaded, settings, device)))
     return content
 
 
-def _put(prepared: Prepared, output: Path, scores: Mapping[str, Scores]) -> dict[str, Any]:
+def _put(output: Path, scores: Mapping[str, Scores]) -> dict[str, Any]:
     content = document(scores, REFERENCES, MERGED)
-    attach(output, content, answers.lines(scores), prepared.plan_json(), provenance_of(prepared))
+    attach(output, content, answers.lines(scores))
     return content
 
 
@@ -368,10 +368,8 @@ def _device(prepared: Prepared) -> str:
     return device if device.startswith("cuda") else "auto"
 
 
-def attach(
-    output: Path, content: dict[str, Any], answered: str, plan: dict[str, Any], provenance: dict[str, Any]
-) -> None:
+def attach(output: Path, content: dict[str, Any], answered: str) -> None:
     """Puts scores and answers into a finished folder, report and card anew. The folder is sound at every moment."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     written = {SCORES_FILE: text, ANSWERS_FILE: answered}
-    replace_files(output, {**written, **documents(plan, content, provenance, output)})
+    replace_files(output, {**written, **rendered(output, json.loads(text))})

@@ -20,7 +20,7 @@ from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
 from safemerge_recipes.sources.provenance import origin
 from safemerge_recipes.storage.digests import file_digest
-from safemerge_recipes.storage.files import read_file, write_file
+from safemerge_recipes.storage.files import text_of, write_file
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE
 
@@ -77,7 +77,7 @@ def _of_output(folder: Path) -> Lock:
 
 def _read(path: Path) -> Lock:
     try:
-        value = read_yaml(read_file(path, MAX_BYTES).decode("utf-8")).value
+        value = read_yaml(text_of(path, MAX_BYTES, "any")).value
         if value["format"] != FORMAT:
             raise ValueError(f"format {str(value['format'])[:40]}")
         sources = value["sources"]
@@ -91,7 +91,7 @@ def _read(path: Path) -> Lock:
             },
             dict(value.get("plugins") or {}),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, YamlError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError, YamlError) as error:
         raise RecipeError(
             f"{path}: not a lock of this program ({type(error).__name__}: {str(error)[:200]}); "
             "say --update-lock to write it anew, or remove it"

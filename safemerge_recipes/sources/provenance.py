@@ -18,7 +18,7 @@ from safemerge_recipes.sources.checkpoint import inside, read_object
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE
-from safemerge_recipes.storage.files import read_file
+from safemerge_recipes.storage.files import text_of
 
 MAX_README = 1_000_000
 """Bytes of a README.md that is read for its front matter."""
@@ -79,7 +79,7 @@ def origin(folder: Folder) -> tuple[str, str | None]:
 def licence_in(folder: Path) -> str | None:
     """The licence that a folder's README.md states in its front matter: the hub's identifier, or a name for others."""
     try:
-        text = read_file(inside(folder, "README.md"), MAX_README).decode("utf-8-sig")
+        text = text_of(folder / "README.md", MAX_README).removeprefix("\ufeff")
         front = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
         values = read_yaml(front[1]).value if front else None
     except (OSError, ValueError, SourceError, YamlError):

@@ -7,15 +7,14 @@ tokenizer_config.json) lies over it.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.model_config import edited
-from safemerge_recipes.storage.files import check_file, inside, reading, written
+from safemerge_recipes.storage.files import check_file, content_of, inside, pieces_of, written
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 _TOKENIZER = (
@@ -142,19 +141,18 @@ def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str,
 
     Raises:
         ReadError: a file cannot be read.
+        SourceError: a file is a blob of the hub's cache and not what its name says.
     """
     for name, source in files.items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        with written(target) as file, _opened(source) as content:
-            if name == "config.json" and edits:
-                file.write(edited(content.read(), edits))
-            else:
-                shutil.copyfileobj(content, file, 1 << 20)
-
-
-def _opened(source: Path) -> IO[bytes]:
-    try:
-        return reading(source, MAX_FILE_BYTES)
-    except OSError as error:
-        raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None
+        with written(target) as file:
+            try:
+                if name == "config.json" and edits:
+                    file.write(edited(content_of(source, MAX_FILE_BYTES), edits))
+                else:
+                    file.writelines(pieces_of(source, MAX_FILE_BYTES))
+            except OSError as error:
+                if error.filename is None:  # of the writing
+                    raise
+                raise ReadError(f"{source}: {error.strerror}; it was there when planned") from None

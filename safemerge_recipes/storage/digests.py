@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from safemerge_recipes.errors import ReadError, SourceError
+from safemerge_recipes.storage.blobs import BlobClaim
 from safemerge_recipes.storage.cache import recall, remember
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
@@ -41,8 +41,7 @@ def file_digest(
 ) -> InputDigest | None:
     """The digest of a file, from the cache under its identity, or from its bytes; None when stopped.
 
-    A blob of the hub's cache is named by what the hub says of it (the sha256 of a large file, git's sha1 of a small
-    one); that is compared and not believed.
+    What the hub's cache calls a blob is compared and not believed, see `blobs`.
 
     Raises:
         SourceError: the file changed meanwhile, or a blob is not what its name says.
@@ -50,25 +49,20 @@ def file_digest(
     known = recall("digests", _digest_key(identity)) if use_cache else None
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known):
         return InputDigest(known, "earlier")
-    blob = Path(os.path.realpath(identity.path))
-    named = blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else ""
+    claim = BlobClaim.of(identity.path, identity.size)
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    git = hashlib.sha1(b"blob %d\0" % identity.size, usedforsecurity=False) if len(named) == 40 else None
     with reading(identity.path) as file:
         while count := file.readinto(buffer):
             piece = memoryview(buffer)[:count]
             digest.update(piece)
-            if git is not None:
-                git.update(piece)
+            if claim is not None and not claim.sha256:
+                claim.update(piece)
             if stop is not None and stop.is_set():
                 return None
     check_unchanged([identity])
     found = digest.hexdigest()
-    if named and (git.hexdigest() if git is not None else found) != named:
-        raise SourceError(
-            f"{identity.path}: the hub's cache names it {named}, and its bytes have sha256 {found}; the file is "
-            "damaged or was changed: remove it from the cache and download it again"
-        )
+    if claim is not None:
+        claim.check(found if claim.sha256 else "")
     remember_digest(identity, found)
     return InputDigest(found, "now")
 

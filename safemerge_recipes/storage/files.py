@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.storage.blobs import BlobClaim
 
 Links = Literal["none", "inside", "any"]
 """Which links are followed: none, those that stay in the file's own folder, or any, for what the user named."""
@@ -115,11 +116,29 @@ def content_of(path: Path | str, limit: int, links: Links = "inside") -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     Raises:
-        SourceError: it is larger, is not a regular file, or a link leads where `links` forbids it.
+        SourceError: it is larger, is not a regular file, a link leads where `links` forbids it, or it is a blob of the
+            hub's cache and not what its name says.
         OSError: it is missing, or cannot be read.
     """
     with reading(path, limit, links) as file:
-        return file.read(os.fstat(file.fileno()).st_size)  # no more, should it grow meanwhile
+        content = file.read(os.fstat(file.fileno()).st_size)  # no more, should it grow meanwhile
+    claim = BlobClaim.of(path, len(content))
+    if claim is not None:
+        claim.update(content)
+        claim.check()
+    return content
+
+
+def pieces_of(path: Path, limit: int | None = None) -> Iterator[bytes]:
+    """The content of a regular file, a MiB at a time. Raises as `content_of` does, for a blob after the last piece."""
+    with reading(path, limit) as file:
+        claim = BlobClaim.of(path, os.fstat(file.fileno()).st_size)
+        while piece := file.read(1 << 20):
+            if claim is not None:
+                claim.update(piece)
+            yield piece
+    if claim is not None:
+        claim.check()
 
 
 def text_of(path: Path | str, limit: int, links: Links = "inside") -> str:
@@ -186,27 +205,17 @@ def written(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """The content of a small file that a stranger may have made: a plain file, and of no more than `limit` bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is no plain file (a pipe would wait for ever).
-        ValueError: it is larger.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "no plain file", str(path))
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{path}: larger than {limit} bytes")
-    return content
-
-
 def write_file(path: Path, content: bytes | str, durable: bool = True) -> None:
     """Writes a small file: it is there in full or not at all; if `durable`, even after a power failure."""
     with written(path, durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file: the copy is there in full or not at all."""
+    with written(target) as file:
+        for piece in pieces_of(source):
+            file.write(piece)
 
 
 def remove_left(folder: Path, names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from safemerge_recipes.storage.files import reading
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
 
+MAX_FILE_BYTES = 400_000_000_000
+"""Largest weight file accepted, in bytes; those in the wild stay below 150 GB, and what is read is hashed."""
 MAX_NAME = 500
 """Longest tensor name accepted, in characters; those in the wild stay below 200."""
 MAX_DIMENSION = 2**40
@@ -112,6 +115,15 @@ def _check_coverage(refs: Mapping[str, TensorRef], start: int, size: int) -> Non
         raise ValueError(f"the file has {size} bytes where its header needs {end}: it is {state}")
 
 
+def _check_size(found: os.stat_result) -> None:
+    """Refuses a file that would be read for hours: one too large, or one that is a hole but for a few bytes."""
+    stored = getattr(found, "st_blocks", 0) * 512  # 0: a file system that does not say
+    if found.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"it has {found.st_size} bytes, the limit is {MAX_FILE_BYTES}")
+    if found.st_size > 1_000_000_000 and 0 < stored < found.st_size // 1000:
+        raise ValueError(f"it has {found.st_size} bytes, of which only {stored} are on the disk: the rest is a hole")
+
+
 def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorRef]:
     """Every tensor of one safetensors file, by name, in the order of the bytes.
 
@@ -125,6 +137,7 @@ def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorR
     path = str(path)
     try:
         with reading(path) as file:
+            _check_size(os.fstat(file.fileno()))
             prefix = file.read(8)
             size = file.seek(0, 2) if whole is None else whole
             if len(prefix) < 8:

@@ -20,7 +20,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
 from safemerge_recipes.training.steps import Listen
@@ -93,7 +93,7 @@ def copy_adapter(folder: Path, target: Path) -> None:
         raise PlanError(f"{target}: holds something that is no adapter; choose another output")
     target.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        shutil.copyfile(folder / name, target / name)
+        copy_file(folder / name, target / name)
 
 
 def _device(wanted: str) -> str:
@@ -147,7 +147,7 @@ def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> N
     scores = _scored(plan, part, model, tokenizer, say) if training.choose else None
     size = scores["chosen"] if scores else plan.sizes[-1]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(part / f"size-{size}" / name, part / name)
+        copy_file(part / f"size-{size}" / name, part / name)
     record = _record(plan, runs, size, scores, device, dtype, cut, base_name(full, adapter))
     write_file(part / "README.md", card(record))
     write_file(part / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

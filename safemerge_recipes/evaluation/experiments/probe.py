@@ -14,16 +14,15 @@ from typing import Any, Literal
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import measures
+from safemerge_recipes.evaluation.experiments.results import write_results
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.rates import spearman
 from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.gate.moments import Moments
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.report.scatter import heat_map
-from safemerge_recipes.storage.files import write_file, write_json
 from safemerge_recipes.tensor_names import block_of, module_type
 
-FORMAT = 1
 PROBE_FILE = "safemerge_probe.json"
 PICTURE_FILE = "safemerge_probe.svg"
 By = Literal["tensor", "type", "block"]
@@ -102,7 +101,6 @@ def probe(
         change = {"safety": one[0] - safety, "utility": one[1] - utility}
         rows[name] = {"tensors": len(members), **measured(plan, members), **change}
     content = {
-        "format": FORMAT,
         "by": by,
         "tasks": names,
         "safety": weigh.words,
@@ -110,9 +108,7 @@ def probe(
         "groups": rows,
         "correlations": correlations(rows),
     }
-    write_json(folder / PROBE_FILE, content)
-    write_file(folder / PICTURE_FILE, picture(rows, by))
-    return content
+    return write_results(folder, PROBE_FILE, content, {PICTURE_FILE: picture(rows, by)})
 
 
 def correlations(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import Measures, measures
+from safemerge_recipes.evaluation.experiments.results import write_results
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.evaluation.scores import Scores
@@ -24,10 +25,7 @@ from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.report.scatter import Mark, scatter
-from safemerge_recipes.storage.files import write_file, write_json
 
-FORMAT = 1
-STORE_FILE = "safemerge_points.jsonl"
 SWEEP_FILE = "safemerge_sweep.json"
 PICTURE_FILE = "safemerge_sweep.svg"
 CHOSEN_FILE = "chosen.yaml"
@@ -135,7 +133,6 @@ def sweep(
     bench.on_event(Note(f"{len(drawn)} controls on the test split: {', '.join(second)}"))
     on_test = _scored(bench, {**reported, **drawn}, second)
     content = {
-        "format": FORMAT,
         "axes": list(axes),
         "safety": by.words,
         "tuning": {"tasks": first, "models": table(on_tuning)},
@@ -149,10 +146,9 @@ def sweep(
             for d in compared({label: on_test[label] for label in reported}, SOURCES, best)
         ],
     }
-    write_json(folder / SWEEP_FILE, content)
-    write_file(folder / PICTURE_FILE, picture(on_tuning, by, {best}))
-    write_file(folder / CHOSEN_FILE, dump_recipe(bench.load(overrides).anchored()))
-    return content
+    chosen = dump_recipe(bench.load(overrides).anchored())
+    beside = {PICTURE_FILE: picture(on_tuning, by, {best}), CHOSEN_FILE: chosen}
+    return write_results(folder, SWEEP_FILE, content, beside)
 
 
 def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
