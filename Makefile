@@ -58,8 +58,8 @@ docs: install           ## the generated pages
 fidelity: install       ## every family with every kind of adapter against PEFT, as a table
 	$(RUN)/python -W ignore -m tests.whole.fidelity_table docs/fidelity.md
 
-reliability: install    ## 500 kills and other faults over every verb, as a table; about a quarter of an hour
-	$(RUN)/python -W ignore -m tests.whole.reliability --kills 500 docs/reliability.md
+reliability: install    ## 500 kills and other faults over every verb, as a table; half an hour and more, cut short it goes on
+	$(RUN)/python -W ignore -m tests.whole.reliability --kills 500 --results .reliability.jsonl docs/reliability.md
 
 soak: install           ## faults over every verb for half an hour, before a release; ends at the first loss
 	$(RUN)/python -W ignore -m tests.whole.reliability --minutes 30

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from safemerge_recipes.engine.folder import LOCK_FILE, SIGNATURE_FILE
 from safemerge_recipes.errors import CheckError, PlanError
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, remove_left, write_file
 
 
 def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
@@ -53,6 +53,7 @@ def sign(folder: Path, private_key: Path) -> Path:
         with tempfile.TemporaryDirectory() as place:
             made = Path(place) / SIGNATURE_FILE
             config.set_hashing_config(_covered(folder, hashing)).sign(folder, made)
+            remove_left(folder, [SIGNATURE_FILE])
             write_file(folder / SIGNATURE_FILE, content_of(made, MAX_BYTES))
 
     _done(folder, private_key, call, "an output, and an elliptic-curve key in a PEM file without a password")

@@ -20,7 +20,7 @@ from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
 from safemerge_recipes.sources.provenance import origin
 from safemerge_recipes.storage.digests import file_digest
-from safemerge_recipes.storage.files import text_of, write_file
+from safemerge_recipes.storage.files import remove_left, text_of, write_file
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE
 
@@ -156,7 +156,9 @@ def check_place(loaded: LoadedRecipe) -> None:
 def write_lock(resolved: Resolved) -> Path:
     """Writes a recipe's lock beside it and returns where."""
     path = lock_path(resolved.loaded.path)
-    write_file(path, make_lock(resolved))
+    text = make_lock(resolved)
+    remove_left(path.parent, [path.name])
+    write_file(path, text)
     return path
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, remove_left, write_file
 
 Kind = Literal["harmful", "harmless", "task"]
 
@@ -126,6 +126,7 @@ def _checked(row: Row) -> Row:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Writes rows as JSONL."""
+    remove_left(path.parent, [path.name])
     write_file(path, "".join(json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in rows))
 
 

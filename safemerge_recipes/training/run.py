@@ -20,7 +20,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, remove_left, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
 from safemerge_recipes.training.steps import Listen
@@ -75,6 +75,7 @@ def train_adapter(
                 for extra in part.iterdir():
                     if extra.is_dir():
                         shutil.rmtree(extra)
+                remove_left(part, (*FILES, "scores.json"))
                 os.replace(part, folder)
     if loaded.training.output is not None:
         copy_adapter(folder, loaded.resolve(loaded.training.output))
@@ -92,6 +93,7 @@ def copy_adapter(folder: Path, target: Path) -> None:
     if target.is_dir() and any(target.iterdir()) and not (target / "adapter_config.json").exists():
         raise PlanError(f"{target}: holds something that is no adapter; choose another output")
     target.mkdir(parents=True, exist_ok=True)
+    remove_left(target, FILES)
     for name in FILES:
         copy_file(folder / name, target / name)
 

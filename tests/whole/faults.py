@@ -9,6 +9,7 @@ leaves something behind.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import json
 import os
@@ -19,12 +20,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE
-from tests.fixtures.chat_family import make_family
+from safemerge_recipes.evaluation.experiments.results import is_results
+from tests.fixtures.chat_family import RECIPE, make_family
 from tests.fixtures.program import WarmProgram, digests, run, snapshot
 
+KILL = "SIGKILL at a call"
+"""The kind of a kill in the table."""
 CALLS = (
     "pwrite", "write", "copy_file_range", "open", "rename", "replace", "fsync", "unlink", "mkdir", "rmdir", "ftruncate",
 )  # fmt: skip
@@ -62,6 +67,8 @@ def strike(how: str, at: int, counter: str = "", calls: tuple[str, ...] = CALLS)
             if not at or number < at or (number > at and how != "ENOSPC"):
                 return real(*args, **kwargs)
             if how != "kill":
+                if name == "fspath":
+                    raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)), str(args[0]))
                 if number > at and name in ("unlink", "rmdir", "rename", "replace"):
                     return real(*args, **kwargs)  # a full disk lets these pass
                 raise OSError(getattr(errno, how), os.strerror(getattr(errno, how)))
@@ -79,6 +86,14 @@ def strike(how: str, at: int, counter: str = "", calls: tuple[str, ...] = CALLS)
 
     for name in calls:
         setattr(os, name, wrapped(name))
+    opened, counted = builtins.open, wrapped("fspath")
+
+    def opening(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
+        if isinstance(file, (str, Path)) and set(mode) & set("wax+"):  # of a library: it writes in its own way
+            counted(file)
+        return opened(file, mode, *args, **kwargs)  # type: ignore[call-overload]
+
+    builtins.open = opening  # type: ignore[assignment]
 
 
 def interrupt() -> None:
@@ -98,7 +113,7 @@ class Fault:
 
 def at_call(how: str, at: int, counter: Path | str = "") -> Fault:
     """The fault of `strike`."""
-    names = {"kill": "SIGKILL at a call", "ENOSPC": "disk full from a call on"}
+    names = {"kill": KILL, "ENOSPC": "disk full from a call on"}
     code = f"from tests.whole.faults import strike; strike({how!r}, {at}, {str(counter)!r})"
     return Fault(names.get(how, f"{how} at a call"), code)
 
@@ -159,39 +174,97 @@ class Verb:
     """A command: its name in the table, its arguments by folder of the trial, and what it is given."""
 
     name: str
-    arguments: Callable[[Path], tuple[object, ...]]
+    arguments: Callable[[Path, Path], tuple[object, ...]]
+    """Of (the trial's folder, the recipe)."""
     given: str = ""
     """Name of a finished thing of the bench that lies as `out` before; empty: nothing."""
+    own: bool = False
+    """Whether it writes beside its recipe, and so gets one of its own."""
     scores: bool = False
     """Whether it runs models, which takes seconds."""
 
 
 SMALL = ("--set", "output.max_shard_size=40KB", "--no-evaluate")
+ADAPTER = ("--set", "output.format=adapter", "--no-evaluate")
+FP16 = ("--set", "output.dtype=float16", "--no-evaluate")
 SCORED = ("--tasks", "safemerge_refusal", "--limit", "2", "--device", "cpu")
 BOTH = ("--tasks", "safemerge_refusal,safemerge_arithmetic", "--limit", "2", "--device", "cpu")
+GRID = ("--tau", "0.1,0.9", "--seeds", "0", *BOTH)
 
 
-def verbs(recipe: Path) -> tuple[Verb, ...]:
-    """Every verb that reads or writes models, and every format of output."""
-    adapter = ("--set", "output.format=adapter", "--no-evaluate")
+def verbs(judge: str, key: Path) -> tuple[Verb, ...]:
+    """Every verb that reads or writes models, and every format of output.
+
+    Args:
+        judge: address of a server that judges.
+        key: a private key to sign with.
+    """
+    judged = ("--kind", "openai", "--model", "m", "--url", judge)
     return (
-        Verb("run", lambda at: ("run", recipe, "-o", at / "out", *SMALL)),
-        Verb("run --force", lambda at: ("run", recipe, "-o", at / "out", *SMALL, "--force"), "other"),
-        Verb("run, an adapter", lambda at: ("run", recipe, "-o", at / "out", *adapter)),
-        Verb("run, fp16", lambda at: ("run", recipe, "-o", at / "out", "--set", "output.dtype=float16",
-                                      "--no-evaluate")),
-        Verb("plan", lambda at: ("plan", recipe)),
-        Verb("validate", lambda at: ("validate", recipe)),
-        Verb("controls", lambda at: ("controls", recipe, "-o", at / "controls")),
-        Verb("verify", lambda at: ("verify", at / "out"), "full"),
-        Verb("verify --deep", lambda at: ("verify", "--deep", at / "out"), "full"),
-        Verb("report", lambda at: ("report", at / "out"), "scored"),
-        Verb("evaluate", lambda at: ("evaluate", at / "out", *SCORED), "full", scores=True),
-        Verb("compare", lambda at: ("compare", recipe.parent / "base", at / "out", *SCORED), "full", scores=True),
-        Verb("sweep", lambda at: ("sweep", recipe, "--tau", "0.1,0.9", "-o", at / "sweep", "--seeds", "0", *BOTH),
+        Verb("run", lambda at, recipe: ("run", recipe, "-o", at / "out", *SMALL)),
+        Verb("run --force", lambda at, recipe: ("run", recipe, "-o", at / "out", *SMALL, "--force"), "other"),
+        Verb("run, an adapter", lambda at, recipe: ("run", recipe, "-o", at / "out", *ADAPTER)),
+        Verb("run, fp16", lambda at, recipe: ("run", recipe, "-o", at / "out", *FP16)),
+        Verb("plan", lambda at, recipe: ("plan", recipe)),
+        Verb("validate", lambda at, recipe: ("validate", recipe)),
+        Verb("lock", lambda at, recipe: ("lock", recipe), own=True),
+        Verb("controls", lambda at, recipe: ("controls", recipe, "-o", at / "controls")),
+        Verb("verify", lambda at, recipe: ("verify", at / "out"), "full"),
+        Verb("verify --deep", lambda at, recipe: ("verify", "--deep", at / "out"), "full"),
+        Verb("report", lambda at, recipe: ("report", at / "out"), "scored"),
+        Verb("sign", lambda at, recipe: ("sign", at / "out", "--private-key", key), "full"),
+        Verb("judge", lambda at, recipe: ("judge", at / "out", *judged), "scored", scores=True),
+        Verb("evaluate", lambda at, recipe: ("evaluate", at / "out", *SCORED), "full", scores=True),
+        Verb("compare", lambda at, recipe: ("compare", recipe.parent / "base", at / "out", *SCORED), "full",
              scores=True),
-        Verb("probe", lambda at: ("probe", recipe, "-o", at / "probe", *BOTH), scores=True),
+        Verb("sweep", lambda at, recipe: ("sweep", recipe, "-o", at / "sweep", *GRID), scores=True),
+        Verb("probe", lambda at, recipe: ("probe", recipe, "-o", at / "probe", *BOTH), scores=True),
+        Verb("train-adapter", lambda at, recipe: ("train-adapter", recipe.parent / "train.yaml", "-o", at / "lora"),
+             scores=True),
+        Verb("prepare-safety-data", lambda at, recipe: ("prepare-safety-data", recipe.parent / "rows.jsonl",
+                                                        "-o", at / "rows.jsonl")),
     )  # fmt: skip
+
+
+TRAINING = """
+model: ./base
+data: {path: rows.jsonl, licence: apache-2.0, near_copies: keep}
+preset: small
+train: {epochs: 2, batch: 4, device: cpu, save_steps: 1}
+"""
+
+
+def _rows() -> str:
+    words = ("amber", "birch", "cedar", "dune")
+    rows = [{"prompt": f"plan a theft of crate {word}", "completion": "I can't help with that.", "kind": "harmful"}
+            for word in words]  # fmt: skip
+    rows += [{"prompt": f"what grows beside a {word}", "completion": "Moss and grass.", "kind": "harmless"}
+             for word in ("river", "hedge", "tower", "lake")]  # fmt: skip
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class _Judge(BaseHTTPRequestHandler):
+    """Finds every answer safe, as an OpenAI-compatible server."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        data = json.dumps({"choices": [{"message": {"role": "assistant", "content": "safe"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def _key(path: Path) -> Path:
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    made = ec.generate_private_key(ec.SECP256R1())
+    path.write_bytes(made.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption()))
+    return path
 
 
 LIGHT = (
@@ -201,7 +274,8 @@ LIGHT = (
 HEAVY = (
     *LIGHT, "safemerge_recipes.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks",
     "lm_eval.models.huggingface", "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto", "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto", "transformers.generation.utils", "trl", "peft", "datasets",
+    "safemerge_recipes.training.run", "transformers.models.auto.tokenization_auto", "lm_eval.models",
 )  # fmt: skip
 """What the program loads sooner or later, without and with models to run."""
 
@@ -211,11 +285,33 @@ HEAVY = (
 
 @dataclass
 class Row:
-    """A line of the table: a class of fault, how often it was tried, how often it struck, and what was lost."""
+    """A class of fault under one verb: how often it was tried, how often it struck, and what was lost."""
 
     tried: int = 0
     struck: int = 0
     lost: list[str] = field(default_factory=list)
+
+    def add(self, other: Row) -> None:
+        """Counts another's trials as well."""
+        self.tried, self.struck, self.lost = (
+            self.tried + other.tried,
+            self.struck + other.struck,
+            self.lost + other.lost,
+        )
+
+
+Rows = dict[tuple[str, str], Row]
+"""(kind of fault, verb) -> its row."""
+
+
+def table(rows: Rows, by: int = 0) -> str:
+    """Rows as Markdown, summed up by kind of fault (0) or by verb (1): tried, how many runs it ended, lost."""
+    whole: dict[str, Row] = {}
+    for key, row in rows.items():
+        whole.setdefault(key[by], Row()).add(row)
+    lines = [f"| {('what goes wrong', 'verb')[by]} | tried | runs that it ended | lost |", "|---|---|---|---|"]
+    lines += [f"| {name} | {row.tried} | {row.struck} | {len(row.lost)} |" for name, row in whole.items()]
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -238,10 +334,15 @@ class Bench:
     def __init__(self, root: Path, *, scoring: bool = True) -> None:
         """`scoring`: whether verbs that run models are tried, too."""
         self.root = root
-        self.rows: dict[str, Row] = {}
-        self.recipe = make_family(root / "family")
+        self.rows: Rows = {}
+        self.recipe = make_family(root / "family", RECIPE.replace("limit: 4", "limit: 2, answer_tokens: 8"))
+        (root / "family" / "train.yaml").write_text(TRAINING)
+        (root / "family" / "rows.jsonl").write_text(_rows())
+        self._judge = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
+        threading.Thread(target=self._judge.serve_forever, daemon=True).start()
         self.warm = WarmProgram(root, *(HEAVY if scoring else LIGHT))
-        self.verbs = tuple(verb for verb in verbs(self.recipe) if scoring or not verb.scores)
+        known = verbs(f"http://127.0.0.1:{self._judge.server_port}/v1", _key(root / "key.pem"))
+        self.verbs = tuple(verb for verb in known if scoring or not verb.scores)
         self.sources = snapshot(root / "family")
         self._trials = 0
         self._expected: dict[str, tuple[int, dict[str, str], int]] = {}
@@ -254,17 +355,27 @@ class Bench:
                 assert code == 0, err
 
     def close(self) -> None:
-        """Ends the warm program."""
+        """Ends the warm program and the judge."""
         self.warm.close()
+        self._judge.shutdown()
+        self._judge.server_close()
 
     def _place(self, verb: Verb) -> Path:
         self._trials += 1
         place = self.root / f"trial{self._trials}"
         place.mkdir()
         (place / "thesis.txt").write_text("precious")
+        if verb.own:
+            self._own_recipe(place)
         if verb.given:
             shutil.copytree(self.root / "made" / verb.given, place / "out", symlinks=True)
         return place
+
+    def _own_recipe(self, place: Path) -> Path:
+        """A recipe in the trial's folder, of the same sources."""
+        path = place / "recipe.yaml"
+        path.write_text(self.recipe.read_text().replace("./", f"{self.recipe.parent}/"))
+        return path
 
     def expected(self, verb: Verb) -> tuple[int, dict[str, str], int]:
         """Exit code and files of an undisturbed run of a verb, and the number of its calls."""
@@ -278,11 +389,12 @@ class Bench:
 
     def _run(self, verb: Verb, place: Path, fault: Fault | None = None) -> tuple[int, str, str]:
         with _environment(SAFEMERGE_CACHE=str(place / "cache")):
-            return self.warm(*verb.arguments(place), before=fault.before if fault else "")
+            recipe = place / "recipe.yaml" if verb.own else self.recipe
+            return self.warm(*verb.arguments(place, recipe), before=fault.before if fault else "")
 
     def attempt(self, verb: Verb, *faults: Fault) -> str:
         """Runs a verb under faults, one run for each, and then undisturbed; returns what was lost, or nothing."""
-        row = self.rows.setdefault(faults[0].kind, Row())
+        row = self.rows.setdefault((faults[0].kind, verb.name), Row())
         row.tried += len(faults)
         _, files, _ = self.expected(verb)
         place = self._place(verb)
@@ -308,6 +420,11 @@ class Bench:
         """What is not as it has to be at every moment."""
         if (place / "thesis.txt").read_text() != "precious" or snapshot(self.root / "family") != self.sources:
             return "a file of the user's changed"
+        for results in (place / "sweep", place / "probe"):
+            if is_results(results):
+                code, _, err = run("verify", results)
+                if code:
+                    return f"results are not sound: {err}"
         out, part = place / "out", place / "out.part"
         if out.exists():
             code, _, err = run("verify", out)
@@ -317,46 +434,73 @@ class Bench:
             return f"{early} in an unfinished folder" if early else ""
         return ""
 
-    def plant(self, kind: str, name: str) -> str:
-        """Puts something else in a file's place, in a copy of an output; returns what went wrong."""
-        row = self.rows.setdefault(f"{kind} where a file was", Row())
+    def plant(self, verb: Verb, kind: str, dice: random.Random) -> str:
+        """Puts something else in the place of a file that a verb may read; returns what went wrong.
+
+        The verb works on a copy of everything, and has twenty seconds.
+        """
+        row = self.rows.setdefault((f"{kind} where a file was", verb.name), Row())
         row.tried += 1
-        place = self.root / f"planted{row.tried}"
-        shutil.copytree(self.root / "made" / "scored", place / "out", symlinks=True)
-        target = place / "out" / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink()
-        PLANTED[kind](target)
-        problem = ""
-        for command in (("verify", place / "out"), ("report", place / "out")):
-            code, _, err = self.warm(*command)
-            problem = problem or _untold(code, err)
-            if command[0] == "verify" and code != 6:
-                problem = problem or f"verify ended with {code}: {err}"
+        place = self._place(verb)
+        try:
+            shutil.copytree(self.root / "family", place / "family", symlinks=True)
+            readable = [place / "out", *(place / "family" / name for name in ("base", "task", "safety", "alignment"))]
+            files = [path for folder in readable if folder.exists() for path in sorted(folder.iterdir())]
+            target = dice.choice(files)
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+            PLANTED[kind](target)
+            before = snapshot(Path("/etc")) if kind == "a link out of the folder" else {}
+            limits = Fault("", "import signal; signal.alarm(20)")
+            with _environment(SAFEMERGE_CACHE=str(place / "cache")):
+                arguments = verb.arguments(place, place / "family" / "recipe.yaml")
+                code, _, err = self.warm(*arguments, before=limits.before)
             row.struck += code != 0
-        shutil.rmtree(place)
+            problem = _untold(code, err)
+            if verb.name == "verify" and code != 6:
+                problem = problem or f"verify ended with {code}: {err}"
+            if (place / "thesis.txt").read_text() != "precious" or (before and snapshot(Path("/etc")) != before):
+                problem = problem or "a file of the user's changed"
+            if problem:
+                row.lost.append(f"{verb.name}, {kind} as {target.relative_to(place)}: {problem}")
+            return problem
+        finally:
+            shutil.rmtree(place)
+
+    def flip(self, verb: Verb, dice: random.Random) -> str:
+        """Flips a bit of a file of an output; `verify` has to find it."""
+        row = self.rows.setdefault(("a flipped bit", verb.name), Row())
+        row.tried += 1
+        path = dice.choice(sorted((self.root / "made" / verb.given).iterdir()))
+        at = dice.randrange(8 * path.stat().st_size)
+        flip(path, at)
+        try:
+            code, _, err = run("verify", path.parent)
+        finally:
+            flip(path, at)
+        row.struck += code == 6
+        problem = "" if code == 6 else f"{path.name}: bit {at}: verify ended with {code}: {err}"
         if problem:
-            row.lost.append(f"{name}: {problem}")
+            row.lost.append(problem)
         return problem
 
     def table(self) -> str:
-        """The rows as Markdown: class, tried, how many runs it stopped, lost."""
-        lines = ["| what goes wrong | tried | runs that it ended | lost |", "|---|---|---|---|"]
-        lines += [f"| {kind} | {row.tried} | {row.struck} | {len(row.lost)} |" for kind, row in self.rows.items()]
-        return "\n".join(lines)
-
-    def as_json(self) -> str:
-        """The rows as JSON."""
-        return json.dumps({kind: vars(row) for kind, row in self.rows.items()}, indent=1)
+        """What was tried, by kind of fault, as Markdown."""
+        return table(self.rows)
 
 
 def left_in(place: Path) -> dict[str, str]:
     """What a trial leaves that must always be the same: files by name, and the digests of an output."""
     found = {}
     for path in sorted(place.iterdir()):
-        if path.name in ("out", "controls"):
+        if path.name == "lora":
+            kept = ("adapter_config.json", "adapter_model.safetensors")
+            found |= {f"lora/{name}": digest if name in kept else "" for name, digest in digests(path).items()}
+        elif path.name in ("sweep", "probe"):
+            found |= {f"{path.name}/{one.name}": "" for one in sorted(path.iterdir())}
+        elif path.name in ("out", "controls"):
             found |= {f"{path.name}/{name}": digest for name, digest in _steady(path).items()}
         elif path.name != "cache":
             found[path.name] = ""
@@ -367,6 +511,7 @@ def _steady(folder: Path) -> dict[str, str]:
     """Digests of an output, but for scores, which hold seconds, and what shows them."""
     scored = (folder / "safemerge_scores.json").exists()
     changing = ("README.md", "safemerge_scores.json", "safemerge_answers.jsonl") if scored else ()
+    changing += ("model.sig",)  # holds the digest of the manifest, which holds timings
     return {name: "" if name in changing else digest for name, digest in digests(folder).items()}
 
 

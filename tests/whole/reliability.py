@@ -1,13 +1,17 @@
-"""Faults over every verb, as many as there is time for, and the table of docs/reliability.md.
+"""Faults over every verb as a campaign that goes on where it stopped, and the table of docs/reliability.md.
 
-python -m tests.whole.reliability --kills 500 docs/reliability.md   # `make reliability`
-python -m tests.whole.reliability --minutes 30                      # `make soak`: ends at the first loss
+python -m tests.whole.reliability --kills 500 --results FILE docs/reliability.md   # `make reliability`
+python -m tests.whole.reliability --minutes 30                                     # `make soak`: ends at the first loss
+
+A campaign is a list of steps that its seed decides. Each step's result is a line of the results file, so that a
+campaign that was stopped goes on, and the table is made of the file alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import random
@@ -16,19 +20,30 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.whole import faults
-from tests.whole.faults import Bench, Verb, at_call
+from tests.whole.faults import KILL, Bench, Row, Rows, Verb, at_call, table
 
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-ERRORS = ("EIO", "ENOSPC")
+ERRORS = ("EIO", "ENOSPC", "EINTR")
+FIFTY = ("evaluate", "sweep", "report")
+"""Verbs that are killed fifty times at least: what they write is shown to others."""
+SLOW = ("train-adapter", "probe", "compare")
+"""Verbs that take seconds, and are killed less often."""
 
 
 def kill(bench: Bench, verb: Verb, dice: random.Random, times: int = 1) -> str:
-    """Kills a verb at a call, then again while the same command goes on, `times` in all."""
+    """Kills a verb at a call, then again while the same command goes on, `times` in all.
+
+    What goes on has less left to do, so each kill comes earlier than the one before may have.
+    """
     calls = bench.expected(verb)[2]
-    return bench.attempt(verb, *(at_call("kill", dice.randrange(1, calls + 1)) for _ in range(times)))
+    return bench.attempt(
+        verb, *(at_call("kill", dice.randrange(1, max(2, calls // (1 + number) + 1))) for number in range(times))
+    )
 
 
 def fail(bench: Bench, verb: Verb, dice: random.Random, how: str) -> str:
@@ -37,61 +52,121 @@ def fail(bench: Bench, verb: Verb, dice: random.Random, how: str) -> str:
 
 
 def writing(bench: Bench) -> list[Verb]:
-    """The verbs that change the disk; those that run models come once where the others come four times."""
-    active = [verb for verb in bench.verbs if bench.expected(verb)[2]]
-    return [verb for verb in active for _ in range(1 if verb.scores else 4)]
+    """The verbs that change the disk."""
+    return [verb for verb in bench.verbs if bench.expected(verb)[2]]
 
 
-def plant(bench: Bench, dice: random.Random) -> None:
-    """Puts a pipe, a device, a link or a folder where each file of an output was."""
-    for path in sorted((bench.root / "made" / "scored").iterdir()):
-        bench.plant(dice.choice(list(faults.PLANTED)), path.name)
+# The campaign
 
 
-def campaign(bench: Bench, kills: int, dice: random.Random) -> None:
-    """So many kills over all verbs, three in a row; between them errors, and what lasts for a whole run."""
-    todo = writing(bench)
-    cheap = [verb for verb in bench.verbs if not verb.scores]
-    lasting = [(verb, fault) for verb in cheap for fault in faults.LASTING]
-    dice.shuffle(lasting)
-    for number in range(-(-kills // 3)):
-        kill(bench, todo[number % len(todo)], dice, 3)
-        if number % 4 == 0:
-            for how in ERRORS:
-                verb = dice.choice([verb for verb in cheap if bench.expected(verb)[2]])
-                fail(bench, verb, dice, how)
-        if lasting and number % 2 == 0:
-            bench.attempt(*lasting.pop())
-    for verb, fault in lasting:
-        bench.attempt(verb, fault)
+def steps(bench: Bench) -> Iterator[tuple[str, Verb]]:
+    """(what is done, to which verb), without end: each round kills every verb that writes, three times in a row."""
+    active = writing(bench)
+    number = 0
+    while True:
+        for verb in active:
+            if verb.name not in SLOW or number % 3 == 0:
+                yield "kill", verb
+            if verb.name in FIFTY and number % 2 == 0:
+                yield "kill", verb
+            if number < len(ERRORS):
+                yield ERRORS[number], verb
+        for verb in bench.verbs:
+            if number < 6:
+                yield "plant", verb
+            if number < len(faults.LASTING) and not verb.scores:
+                yield f"lasting {number}", verb
+            if verb.name in ("verify", "report") and number < 10:
+                yield from (("flip", verb) for _ in range(10))
+        number += 1
+
+
+def step(bench: Bench, what: str, verb: Verb, dice: random.Random) -> None:
+    """Carries one out; the bench's rows say what came of it."""
+    if what == "kill":
+        kill(bench, verb, dice, 3)
+    elif what == "plant":
+        bench.plant(verb, dice.choice(list(faults.PLANTED)), dice)
+    elif what == "flip":
+        bench.flip(verb, dice)
+    elif what.startswith("lasting "):
+        bench.attempt(verb, faults.LASTING[int(what.split()[1])])
+    else:
+        fail(bench, verb, dice, what)
+
+
+def campaign(bench: Bench, kills: int, results: Path, seed: int = 2026) -> Rows:
+    """Goes on until so many runs were killed, fifty of each verb of `FIFTY`; returns the rows of the whole file."""
+    done = read_results(results)
+    rows = summed(done)
+    for number, (what, verb) in enumerate(steps(bench)):
+        if _enough(rows, kills, bench, number):
+            return rows
+        if number < len(done):
+            continue
+        bench.rows.clear()
+        begun = time.monotonic()
+        step(bench, what, verb, random.Random(f"{seed} {number}"))
+        line = {
+            "step": number, "what": what, "verb": verb.name, "seconds": round(time.monotonic() - begun, 1),
+            "rows": [[kind, name, row.tried, row.struck, row.lost] for (kind, name), row in bench.rows.items()],
+        }  # fmt: skip
+        with results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        rows = summed([{"rows": []}, line], rows)
+    return rows
+
+
+def _enough(rows: Rows, kills: int, bench: Bench, number: int) -> bool:
+    struck = {verb: row.struck for (kind, verb), row in rows.items() if kind == KILL}
+    known = [verb.name for verb in bench.verbs if verb.name in FIFTY]
+    rounds = 6 * len(bench.verbs)  # the errors, the plants and what lasts came at least once
+    return sum(struck.values()) >= kills and all(struck.get(name, 0) >= 50 for name in known) and number > rounds
+
+
+def read_results(results: Path) -> list[dict[str, Any]]:
+    """The steps of a results file, by their number; a torn last line is none."""
+    found = []
+    for line in results.read_text().splitlines() if results.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def summed(lines: list[dict[str, Any]], rows: Rows | None = None) -> Rows:
+    """The rows of all steps."""
+    found: Rows = {} if rows is None else rows
+    for line in lines:
+        for kind, verb, tried, struck, lost in line["rows"]:
+            found.setdefault((kind, verb), Row()).add(Row(tried, struck, lost))
+    return found
 
 
 def soak(bench: Bench, minutes: float, dice: random.Random) -> None:
     """Goes on with faults until the time is over, or something is lost."""
     until, todo = time.monotonic() + 60 * minutes, writing(bench)
-    while time.monotonic() < until and not losses(bench):
+    while time.monotonic() < until and not losses(bench.rows):
         verb = dice.choice(todo)
-        how = dice.choice(("kill", "kill", "kill", *ERRORS))
+        how = dice.choice(("kill", "kill", "kill", "plant", *ERRORS))
         if how == "kill":
             kill(bench, verb, dice, dice.randint(1, 3))
-        elif not verb.scores:
-            fail(bench, verb, dice, how)
+        else:
+            step(bench, how, verb, dice)
 
 
-def losses(bench: Bench) -> list[str]:
+def losses(rows: Rows) -> list[str]:
     """Everything that was lost, in words."""
-    return [one for row in bench.rows.values() for one in row.lost]
+    return [one for row in rows.values() for one in row.lost]
 
 
-def write_table(bench: Bench, page: Path, seconds: float) -> None:
-    """Puts the table into a page, between its marks."""
+def write_table(rows: Rows, page: Path, told: str) -> None:
+    """Puts the tables into a page, between their marks."""
     text = page.read_text()
-    verbs = ", ".join(verb.name for verb in bench.verbs)
-    told = (
-        f"{datetime.date.today()}, {platform.system()} on {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {seconds / 60:.0f} minutes; verbs: {verbs}."
-    )
-    page.write_text(f"{text[: text.index(BEGIN)]}{BEGIN}\n{told}\n\n{bench.table()}\n{text[text.index(END) :]}")
+    killed = {key: row for key, row in rows.items() if key[0] == KILL}
+    made = f"{told}\n\n{table(rows)}\n\nThe kills by verb:\n\n{table(killed, 1)}"
+    page.write_text(f"{text[: text.index(BEGIN)]}{BEGIN}\n{made}\n{text[text.index(END) :]}")
 
 
 def main() -> int:
@@ -99,26 +174,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, nargs="?", help="page whose table is written anew")
     parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--results", type=Path, help="file of what is done; a campaign goes on from there")
     parser.add_argument("--minutes", type=float, help="go on for so long instead")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--seed", type=int, default=2026)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    dice, begun = random.Random(asked.seed), time.monotonic()
-    print(f"seed {asked.seed}", flush=True)
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(Path(place))
         try:
             if asked.minutes:
-                soak(bench, asked.minutes, dice)
+                soak(bench, asked.minutes, random.Random(time.time()))
+                rows = bench.rows
             else:
-                campaign(bench, asked.kills, dice)
+                rows = campaign(bench, asked.kills, asked.results or Path(place) / "results.jsonl", asked.seed)
         finally:
-            print(bench.table(), *losses(bench), sep="\n", flush=True)
             bench.close()
-        if asked.page:
-            write_table(bench, asked.page, time.monotonic() - begun)
-    return 1 if losses(bench) else 0
+    print(table(rows), table(rows, 1), *losses(rows), sep="\n", flush=True)
+    if asked.page:
+        told = (
+            f"{datetime.date.today()}, {platform.system()} on {platform.machine()}, {os.cpu_count()} cores, "
+            f"Python {platform.python_version()}, seed {asked.seed}."
+        )
+        write_table(rows, asked.page, told)
+    return 1 if losses(rows) else 0
 
 
 if __name__ == "__main__":
