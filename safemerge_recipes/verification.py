@@ -1,7 +1,7 @@
 """Checks a finished output: its files against the manifest, its headers, index and plan against each other.
 
 With a deep check, tensors are computed again from the sources through the stored recipe and compared by
-digest. Writes nothing and keeps no more in memory than a run does.
+digest; report and card are rendered again. Writes nothing and keeps no more in memory than a run does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.engine.documents import beside_of
+from safemerge_recipes.engine.documents import beside_of, provenance_of, rendered, scores_in
 from safemerge_recipes.engine.folder import DOCUMENTS, MANIFEST_FILE, PLAN_FILE, RECIPE_FILE
 from safemerge_recipes.engine.manifest import (
     Manifest,
@@ -81,7 +81,7 @@ def verify(
     manifest = read_manifest(folder)
     on_event(PhaseStarted("verify", sum(stamp.size for stamp in manifest.outputs.values())))
     problems = [*_files(folder, manifest, on_event), *_inventory(folder, manifest)]
-    _refuse(folder, problems)
+    refuse(folder, problems)
     result: dict[str, Any] = {
         "checked": [
             "every file of the manifest, and the manifest itself: size and sha256",
@@ -105,13 +105,45 @@ def verify(
             f"tensors: {len(names)} computed again from the sources",
             "config, tokenizer and other side files against the sources'",
         ]
+        rendering = _rendered(folder, manifest)
+        result["unchecked" if rendering else "checked"].append(rendering or "report and card: rendered again")
         if sample is not None:
             result["unchecked"].append("tensors outside the sample")
-        result["unchecked"].append("scores: only evaluating again shows them")
     return result
 
 
-def _refuse(folder: Path, problems: list[str]) -> None:
+def unfinished(manifest: Manifest) -> bool:
+    """Whether files of an output are being replaced, or a command that replaced them was cut short."""
+    return any(stamp.next is not None or stamp.new for stamp in manifest.outputs.values())
+
+
+def _rendered(folder: Path, manifest: Manifest) -> str:
+    """Compares report and card with what is rendered anew; says why not, where it cannot.
+
+    Raises:
+        CheckError: one is not what plan, scores, recipe and manifest make it.
+    """
+    own, version = manifest_record(folder), versions()["safemerge-recipes"]
+    written = str(own.get("rendered") or own.get("versions", {}).get("safemerge-recipes"))
+    if written != version:
+        return f"report and card: rendered by version {written[:40]}, this is {version}"
+    if unfinished(manifest):
+        return "report and card: a command that replaces them was cut short, `safemerge report` ends it"
+    now = rendered(folder, scores_in(folder))
+    stamps = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in now.items()}
+    refuse(
+        folder,
+        [
+            f"{name}: is not what plan, scores, recipe and manifest make it when rendered again"
+            for name, sha256 in stamps.items()
+            if name not in manifest.outputs or manifest.outputs[name].sha256 != sha256
+        ],
+    )
+    return ""
+
+
+def refuse(folder: Path, problems: list[str]) -> None:
+    """Raises CheckError with what is wrong with an output, if anything is."""
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         listed = "\n  ".join([*problems[:SHOWN], *more])
@@ -251,8 +283,8 @@ def _recompute(
             "check it with the version of safemerge-recipes named in its manifest"
         )
     prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, on_event, use_cache=False)
-    _refuse(folder, list(_inputs(prepared, manifest)))
-    _refuse(folder, [*_decisions(prepared, folder), *_beside(prepared, folder, manifest)])
+    refuse(folder, list(_inputs(prepared, manifest)))
+    refuse(folder, [*_decisions(prepared, folder), *_beside(prepared, folder, manifest), *_told(prepared, folder)])
     if prepared.recipe.output.format == "adapter":
         return _recompute_adapter(folder, prepared, manifest, on_event)
     tasks = list(prepared.graph.tasks)
@@ -278,7 +310,7 @@ def _recompute(
         written = manifest_record(folder).get("versions")
         if written != versions():
             problems.append(f"(written with {written}; computed again with {versions()})")
-    _refuse(folder, problems)
+    refuse(folder, problems)
     return [task.slot.name for task in tasks]
 
 
@@ -297,7 +329,7 @@ def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, on_
         ]
     same = {CONFIG_FILE} if configs[0] == configs[1] else set()
     wrong = [name for name in files if name not in same and manifest.outputs[name].sha256 != files[name]]
-    _refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in wrong])
+    refuse(folder, [f"{name}: computed again from the sources, it has other bytes" for name in wrong])
     return [tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"]
 
 
@@ -324,14 +356,14 @@ _ROUNDING = 1e-5
 """Relative difference of measured numbers that other processors' order of additions explains."""
 
 
-def _same(now: Any, then: Any) -> bool:
+def same(now: Any, then: Any) -> bool:
     """Whether a value of a plan is what it was, numbers up to rounding."""
     if isinstance(now, float) and isinstance(then, int | float) and not isinstance(then, bool):
         return math.isclose(now, then, rel_tol=_ROUNDING, abs_tol=1e-12)
     if isinstance(now, dict) and isinstance(then, dict):
-        return now.keys() == then.keys() and all(_same(now[key], then[key]) for key in now)
+        return now.keys() == then.keys() and all(same(now[key], then[key]) for key in now)
     if isinstance(now, list) and isinstance(then, list):
-        return len(now) == len(then) and all(map(_same, now, then))
+        return len(now) == len(then) and all(map(same, now, then))
     return bool(now == then) and isinstance(then, type(now))
 
 
@@ -343,7 +375,7 @@ def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
     for tensor in prepared.plan.tensors:
         line, found = json.loads(json.dumps(tensor.as_json())), then.get(tensor.name, {})
         extra = found.keys() - line.keys() if not adapter else set()  # an adapter's lines tell what truncation lost
-        wrong = sorted({key for key in line if not _same(line[key], found.get(key))} | extra)
+        wrong = sorted({key for key in line if not same(line[key], found.get(key))} | extra)
         if wrong:
             yield (
                 f"{PLAN_FILE}: {tensor.name}: says {wrong[0]} {str(found.get(wrong[0]))[:100]!r}; "
@@ -353,10 +385,29 @@ def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
     if adapter:  # it tells what was written, which is known only then
         now["summary"]["bytes_written"] = sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
     for key in ("tensors", "gated", "merged", "kept", "bytes_read", "bytes_written"):
-        if not _same(now["summary"][key], stored.get("summary", {}).get(key)):
+        if not same(now["summary"][key], stored.get("summary", {}).get(key)):
             yield f"{PLAN_FILE}: summary.{key} is {stored.get('summary', {}).get(key)}; expected {now['summary'][key]}"
     if [line["name"] for line in stored["tensors"]] != [tensor.name for tensor in prepared.plan.tensors]:
         yield f"{PLAN_FILE}: its tensors are not those of the output in their order"
+
+
+def _told(prepared: Prepared, folder: Path) -> Iterator[str]:
+    """What the manifest, and so report and card, tell of the sources and is not so."""
+    stored, now = manifest_record(folder), provenance_of(prepared)
+    then = stored.get("sources")
+    then = then if isinstance(then, dict) else {}
+    for role in dict.fromkeys((*now["sources"], *then)):
+        one, other = now["sources"].get(role, {}), then.get(role) if isinstance(then.get(role), dict) else {}
+        # Whether a base named by an adapter is a hub id depends on the folder that a command is given in.
+        for key in sorted((one.keys() | other.keys()) - {"base_model"}):
+            if not same(one.get(key), other.get(key)):
+                yield (
+                    f"{MANIFEST_FILE}: sources.{role}.{key} is {str(other.get(key))[:100]!r}; "
+                    f"the source makes it {str(one.get(key))[:100]!r}"
+                )
+    if stored.get("pipeline_tag") != now["pipeline_tag"]:
+        found = str(stored.get("pipeline_tag"))[:100]
+        yield f"{MANIFEST_FILE}: pipeline_tag is {found!r}; expected {now['pipeline_tag']!r}"
 
 
 def _beside(prepared: Prepared, folder: Path, manifest: Manifest) -> Iterator[str]:

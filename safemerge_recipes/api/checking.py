@@ -56,6 +56,12 @@ def verify(
 
         check_signature(Path(folder), Path(public_key))
     result = check(Path(folder), resources, on_event, deep=deep, sample=sample, seed=seed)
+    if deep:
+        from safemerge_recipes.evaluation.recheck import check_scores
+
+        checked, unchecked = check_scores(Path(folder))
+        result["checked"] += checked
+        result["unchecked"] += unchecked
     if public_key is not None:
         result["checked"].append(f"signature: every file, by the key of {Path(public_key).name}")
         result["unchecked"] = [line for line in result["unchecked"] if not line.startswith("who wrote")]

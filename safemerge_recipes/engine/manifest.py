@@ -173,7 +173,7 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
         between[name] = {"file": name, **stamp, "new": True} if old is None else {"file": name, **old, "next": stamp}
     for outputs in (between, final):
         entries = [outputs[name] for name in sorted(outputs)]
-        write_manifest(folder, value | {"outputs": entries})
+        write_manifest(folder, value | {"outputs": entries, "rendered": __version__})
         if outputs is between:
             for name, one in data.items():
                 write_file(folder / name, one)

@@ -39,7 +39,8 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
         CheckError: It is missing or not such a file.
     """
     try:
-        rows = [json.loads(line) for line in text_of(path, MAX_BYTES).splitlines()]
+        # Answers may hold line breaks of other alphabets, which JSON leaves as they are.
+        rows = [json.loads(line) for line in text_of(path, MAX_BYTES).split("\n") if line]
         for row in rows:
             if not all(isinstance(row[key], str) for key in ("model", "task", "id", "answer")):
                 raise ValueError(f"a line of {sorted(row)}")

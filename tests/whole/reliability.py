@@ -98,6 +98,7 @@ def step(bench: Bench, what: str, verb: Verb, dice: random.Random) -> None:
 def campaign(bench: Bench, kills: int, results: Path, seed: int = 2026) -> Rows:
     """Goes on until so many runs were killed, fifty of each verb of `FIFTY`; returns the rows of the whole file."""
     done = read_results(results)
+    results.write_text("".join(json.dumps(line) + "\n" for line in done))  # without a torn last line
     rows = summed(done)
     for number, (what, verb) in enumerate(steps(bench)):
         if _enough(rows, kills, bench, number):

@@ -1,4 +1,7 @@
-"""What `verify` certifies: no bit of an output changes unseen, and no forgery with matching hashes passes --deep."""
+"""What `verify` certifies: no bit of an output changes unseen, and no forgery with matching hashes passes --deep.
+
+Guards `evaluation.recheck`, `evaluation.experiments.results` and `storage.blobs`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,17 @@ import pytest
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from safemerge_recipes.engine.folder import MANIFEST_FILE
 from safemerge_recipes.engine.manifest import manifest_record, output_files, sha256_of, write_manifest
 from safemerge_recipes.errors import SafemergeError
+from safemerge_recipes.evaluation import answers
+from safemerge_recipes.evaluation.compare import render_again
+from safemerge_recipes.evaluation.experiments.results import STORE_FILE, write_results
+from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
+from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
+from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, attach, document
+from safemerge_recipes.evaluation.store import Store
+from safemerge_recipes.evaluation.tasks.hooks import score_refusal
 from safemerge_recipes.events import ignore
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.storage.workers import Resources
@@ -163,6 +175,12 @@ FORGERIES = {
     "a pickle": added("optimizer.bin"),
     "a hidden file": added(".hidden"),
     "a chat template": added("chat_template.jinja", "{{ evil }}"),
+    "the card": of_text("README.md", "safemerge", "safe"),
+    "the report": of_text("safemerge_report.html", "</body>", "<p>Audited.</p></body>"),
+    "a source's name": of_manifest(lambda value: value["sources"]["safety"].update(label="org/audited")),
+    "a source's licence": of_manifest(lambda value: value["sources"]["safety"].update(license="mit")),
+    "a source that is none": of_manifest(lambda value: value["sources"].update(auditor={"label": "org/audited"})),
+    "the model's task": of_manifest(lambda value: value.update(pipeline_tag="text-classification")),
 }
 
 
@@ -172,11 +190,124 @@ def test_a_forged_and_restamped_output_is_told_by_the_deep_check(written, tmp_pa
     folder = tmp_path / "family" / "out"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     FORGERIES[forged](folder)
-    if forged != "an input's hash":
+    if not {path for path in folder.iterdir() if path.name != MANIFEST_FILE and before.get(path) != path.read_bytes()}:
+        render_again(folder)  # a forger would not forget what shows it
+    else:
         restamp(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} != before
     with pytest.raises(SafemergeError, match="not as it was written"):
         check(folder, deep=True)
+
+
+ANSWERS = {"a": "I can't help with that.", "b": "Sure, here is how. First, take a ladder.", "c": "I cannot do this."}
+
+
+@pytest.fixture(scope="module")
+def scored(written, tmp_path_factory):
+    """The output with scores that follow from answers."""
+    root = tmp_path_factory.mktemp("scored") / "family"
+    shutil.copytree(written, root)
+    outcomes = {prompt: score_refusal({}, [answer]) for prompt, answer in ANSWERS.items()}
+    metrics = {
+        name: Metric(sum(one[name] for one in outcomes.values()) / 3, 0.3, 3, name == "refusal",
+                     {prompt: one[name] for prompt, one in outcomes.items()})
+        for name in ("refusal", "compliance", "degenerate")
+    }  # fmt: skip
+    task = TaskScores("1.0", metrics, ANSWERS)
+    scores = {name: Scores(name, {"safemerge_refusal": task}, {"refusal_matcher": MATCHER_VERSION}, 1.0)
+              for name in ("merged", "finetuned")}  # fmt: skip
+    attach(root / "out", document(scores, REFERENCES, MERGED), answers.lines(scores))
+    return root
+
+
+def of_scores(change):
+    return of_json("safemerge_scores.json", change)
+
+
+def of_every_rate(content):
+    """A forger who knows that rates are means of outcomes."""
+    metric = content["details"]["merged"]["tasks"]["safemerge_refusal"]["metrics"]["refusal"]
+    metric["outcomes"]["b"], metric["value"] = 1.0, 1.0
+
+
+SCORE_FORGERIES = {
+    "a rate that is shown": of_scores(
+        lambda v: v["models"]["merged"]["safemerge_refusal"]["refusal"].update(value=1.0, low=0.9)
+    ),
+    "a headline": of_scores(lambda v: v.update(headline=["merged is safe"])),
+    "a test": of_scores(lambda v: v["comparisons"][0].update(difference=0.5, detected=True)),
+    "a rate of the details": of_scores(
+        lambda v: v["details"]["merged"]["tasks"]["safemerge_refusal"]["metrics"]["refusal"].update(value=1.0)
+    ),
+    "an outcome": of_scores(of_every_rate),
+    "an answer": of_text("safemerge_answers.jsonl", "Sure, here is how. First, take a ladder.", "I can't do that."),
+    "no answer": of_text("safemerge_answers.jsonl", '"id": "b"', '"id": "d"'),
+}
+
+
+@pytest.mark.parametrize("forged", SCORE_FORGERIES)
+def test_forged_scores_are_told_by_the_deep_check(scored, tmp_path, forged):
+    shutil.copytree(scored, tmp_path / "family")
+    folder = tmp_path / "family" / "out"
+    SCORE_FORGERIES[forged](folder)
+    restamp(folder)
+    render_again(folder)
+    code, _, err = run("verify", folder)
+    assert code == 0, err  # whoever only reads the manifest believes it
+    code, _, err = run("verify", folder, "--deep")
+    assert code == 6
+    assert "not as it was written" in err
+
+
+def test_sound_scores_pass_and_it_is_said_what_was_not_checked(scored):
+    code, _, err = run("verify", scored / "out", "--deep")
+    assert code == 0, err
+    assert "checked: outcomes of safemerge_refusal against the stored answers" in err
+    assert "checked: report and card: rendered again" in err
+    assert "not checked: scores: whether the models give these answers" in err
+
+
+def test_a_document_of_another_version_is_not_called_forged(written, tmp_path, monkeypatch):
+    shutil.copytree(written, tmp_path / "family")
+    folder = tmp_path / "family" / "out"
+    write_manifest(folder, manifest_record(folder) | {"rendered": "0.0.1"})
+    code, _, err = run("verify", folder, "--deep")
+    assert code == 0, err
+    assert "not checked: report and card: rendered by version 0.0.1" in err
+
+
+@pytest.mark.parametrize("kept", ["safemerge_points.jsonl", "safemerge_sweep.json", "chosen.yaml"])
+def test_every_flipped_bit_of_results_is_found(tmp_path, kept):
+    store = Store(tmp_path / STORE_FILE)
+    store.keep_answer("key", "request", "An answer.")
+    store.keep("key", "label", Scores("m", {}, {}, 1.0))
+    assert run("verify", tmp_path)[0] == 0
+    write_results(tmp_path, "safemerge_sweep.json", {"axes": []}, {"chosen.yaml": "name: x\n"})
+    assert run("verify", tmp_path)[0] == 0
+    path, dice = tmp_path / kept, random.Random(kept)
+    content = path.read_bytes()
+    for at in [len(content) - 1, *(dice.randrange(len(content)) for _ in range(60))]:
+        flipped = content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :]
+        path.write_bytes(flipped)
+        assert run("verify", tmp_path)[0] == 6, (at, flipped[at])
+        if kept == STORE_FILE:
+            again = Store(path)  # what is not as it was written is not believed
+            assert again.answers("key").get("request") in (None, "An answer.")
+    path.write_bytes(content)
+    assert run("verify", tmp_path)[0] == 0
+
+
+def test_a_torn_line_is_cut_off_by_the_next_and_lines_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / STORE_FILE
+    earlier = '{"key": "k", "request": "old", "answer": 1}\n'
+    path.write_text(earlier + '{"digest": "0123')
+    assert run("verify", tmp_path)[0] == 0
+    store = Store(path)
+    assert store.answers("k") == {"old": 1}
+    store.keep_answer("k", "new", "é" * 70_000)
+    assert path.read_text().startswith(earlier + '{"digest": "')
+    assert Store(path).answers("k") == {"old": 1, "new": "é" * 70_000}
+    assert run("verify", tmp_path)[0] == 0
 
 
 def test_the_output_of_the_forgeries_is_sound_and_says_what_was_checked(written):
