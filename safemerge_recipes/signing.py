@@ -47,13 +47,13 @@ def sign(folder: Path, private_key: Path) -> Path:
         CheckError: the key cannot be used, or the folder not be read.
     """
     hashing, signing, _ = _library()
+    remove_left(folder, [SIGNATURE_FILE])
 
     def call() -> None:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
         with tempfile.TemporaryDirectory() as place:
             made = Path(place) / SIGNATURE_FILE
             config.set_hashing_config(_covered(folder, hashing)).sign(folder, made)
-            remove_left(folder, [SIGNATURE_FILE])
             write_file(folder / SIGNATURE_FILE, content_of(made, MAX_BYTES))
 
     _done(folder, private_key, call, "an output, and an elliptic-curve key in a PEM file without a password")

@@ -397,7 +397,8 @@ def _told(prepared: Prepared, folder: Path) -> Iterator[str]:
     then = stored.get("sources")
     then = then if isinstance(then, dict) else {}
     for role in dict.fromkeys((*now["sources"], *then)):
-        one, other = now["sources"].get(role, {}), then.get(role) if isinstance(then.get(role), dict) else {}
+        one, other = now["sources"].get(role, {}), then.get(role)
+        other = other if isinstance(other, dict) else {}
         # Whether a base named by an adapter is a hub id depends on the folder that a command is given in.
         for key in sorted((one.keys() | other.keys()) - {"base_model"}):
             if not same(one.get(key), other.get(key)):

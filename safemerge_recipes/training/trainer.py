@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -192,12 +193,18 @@ def _too_large(schedule: Schedule) -> str:
     )
 
 
+_NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""Files without which training would not go on, or go on to other bytes."""
+
+
 def _last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; others are removed."""
     sound: Path | None = None
     for place in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.partition("-")[2] or 0)):
         try:
-            json.loads(content_of(place / "trainer_state.json", MAX_BYTES))  # the last file of a checkpoint
+            json.loads(content_of(place / "trainer_state.json", MAX_BYTES))  # the last file that is written
+            for name in _NEEDED:  # a removal that was cut short leaves some of them
+                os.stat(place / name)
             sound = place
         except (OSError, SourceError, ValueError):
             shutil.rmtree(place, ignore_errors=True)
