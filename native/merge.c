@@ -122,6 +122,95 @@ static void add_term(const term *t, int first, int64_t start, int64_t n, float *
         EACH(uint16_t, from_bfloat);
 }
 
+enum { E4M3, INT8, E2M1, TABLE8, TABLE4 };
+
+/* Rows of codes, and a scale for each block of them; `scales` begins with the matrix's first. */
+typedef struct {
+    const uint8_t *codes;
+    const float *scales, *table;
+    int64_t row_bytes, scale_columns, block_rows, block_columns;
+    int32_t kind;
+} coded;
+
+/* Below the smallest exponent codes are multiples of one step; no subnormal is computed with, which would be slow. */
+static inline float from_e4m3(uint8_t c) {
+    const int32_t size = c & 0x7f;
+    uint32_t normal = ((uint32_t)size << 20) + (120u << 23);
+    uint32_t found = size < 8 ? to_bits((float)size * 0x1p-9f) : normal;
+    return from_bits((size == 0x7f ? 0x7fc00000u : found) | (uint32_t)(c & 0x80) << 24);
+}
+
+static inline float from_e2m1(uint32_t c) {
+    const int32_t size = c & 7;
+    uint32_t normal = ((uint32_t)size << 22) + (126u << 23);
+    return from_bits((size < 2 ? to_bits((float)size * 0.5f) : normal) | (c & 8) << 28);
+}
+
+#define HALVES(convert)                                                                                               \
+    do {                                                                                                              \
+        int64_t i = 0;                                                                                                \
+        if (start & 1) out[i++] = scale * convert(codes[start >> 1] >> 4);                                            \
+        const uint8_t *pairs = codes + ((start + i) >> 1);                                                            \
+        const int64_t whole = (n - i) / 2;                                                                            \
+        for (int64_t j = 0; j < whole; j++) {                                                                         \
+            out[i + 2 * j] = scale * convert(pairs[j] & 15);                                                          \
+            out[i + 2 * j + 1] = scale * convert(pairs[j] >> 4);                                                      \
+        }                                                                                                             \
+        if (i + 2 * whole < n) out[n - 1] = scale * convert(pairs[whole] & 15);                                       \
+    } while (0)
+
+/* Codes [start, start + n) of a row, which share a scale. */
+static void decode(int32_t kind, const uint8_t *codes, const float *table, float scale, int64_t start, int64_t n,
+                   float *restrict out) {
+    const uint8_t *from = codes + start;
+#define BY_TABLE(c) table[c]
+    if (kind == E4M3)
+        for (int64_t i = 0; i < n; i++) out[i] = scale * from_e4m3(from[i]);
+    else if (kind == INT8)
+        for (int64_t i = 0; i < n; i++) out[i] = scale * (float)(int8_t)from[i];
+    else if (kind == TABLE8)
+        for (int64_t i = 0; i < n; i++) out[i] = scale * table[from[i]];
+    else if (kind == E2M1)
+        HALVES(from_e2m1);
+    else
+        HALVES(BY_TABLE);
+}
+
+/* out (rows, columns) = the numbers of rows and columns of a quantised matrix; `codes` begins with row `row`. */
+void sm_dequantise(const coded *m, int64_t row, int64_t rows, int64_t column, int64_t columns, float *out) {
+    for (int64_t r = 0; r < rows; r++, out += columns) {
+        const float *scales = m->scales + (row + r) / m->block_rows * m->scale_columns;
+        for (int64_t c = 0; c < columns;) {
+            const int64_t block = (column + c) / m->block_columns, end = (block + 1) * m->block_columns - column;
+            const int64_t n = (end < columns ? end : columns) - c;
+            decode(m->kind, m->codes + r * m->row_bytes, m->table, scales[block], column + c, n, out + c);
+            c += n;
+        }
+    }
+}
+
+/* FP8 (e4m3) of value / scale, to the nearest, ties to even; what is too large becomes the largest, 448. */
+static inline uint8_t to_e4m3(float value) {
+    uint32_t bits = to_bits(value), size = bits & 0x7fffffffu;
+    uint32_t normal = (size - (120u << 23) + 0x7ffff + (size >> 20 & 1)) >> 20;
+    uint32_t small = to_bits(from_bits(size) + 0x1p14f) - to_bits(0x1p14f); /* rounds to multiples of 2^-9 */
+    uint32_t found = size < 0x3c800000u ? small : normal;
+    found = size > 0x7f800000u ? 0x7f : size >= 0x43e00000u ? 0x7e : found;
+    return (uint8_t)(found | (bits >> 24 & 0x80));
+}
+
+/* codes (rows, columns) of values, from row `row` of the matrix on, whole rows. */
+void sm_to_e4m3(const coded *m, int64_t row, int64_t rows, int64_t columns, const float *values, uint8_t *codes) {
+    for (int64_t r = 0; r < rows; r++, values += columns, codes += columns) {
+        const float *scales = m->scales + (row + r) / m->block_rows * m->scale_columns;
+        for (int64_t c = 0; c < columns;) {
+            const int64_t block = c / m->block_columns, end = (block + 1) * m->block_columns;
+            const int64_t last = end < columns ? end : columns;
+            for (; c < last; c++) codes[c] = to_e4m3(values[c] / scales[block]);
+        }
+    }
+}
+
 #define TILE 32 /* columns of a tile: its sums stay in registers, its part of the right factor in the nearest cache */
 
 /* out (rows, columns) += left (rows, rank) @ right, each product summed over rank in order. `right` comes in tiles
@@ -406,11 +495,11 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
     counts[1] = inside;
 }
 
-/* For checking that the caller's structure is laid out alike. */
-int64_t sm_size(void) { return sizeof(merge); }
+/* For checking that the caller's structures are laid out alike. */
+int64_t sm_size(void) { return sizeof(merge) + sizeof(coded); }
 
 /* Changes whenever a structure or a signature does: an old library is not called by new code. */
-int32_t sm_version(void) { return 4; }
+int32_t sm_version(void) { return 5; }
 
 /* What serves this machine best: 0 this library, 1 the one compiled with -march=x86-64-v3, 2 neither, as without such
  * instructions torch is faster. */

@@ -28,6 +28,7 @@ from safemerge_recipes.engine.manifest import (
     versions,
 )
 from safemerge_recipes.engine.produce import digest_of, produce
+from safemerge_recipes.engine.requantised import ERROR, requantised_errors
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.kernel import Tools
@@ -311,7 +312,18 @@ def _recompute(
         if written != versions():
             problems.append(f"(written with {written}; computed again with {versions()})")
     refuse(folder, problems)
+    refuse(folder, list(_errors(prepared, folder)))
     return [task.slot.name for task in tasks]
+
+
+def _errors(prepared: Prepared, folder: Path) -> Iterator[str]:
+    """Lines whose figure of what quantising again lost is not what the written codes show."""
+    lines = {line["name"]: line.get(ERROR) for line in read_record(folder / PLAN_FILE)["tensors"]}
+    now = requantised_errors(prepared, folder)
+    for name, said in lines.items():
+        found = now.get(name, {}).get(ERROR)
+        if not same(found, said):
+            yield f"{PLAN_FILE}: {name}: says {ERROR} {said}; the written codes make it {found}"
 
 
 def _recompute_adapter(folder: Path, prepared: Prepared, manifest: Manifest, on_event: Listener) -> list[str]:
@@ -374,7 +386,7 @@ def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
     adapter = prepared.recipe.output.format == "adapter"
     for tensor in prepared.plan.tensors:
         line, found = json.loads(json.dumps(tensor.as_json())), then.get(tensor.name, {})
-        extra = found.keys() - line.keys() if not adapter else set()  # an adapter's lines tell what truncation lost
+        extra = found.keys() - line.keys() - {ERROR} if not adapter else set()  # an adapter's tell what truncation lost
         wrong = sorted({key for key in line if not same(line[key], found.get(key))} | extra)
         if wrong:
             yield (
@@ -415,7 +427,7 @@ def _beside(prepared: Prepared, folder: Path, manifest: Manifest) -> Iterator[st
     """Config, tokenizer and other side files that are not those of the sources, and files that no run writes."""
     beside = beside_of(prepared)
     with tempfile.TemporaryDirectory() as place:
-        copy_side_files(beside, Path(place), prepared.family.config_edits)
+        copy_side_files(beside, Path(place), prepared.side_edits)
         for name in beside:
             found = manifest.outputs.get(name)
             if found is None or found.sha256 != sha256_of(Path(place) / name):

@@ -46,7 +46,7 @@ def write_documents(
     recipe = _stored_recipe(prepared, output)
     write_file(part / RECIPE_FILE, recipe)
     check_unchanged(prepared.identities)
-    copy_side_files(beside_of(prepared), part, prepared.family.config_edits)
+    copy_side_files(beside_of(prepared), part, prepared.side_edits)
     timings = {**prepared.timings, **timings}
     provenance = provenance_of(prepared)
     provenance["recipe"] = portable(recipe, provenance["sources"])

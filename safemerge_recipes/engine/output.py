@@ -14,6 +14,7 @@ from safemerge_recipes.engine.executor import Executor
 from safemerge_recipes.engine.folder import keep_only, part_of
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.engine.local_store import LocalStore
+from safemerge_recipes.engine.requantised import note_lines, requantised_errors
 from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.events import Listener, PhaseStarted
@@ -94,6 +95,7 @@ def write_output(
     timings = {"write": written - started, "hash": time.perf_counter() - written}
     tensors: dict[str, tuple[str, str | None]] = {name: (keys[name], digest) for name, digest in sealed.tensors.items()}
     plan = prepared.plan_json()
+    note_lines(plan, requantised_errors(prepared, part))
     timings = write_documents(prepared, part, output, plan, inputs, sealed.files, tensors, timings)
     return Result(output, prepared, sealed.files, timings, graph.bytes_written, len(done))
 
@@ -111,8 +113,7 @@ def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digest
     files, notes = write_adapter(prepared.plan, family, prepared.graph, part, prepared.resources.memory, on_event)
     written = time.perf_counter()
     plan = prepared.plan_json()
-    for line in plan["tensors"]:
-        line.update(notes.get(line["name"], {}))
+    note_lines(plan, notes)
     plan["summary"]["bytes_written"] = sum((part / name).stat().st_size for name in files)
     inputs = digests.result()
     timings = {"write": written - started, "hash": time.perf_counter() - written}

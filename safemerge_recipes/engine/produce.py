@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.on_codes import requantised
+from safemerge_recipes.methods.work import Requantise
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.safetensors import TensorRef
 
@@ -29,6 +32,9 @@ def produce(task: Task, tools: Tools, stop: threading.Event, *, allow_overflow: 
     """
     if task.work.copied is not None:
         return _stored(task.work.copied, tools)
+    if isinstance(task.work, Requantise):
+        inside = replace(task, slot=task.work.values(task.slot), work=task.work.inner)
+        return requantised(task.work, lambda: produce(inside, tools, stop))
     if task.native:
         return on_compiled.rounded(task.work, task.slot, tools, stop, allow_overflow)
     return on_torch.rounded(task.work, task.slot, tools, stop, allow_overflow)

@@ -19,8 +19,11 @@ from safemerge_recipes.gate.sketch import sketched_moments
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.dequantise import noise_square
 from safemerge_recipes.weights.directions import energy_inside
 from safemerge_recipes.weights.matrix import NARROW_PIECE, ROW_PIECE, TorchRows
+from safemerge_recipes.weights.operands import leaves
+from safemerge_recipes.weights.quantised import Quantised
 from safemerge_recipes.weights.spectrum import SMALL
 
 EXACT_SIDE = 640
@@ -63,9 +66,11 @@ def measure(
     Raises:
         SourceError: V or Δ holds NaN or infinite values.
     """
+    noise = [noise_square(weight, reader, arena) for weight in (v, delta)]
     if v.is_zero or delta.is_zero:
         squares = [low_rank.square_norm(weight, reader, arena) for weight in (delta, v)]
-        return Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
+        found = Moments(overlap=0.0, image=0.0, delta=squares[0], v=squares[1], gram=0.0)
+        return replace(found, v_noise=noise[0], delta_noise=noise[1])
     side = min(v.shape[-1], math.prod(v.shape[:-1]))
     if v.low_rank and delta.low_rank:
         found = low_rank.both_low_rank(v, delta, reader, arena)
@@ -88,6 +93,7 @@ def measure(
     if rank and found.degenerate is None and all(map(math.isfinite, (found.v, found.delta))):
         inside, error = energy_inside(name, v, delta, rank, reader, arena, room, effort == "exact")
         found = replace(found, inside=inside, inside_error=error)
+    found = replace(found, v_noise=noise[0], delta_noise=noise[1])
     if not all(math.isfinite(getattr(found, field.name)) for field in fields(found)):
         raise SourceError(_not_finite(name, v, delta, reader, arena))
     return found
@@ -95,9 +101,11 @@ def measure(
 
 def _not_finite(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena) -> str:
     """Says which stored tensor holds what, for the error message."""
-    for ref in dict.fromkeys((*v.refs, *delta.refs)):
-        count = 0
-        flat = Weight.of(Stored(ref))
+    read = (operand for weight in (v, delta) for operand in leaves(weight))
+    stored = (one if isinstance(one, Quantised) else Stored(ref) for one in read for ref in one.refs)
+    for operand in dict.fromkeys(stored):
+        ref, count = operand.refs[0], 0
+        flat = Weight.of(operand)
         for _, piece in TorchRows(flat, reader, arena, "scan", 0):
             count += int((~piece.isfinite()).sum())
         if count:

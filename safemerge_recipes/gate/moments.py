@@ -40,6 +40,8 @@ class Moments:
         numel: elements of the tensor.
         delta_gram: ‖ΔᵀΔ‖²; 0 where it is not known.
         members: how many tensors these are the moments of.
+        v_noise: expected ‖noise‖² that quantisation put into V; 0 where no source of it is quantised.
+        delta_noise: the same for Δ.
         null_overlap: of a group, as are the following, the sums of `null.Null`.
     """
 
@@ -59,6 +61,8 @@ class Moments:
     numel: int = 0
     delta_gram: float = 0.0
     members: int = 1
+    v_noise: float = 0.0
+    delta_noise: float = 0.0
     null_overlap: float = 0.0
     null_image: float = 0.0
     null_least: float = 0.0
@@ -80,6 +84,12 @@ class Moments:
             return None
         below = math.sqrt(self.image) * math.sqrt(self.delta)
         return min(1.0, self.overlap / below) if below else 0.0
+
+    @property
+    def noise_share(self) -> float:
+        """The expected part of quantisation noise in ‖V‖² or ‖Δ‖², whichever has more; 0 without noise."""
+        parts = ((self.v_noise, self.v), (self.delta_noise, self.delta))
+        return max((min(1.0, noise / square) if square else 1.0 for noise, square in parts if noise), default=0.0)
 
     @property
     def null(self) -> Null:

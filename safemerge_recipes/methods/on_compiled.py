@@ -16,10 +16,12 @@ from safemerge_recipes.storage.cut import largest, ranges
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
-from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
+from safemerge_recipes.weights.dequantise import Pieces
+from safemerge_recipes.weights.quantised import Quantised, Read
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +32,8 @@ def fits(work: Work, dtype: str) -> bool:
     if compiled.LIBRARY is None or dtype not in compiled.DTYPES or not work.is_compiled:
         return False
     return all(
-        isinstance(operand, Stored | LowRank) and all(ref.dtype in compiled.DTYPES for ref in operand.refs)
+        isinstance(operand, Quantised)
+        or (isinstance(operand, Stored | LowRank) and all(ref.dtype in compiled.DTYPES for ref in operand.refs))
         for weight in work.weights
         for _, operand in weight
     )
@@ -39,18 +42,19 @@ def fits(work: Work, dtype: str) -> bool:
 def memory(work: Work, slot: Slot) -> int:
     """Bytes for work that `fits`, with what a search holds: pieces as stored and as written, factors, strips."""
     piece = largest(slot.shape)
-    width = sum(itemsize(ref.dtype) for ref in _stored(work)) + itemsize(slot.dtype)
-    factors = 4 * sum(weight.memory(piece) for weight in work.weights)
+    width = sum(itemsize(one.ref.dtype) for one in _read(work) if isinstance(one, Stored)) + itemsize(slot.dtype)
+    operands = [operand for weight in work.weights for _, operand in weight]
+    factors = sum(one.memory(piece) * (1 if isinstance(one, Quantised) else 4) for one in operands)
     columns = slot.shape[-1] if slot.shape else 1
     strips = 3 * 4 * compiled.strip(columns if any(map(has_factors, work.weights)) else None)
     found = 4 * piece if len(work.weights) > 1 else 0
     return piece * width + factors + strips + found + work.held(slot)
 
 
-def _stored(work: Work) -> tuple[TensorRef, ...]:
+def _read(work: Work) -> tuple[Stored | Quantised, ...]:
     """Every tensor that is read piece by piece, once."""
     operands = (operand for weight in work.weights for _, operand in weight)
-    return tuple(dict.fromkeys(operand.ref for operand in operands if isinstance(operand, Stored)))
+    return tuple(dict.fromkeys(operand for operand in operands if isinstance(operand, Read)))
 
 
 class Tensor:
@@ -63,31 +67,31 @@ class Tensor:
         import numpy as np
 
         assert compiled.LIBRARY is not None  # callers have asked `fits`
-        self.compiled, self.reader, arena = compiled.LIBRARY, tools.reader, tools.arena
+        self.compiled, arena = compiled.LIBRARY, tools.arena
         weights, shape, dtype = work.weights, slot.shape, slot.dtype
         self.name, self.numel, self.stop = slot.name, math.prod(shape), stop
         self.ranges = list(ranges(shape, any(map(has_factors, weights))))
         self.columns = shape[-1] if shape else 1
         most = max((last - first for first, last in self.ranges), default=0)
-        self.refs = _stored(work)
-        self.raw = [
-            arena.array(f"raw {number}", most * itemsize(ref.dtype), np.uint8) for number, ref in enumerate(self.refs)
+        self.read = _read(work)
+        self.pieces = [
+            Pieces(operand, tools.reader, arena, f"raw {number}", most) for number, operand in enumerate(self.read)
         ]
         self.merge = compiled.Merge()
         self.merge.dtype = compiled.DTYPES[dtype]
         self._kept: list[Any] = []  # what the structure points to
         self._left: list[tuple[compiled.Sum, int]] = []
         for field, weight in zip(("x",) if len(weights) == 1 else ("origin", "x", "y"), weights, strict=True):
-            self._point(getattr(self.merge, field), weight)
+            self._point(getattr(self.merge, field), weight, tools.reader)
         rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
         self.scratch = arena.array("strips", 3 * compiled.strip(self.columns if rows else None), np.float32)
         self.found = arena.array("found", most if len(weights) > 1 else 0, np.float32)
         self.out = arena.array("out", most * itemsize(dtype), np.uint8)
 
-    def _point(self, place: compiled.Sum, weight: Weight) -> None:
-        stored = [(float(c), operand.ref) for c, operand in weight if isinstance(operand, Stored)]
-        terms = compiled.terms([(c, ref.dtype, self.raw[self.refs.index(ref)].ctypes.data) for c, ref in stored])
-        place.terms, place.count = terms, len(stored)
+    def _point(self, place: compiled.Sum, weight: Weight, reader: Reader) -> None:
+        read = [(float(c), self.pieces[self.read.index(one)]) for c, one in weight if isinstance(one, Read)]
+        terms = compiled.terms([(c, pieces.dtype, pieces.raw.ctypes.data) for c, pieces in read])
+        place.terms, place.count = terms, len(read)
         self._kept.append(terms)
         low_rank = Weight(tuple((c, operand) for c, operand in weight if isinstance(operand, LowRank)))
         if low_rank.terms:
@@ -95,7 +99,7 @@ class Tensor:
 
             from safemerge_recipes.weights.numpy_rows import numpy_factors
 
-            left, right = numpy_factors(low_rank, self.reader)
+            left, right = numpy_factors(low_rank, reader)
             left, tiles = np.ascontiguousarray(left, np.float32), compiled.tiled(right)
             self._kept += [left, tiles]
             place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
@@ -106,9 +110,8 @@ class Tensor:
         for first, last in self.ranges[::every]:
             check(self.stop)
             count = last - first
-            for ref, raw in zip(self.refs, self.raw, strict=True):
-                width = itemsize(ref.dtype)
-                self.reader.read_bytes(ref.path, ref.offset + first * width, raw[: count * width].data)
+            for pieces in self.pieces:
+                pieces.read(first, last)
             for place, left in self._left:
                 place.left = left + first // self.columns * place.rank * 4
             yield first, count

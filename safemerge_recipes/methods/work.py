@@ -1,5 +1,7 @@
 """Work: what is to be done for one output tensor. A copy, a sum, a kernel over pieces, a transform of whole matrices.
 
+Any of them may be written as codes with scales.
+
 Each kind knows what it reads, how much memory it takes, and whether it is compiled; whoever needs to know asks it.
 `planning.graph` orders it, `on_torch` and `on_compiled` make its bytes.
 """
@@ -9,13 +11,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.methods.kernel import Dot, Kernel, Transform
 from safemerge_recipes.storage.cut import largest
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.quantised import Quantised
 
 if TYPE_CHECKING:
     from safemerge_recipes.methods.on_compiled import Tensor
@@ -69,6 +72,11 @@ class Work(ABC):
     def is_named(self) -> bool:
         """Whether its result depends on more than its weights: on the tensor's name and the method's parameters."""
         return True
+
+    @property
+    def written_as(self) -> str:
+        """What its bytes depend on besides its values and the output's dtype."""
+        return ""
 
     def set_up(self, tensor: Tensor) -> None:
         """Sets what the compiled twin needs besides the weights; for work that `is_compiled`."""
@@ -235,3 +243,43 @@ class Prepare(Work):
         piece = largest(slot.shape)
         factors = sum(weight.memory(piece) for weight in self.weights)
         return piece * 6 * self.width + factors + self.transform.memory(self.inputs, slot.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Requantise(Work):
+    """Do `inner` in float32 and write its codes, or the scales of its blocks, in the FP8 format of `form`."""
+
+    inner: Work
+    form: Quantised
+    part: Literal["codes", "scales"]
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Those of the work inside."""
+        return self.inner.weights
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the work inside is."""
+        return self.inner.is_named
+
+    @property
+    def written_as(self) -> str:
+        """Codes or scales, of blocks of which size."""
+        return f"{self.part} of {self.form.code}{self.form.stored_shape}/{self.form.block}:{self.form.scales.dtype}"
+
+    def values(self, slot: Slot) -> Slot:
+        """The slot that the values would have if they were written as float32."""
+        return replace(slot, dtype="F32", shape=self.form.stored_shape)
+
+    def less(self, weight: Weight) -> Work:
+        """The values alone."""
+        return self.inner.less(weight)
+
+    def memory(self, slot: Slot) -> int:
+        """What the values take, a piece of them with its codes, and all scales."""
+        return self.inner.memory(self.values(slot)) + self.held_scales(slot)
+
+    def held_scales(self, slot: Slot) -> int:
+        """Bytes of the scales, and of a piece while it is divided by them."""
+        return 12 * largest(self.form.stored_shape) + 16 * math.prod(self.form.scales.shape)

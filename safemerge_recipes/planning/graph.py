@@ -13,14 +13,16 @@ from dataclasses import dataclass, replace
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.on_compiled import fits, memory
-from safemerge_recipes.methods.work import Copy, Sum, Work
+from safemerge_recipes.methods.work import Copy, Requantise, Sum, Work
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.planning.plugins import METHODS
+from safemerge_recipes.planning.stored import copied
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
 from safemerge_recipes.weights.algebra import describe
+from safemerge_recipes.weights.operands import plain_refs
 
 ENGINE = 4
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
@@ -132,6 +134,19 @@ def find_method(name: str, methods: Mapping[str, Method]) -> Method:
     return methods[name]
 
 
+def _part(tensor: TensorPlan, lines: Mapping[str, TensorPlan], family: Family, methods: Mapping[str, Method]) -> Work:
+    """The work of a tensor that is a part of a quantised weight, whose codes carry the decision."""
+    form = family.form(tensor.of)
+    assert form is not None  # lines with `of` are made from these
+    assert form.operand is not None
+    decided, end = lines[form.codes], tensor.name.removeprefix(form.root)
+    own = copied(decided, family)
+    if own is not None or tensor.name not in (form.codes, form.scales):
+        return Copy((own or form).parts[end])
+    inner = _work(replace(decided, name=tensor.of, dtype="F32", shape=form.operand.shape, of=""), family, methods)
+    return Requantise(inner, form.operand, "codes" if tensor.name == form.codes else "scales")
+
+
 def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> Work:
     work: Work
     if tensor.action == "merge":
@@ -144,7 +159,7 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
     if stored is not None and stored.dtype == tensor.dtype:
         return Copy(stored)
     masks = {ref for tensors in family.masks.values() if (ref := tensors.get(tensor.name)) is not None}
-    for ref in work.refs:
+    for ref in dict.fromkeys(ref for weight in work.weights for ref in plain_refs(weight)):
         if ref not in masks and (ref.dtype not in FLOAT_DTYPES or tensor.dtype not in FLOAT_DTYPES):
             raise SourceError(
                 f"{ref.path}: {tensor.name} is stored as {ref.dtype}, the aligned model's as {tensor.dtype}, and "
@@ -155,9 +170,11 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
 
 
 def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: str, arithmetic: str) -> str:
+    """Names a result. `tensor` is the line that decides, for a part of a quantised weight that of its codes."""
     import xxhash
 
-    text = "|".join(describe(weight, identity) for weight in work.weights)
+    text = work.written_as and f"{work.written_as}|"
+    text += "|".join(describe(weight, identity) for weight in work.weights)
     if work.copied is not None:
         arithmetic = ""
     if work.is_named:
@@ -191,20 +208,32 @@ def build_graph(
     """
     aligned = family.inventory
     layout = lay_out(
-        {tensor.name: (tensor.dtype, tensor.shape, aligned[tensor.name].path) for tensor in plan.tensors},
+        {tensor.name: (tensor.dtype, tensor.shape, aligned[tensor.weight].path) for tensor in plan.tensors},
         plan.recipe.output.max_shard_size,
     )
     identity = {one.path: one.key for one in identities}
+    lines = {tensor.name: tensor for tensor in plan.tensors}
     tasks = []
     for tensor in plan.tensors:
-        work = _work(tensor, family, methods)
-        origin = origin_of(tensor.policy.merge.method) if tensor.policy and tensor.action == "merge" else ""
-        native = device == "cpu" and fits(work, tensor.dtype)
-        key = _key(tensor, work, identity, origin, "cpu" if native else device.partition(":")[0])
+        work = _part(tensor, lines, family, methods) if tensor.of else _work(tensor, family, methods)
+        decided = tensor
+        if isinstance(work, Requantise):
+            form = family.form(tensor.of)
+            decided = replace(lines[form.codes], dtype=tensor.dtype, shape=tensor.shape) if form else tensor
+        origin = origin_of(decided.policy.merge.method) if decided.policy and decided.action == "merge" else ""
+        native = device == "cpu" and _fits(work, tensor.dtype)
+        key = _key(decided, work, identity, origin, "cpu" if native else device.partition(":")[0])
         tasks.append(Task(layout.slots[tensor.name], work, key, native))
     return Graph(layout, tuple(tasks), plan.recipe.output.allow_overflow)
 
 
+def _fits(work: Work, dtype: str) -> bool:
+    """Whether the compiled kernels can do it; of codes, make the values."""
+    return fits(work.inner, "F32") if isinstance(work, Requantise) else fits(work, dtype)
+
+
 def task_memory(task: Task) -> int:
     """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
+    if isinstance(task.work, Requantise) and task.native:
+        return memory(task.work.inner, task.work.values(task.slot)) + task.work.held_scales(task.slot)
     return memory(task.work, task.slot) if task.native else task.work.memory(task.slot)

@@ -6,11 +6,12 @@ word. Pure but for the comparison of two adapters' files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.errors import SourceError
+from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.text import figure
 
@@ -55,6 +56,39 @@ def empty(plan: Plan) -> str | None:
             "never trained?); check sources.finetuned"
         )
     return f"nothing is merged: 0 of {len(gated)} gated tensors{_seen(gated, True)}"
+
+
+DROWNED = 0.5
+"""Part of ‖V‖² or ‖Δ‖² from which on quantisation noise is at least as large as what is measured."""
+
+
+def beneath_noise(plan: Plan) -> tuple[str, ...]:
+    """What is to be said of V and Δ that come from quantised weights and lie beneath what rounding them did.
+
+    Raises:
+        PlanError: that is so wherever a gate looks at them, so that it would decide by noise alone.
+    """
+    noisy = [
+        (tensor, tensor.moments)
+        for tensor in plan.gated
+        if tensor.policy is not None and tensor.policy.gate.needs_metric
+        and tensor.moments is not None and tensor.moments.noise_share
+    ]  # fmt: skip
+    beneath = [(tensor, found) for tensor, found in noisy if found.noise_share >= DROWNED]
+    if not beneath:
+        return ()
+    tensor, found = max(beneath, key=lambda one: one[1].noise_share)
+    which = "V" if found.v_noise / (found.v or 1) >= found.delta_noise / (found.delta or 1) else "Δ"
+    size, noise = (found.v, found.v_noise) if which == "V" else (found.delta, found.delta_noise)
+    sides = "sources.base and sources.aligned" if which == "V" else "sources.finetuned (an adapter is best)"
+    told = (
+        f"{which} lies beneath the quantisation noise in {len(beneath)} of {len(plan.gated)} gated tensors, worst in "
+        f"{tensor.name}: ‖{which}‖ is {figure(math.sqrt(size))}, and rounding alone is expected to make "
+        f"{figure(math.sqrt(noise))}; the metric says little there, use models before quantisation for {sides}"
+    )
+    if len(beneath) == sum(t.policy is not None and t.policy.gate.needs_metric for t in plan.gated):
+        raise PlanError(f"{told}; or a gate that looks at no metric, such as `gate: {{always: true}}`")
+    return (told,)
 
 
 def findings(plan: Plan, family: Family) -> tuple[str, ...]:

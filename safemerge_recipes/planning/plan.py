@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from safemerge_recipes.gate.decide import candidate, check, decide, unsettled
 from safemerge_recipes.gate.metrics import METRICS, Metric
 from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.gate.selectors import SELECTORS, Candidate, Decision, Selector
-from safemerge_recipes.planning.outcome import check_v, findings
+from safemerge_recipes.planning.outcome import beneath_noise, check_v, findings
+from safemerge_recipes.planning.stored import as_stored
 from safemerge_recipes.recipe.model import Gate, Merge, Policy, Recipe, Role
 from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
@@ -63,7 +64,8 @@ class TensorPlan:
 
     `take` is the role whose weight a kept tensor has. `rho_interval` is the half-width of ρ's interval, 0
     where ρ is exact to rounding; `rho_null_interval` likewise for ρ₀. `rho_z` is (ρ − ρ₀) over the spread of ρ
-    among updates unrelated to V, null where Δf is a full matrix.
+    among updates unrelated to V, null where Δf is a full matrix. `of` names the weight that a tensor is a part of,
+    where the output stores it quantised: its codes carry the decision.
     """
 
     name: str
@@ -76,6 +78,12 @@ class TensorPlan:
     policy: Policy | None
     value: float | None
     moments: Moments | None
+    of: str = ""
+
+    @property
+    def weight(self) -> str:
+        """The name of the weight that it is, or is a part of."""
+        return self.of or self.name
 
     def as_json(self) -> dict[str, Any]:
         """The tensor's line of safemerge_plan.json."""
@@ -97,6 +105,8 @@ class TensorPlan:
             "measured": ("sketched" if m.rho_error else "exact") if m else None,
             "norm_v": math.sqrt(m.v) if m else None,
             "norm_delta": math.sqrt(m.delta) if m else None,
+            "noise_v": math.sqrt(m.v_noise) if m and m.v_noise else None,
+            "noise_delta": math.sqrt(m.delta_noise) if m and m.delta_noise else None,
             "method": merge.method if merge else None,
             "alpha": merge.parameters().get("alpha") if merge else None,
         }
@@ -148,7 +158,7 @@ def _policies(recipe: Recipe, names: Sequence[str]) -> dict[str, Policy]:
     return found
 
 
-def _scope(scope: Matcher | None, name: str, ref: TensorRef, gate: Gate) -> str | None:
+def _scope(scope: Matcher | None, name: str, ref: TensorRef, gate: Gate, coded: bool) -> str | None:
     """Why a tensor is not gated, or None if it is. Vectors have no ρ: they are gated where a list names them."""
     if scope is not None:
         listed = gate.selector[0] == "names" and ref.shape
@@ -160,7 +170,7 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef, gate: Gate) -> str 
             return "in gate.scope, but empty"
     elif not is_block_matrix(name, ref.shape):
         return "not a matrix of a linear layer in a numbered block"
-    if ref.dtype not in FLOAT_DTYPES:
+    if ref.dtype not in FLOAT_DTYPES and not coded:
         return f"stored as {ref.dtype}, which cannot be merged"
     return None
 
@@ -168,6 +178,11 @@ def _scope(scope: Matcher | None, name: str, ref: TensorRef, gate: Gate) -> str 
 def _quantised(family: Family, name: str) -> str | None:
     kind = family.quantised.get(name)
     return f"a part of a quantised weight ({kind}), copied" if kind else None
+
+
+def _still(family: Family, name: str) -> bool:
+    """Whether no side changes a weight, so that merging it would only round it anew."""
+    return "safety" not in family.models or family.delta("safety", name).is_zero
 
 
 def _absent(family: Family, name: str) -> str | None:
@@ -188,15 +203,15 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
     outlooks = []
     for name, ref in family.inventory.items():
         policy = policies[name]
+        coded = family.form(name) is not None
         dtype = wanted if wanted and ref.dtype in FLOAT_DTYPES and name not in family.quantised else ref.dtype
         delta = family.delta("finetuned", name)
         if policy.keep is not None:
             outlook = Outlook(name, ref.shape, dtype, None, f"rules.{policy.rule}: keep {policy.keep}", policy.keep)
         else:
-            why = (
-                _quantised(family, name) or _scope(scopes[policy.rule], name, ref, policy.gate) or _absent(family, name)
-            )
-            if why is None and delta.is_zero and policy.gate.scope is None:
+            scope = scopes[policy.rule]
+            why = _quantised(family, name) or _scope(scope, name, ref, policy.gate, coded) or _absent(family, name)
+            if why is None and delta.is_zero and (policy.gate.scope is None or (coded and _still(family, name))):
                 why = "fine-tuning did not change it"
             if why is None and policy.gate.metric not in metrics:
                 raise RecipeError(
@@ -340,4 +355,6 @@ def make_plan(
         )  # fmt: skip
     plan = Plan(recipe, tuple(tensors), family.warnings)
     check_v(plan.gated)
-    return replace(plan, warnings=(*family.warnings, *findings(plan, family)))
+    warnings = (*family.warnings, *findings(plan, family), *beneath_noise(plan))
+    lines, notes = as_stored(plan.tensors, family, recipe.output)
+    return Plan(recipe, lines, (*warnings, *notes))

@@ -14,6 +14,7 @@ from typing import Any
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Outlook, Plan
 from safemerge_recipes.planning.plugins import Registry
+from safemerge_recipes.planning.stored import side_edits
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.sources.family import Family
@@ -63,6 +64,11 @@ class Prepared:
     def identities(self) -> tuple[FileIdentity, ...]:
         """Those of every file of the sources."""
         return self.resolved.identities
+
+    @property
+    def side_edits(self) -> Mapping[str, Mapping[str, Any]]:
+        """File beside the weights -> what it must say otherwise than the source's."""
+        return side_edits(self.plan.tensors, self.family)
 
     def plan_json(self) -> dict[str, Any]:
         """The content of safemerge_plan.json."""

@@ -23,6 +23,10 @@ class Output(Strict):
     """Largest weight file, in bytes or as `5GB`, `500MB`, `2GiB`."""
     rank: int | None = Field(default=None, ge=1, le=65536)
     """Greatest rank of a written adapter; null: the exact rank, for methods that have one."""
+    quantized: Literal["dequantize", "keep"] = "dequantize"
+    """What becomes of a merged weight that the aligned model stores quantised: written in bfloat16 (or `dtype`), or
+    quantised again in the same FP8 format, with fresh scales and the error in the report. Weights that nothing changes
+    are copied with their scales either way."""
     allow_overflow: bool = False
     """Write values that `dtype` cannot hold as infinities, instead of stopping."""
 

@@ -36,7 +36,8 @@ class Threshold:
 class Line:
     """One tensor of the plan. `kind` is its module type, `block` its place among the blocks, if in any.
 
-    `rho_z` is ρ's distance from ρ₀ in spreads of unrelated updates, where that is known. `ruled` says that a
+    `rho_z` is ρ's distance from ρ₀ in spreads of unrelated updates, where that is known. `noise` is the part of ‖V‖ or
+    ‖Δ‖, whichever has more, that rounding quantised weights is expected to make. `ruled` says that a
     rule has a selector, metric or direction of its own for the tensor.
     """
 
@@ -55,6 +56,7 @@ class Line:
     rho_z: float | None
     norm_v: float | None
     norm_delta: float | None
+    noise: float | None
     method: str
     alpha: float | None
     source: str
@@ -170,6 +172,12 @@ def _blocks(names: Sequence[str]) -> tuple[dict[str, int], tuple[str, ...]]:
     return {name: place[label] for name, label in number_of.items()}, labels
 
 
+def _noise(raw: Mapping[str, Any]) -> float | None:
+    """The greater part of quantisation noise in ‖V‖ and ‖Δ‖, at most 1; None without any."""
+    pairs = [(number(raw.get(f"noise_{of}")), number(raw.get(f"norm_{of}"))) for of in ("v", "delta")]
+    return max((min(1.0, noise / size) if size else 1.0 for noise, size in pairs if noise), default=None)
+
+
 def _line(
     raw: Mapping[str, Any],
     name: str,
@@ -195,6 +203,7 @@ def _line(
         rho_z=number(raw.get("rho_z")),
         norm_v=number(raw.get("norm_v")),
         norm_delta=number(raw.get("norm_delta")),
+        noise=_noise(raw),
         method=clean(raw.get("method"), 100),
         alpha=number(raw.get("alpha")),
         source=clean(raw.get("source"), 20),

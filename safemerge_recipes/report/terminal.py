@@ -21,6 +21,7 @@ from safemerge_recipes.text import (
     fixed,
     median,
     number,
+    percent,
     size,
     things,
 )
@@ -161,6 +162,11 @@ def _kinds(page: Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
         figures.append(("median", lambda lines: fixed(median([x for line in lines if (x := line.rho) is not None]))))
     if spread:
         figures.append(("    z", lambda rows: fixed(median([z for line in rows if (z := line.rho_z) is not None]), 1)))
+    noisy = any(line.noise is not None for line in view.gated)
+    if noisy:
+        figures.append(
+            ("noise", lambda rows: percent(median([x for line in rows if (x := line.noise) is not None]), 0))
+        )
     room = page.width - sum(2 + len(head) for head, _ in figures)
     axis = max(AXIS[0], min(AXIS[1], room - 2 - wanted)) if view.measured else 0
     label, top = max(8, min(room - (2 + axis if axis else 0), wanted)), _top(view)
@@ -184,6 +190,8 @@ def _kinds(page: Page, view: Overview, kinds: Mapping[str, list[Line]]) -> None:
         page.line("ρ: ● median, ─ min to max, ┊ τ, × ρ₀ (an update unrelated to V)", "dim")
     if spread:
         page.line("z: median distance of ρ from ρ₀ in spreads; within ±2 chance does as well", "dim")
+    if noisy:
+        page.line("noise: part of ‖V‖ or ‖Δ‖ that quantisation makes; above 70 % ρ says little", "dim")
 
 
 # By block

@@ -19,13 +19,14 @@ from safemerge_recipes.sources.masks import open_masks
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
-from safemerge_recipes.sources.quantised import dequantise, quantised
+from safemerge_recipes.sources.quantised import Group, dequantise, groups
 from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.algebra import Operand, Stored, Weight
+from safemerge_recipes.weights.operands import plain_refs
 
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -40,6 +41,8 @@ class Model:
     adapter: Adapter | None
     notes: tuple[str, ...] = ()
     translated: tuple[tuple[str, str], ...] = ()
+    forms: Mapping[str, Group] = field(default_factory=dict)
+    """Quantised weights of the checkpoint underneath, by the weight's name."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -54,7 +57,8 @@ class Family:
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
     config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
     recipe's mask files, by the path it writes and by name; `absent` the tensors for multi-token prediction that a
-    role lacks, with that role; `quantised` every tensor that is a part of a quantised weight, with its kind.
+    role lacks, with that role; `quantised` every tensor that is a part of a quantised weight which is only copied, with
+    its kind; `coded` the quantised weights that can be read, by operand.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -67,6 +71,7 @@ class Family:
     masks: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
     absent: Mapping[str, Role] = field(default_factory=dict)
     quantised: Mapping[str, str] = field(default_factory=dict)
+    coded: Mapping[Operand, Group] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -81,6 +86,16 @@ class Family:
         if "base" not in self.models:
             return None
         return self.weight("aligned", name) - self.weight("base", name)
+
+    def form(self, name: str) -> Group | None:
+        """How the aligned model stores a weight that is quantised and can be read; None for all others."""
+        found = self.models["aligned"].forms.get(name)
+        return found if found is not None and found.operand is not None and name in self.inventory else None
+
+    def stored_as(self, role: Role, name: str) -> Group | None:
+        """The quantised tensors that hold a role's weight and nothing else does: its values, under their own names."""
+        terms = self.weight(role, name).terms
+        return self.coded.get(terms[0][1]) if len(terms) == 1 and terms[0][0] == 1 else None
 
     @property
     def mask_files(self) -> tuple[str, ...]:
@@ -115,17 +130,31 @@ def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return (head, embedding) if same_bytes(checkpoint.tensors[head], checkpoint.tensors[embedding]) else None
 
 
+def _weights(checkpoint: Checkpoint, forms: Mapping[str, Group]) -> dict[str, Weight]:
+    """A checkpoint's weights by name: quantised ones that can be read as one operand, all others as they are stored."""
+    readable = {part: form for form in forms.values() if form.operand is not None for part in form.names}
+    weights: dict[str, Weight] = {}
+    for name, ref in checkpoint.tensors.items():
+        form = readable.get(name)
+        if form is None:
+            weights[name] = Weight.of(Stored(ref))
+        elif form.operand is not None and form.name not in weights:
+            weights[form.name] = Weight.of(form.operand)
+    return weights
+
+
 def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opened: dict[Role, Model]) -> Model:
     if role in opened:
         return opened[role]
     folder = folders[role]
     if folder.kind == "model":
         checkpoint = open_checkpoint(folder.path, folder.away)
-        weights = {name: Weight.of(Stored(ref)) for name, ref in checkpoint.tensors.items()}
+        forms = groups(checkpoint.tensors, checkpoint.config)
+        weights = _weights(checkpoint, forms)
         copied = tied_pair(checkpoint)
         if copied is not None:
             del weights[copied[0]]  # a copy of the embedding
-        opened[role] = Model(folder, weights, checkpoint, None)
+        opened[role] = Model(folder, weights, checkpoint, None, forms=forms)
         return opened[role]
     source = recipe.sources.roles()[role]
     on: Role = "aligned" if source.on == "aligned" else "base"
@@ -141,7 +170,8 @@ def _open_role(role: Role, folders: Mapping[Role, Folder], recipe: Recipe, opene
     embedding = embedding_of(below.weights, config) if tied else None
     above = apply_adapter(adapter, below.weights, config, embedding)
     notes = tuple(f"sources.{role}: {note}" for note in above.notes)
-    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, (*below.notes, *notes), above.translated)
+    notes = (*below.notes, *notes)
+    opened[role] = Model(folder, above.weights, below.checkpoint, adapter, notes, above.translated, below.forms)
     return opened[role]
 
 
@@ -171,7 +201,7 @@ def _tokenizer(model: Model) -> Path:
 def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRef]) -> None:
     for role, model in family.items():
         for name in inventory:
-            for ref in model.weights[name].refs:
+            for ref in plain_refs(model.weights[name]):
                 if ref.dtype not in FLOAT_DTYPES and model.weights[name].stored is None:
                     raise SourceError(
                         f"sources.{role}: {name} is stored as {ref.dtype}; an adapter needs float weights"
@@ -228,13 +258,14 @@ def open_family(
         if model.checkpoint is not aligned.checkpoint:
             _check_config(role, model, aligned)
     sides = {
-        role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model))
+        role: Side(model.folder.label, model.weights, model.checkpoint, _tokenizer(model), model.forms)
         for role, model in models.items()
     }
     fitted = reconcile(sides, recipe.vocabulary, BY_TORCH_NAME.get(recipe.output.dtype or ""))
     models = {role: replace(model, weights=fitted.weights[role]) for role, model in models.items()}
-    parts = {name: kind for model in models.values() for name, kind in quantised(model.checkpoint.tensors).items()}
-    parts = {name: kind for name, kind in parts.items() if name in fitted.inventory}
+    forms = [form for model in models.values() for form in model.forms.values()]
+    closed = {name: form.kind for form in forms if form.operand is None for name in form.names}
+    parts = {name: kind for name, kind in closed.items() if name in fitted.inventory}
     _check_quantised(models, parts)
     _check_dtypes(models, fitted.inventory)
     found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
@@ -244,5 +275,5 @@ def open_family(
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
         embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
-        fitted.absent, parts,
+        fitted.absent, parts, {form.operand: form for form in forms if form.operand is not None},
     )  # fmt: skip

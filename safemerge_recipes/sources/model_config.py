@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,6 +22,15 @@ class Removed(Enum):
 
 
 REMOVED = Removed.REMOVED
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """The value of an edit that puts further entries into a list, wherever the key stands."""
+
+    entries: tuple[str, ...]
+
+
 DTYPE_KEYS = ("dtype", "torch_dtype")
 _SCALAR = r'(?:true|false|null|-?\d+|"(?:[^"\\]|\\.)*")'
 
@@ -57,24 +67,39 @@ def dtype_edits(config: Mapping[str, Any], nbytes: Mapping[str, int]) -> dict[st
 def edited(content: bytes, edits: Mapping[str, Any]) -> bytes:
     """A config.json with some values changed wherever they stand, and every other byte as it was.
 
-    Where a key is taken away the file is written anew, two spaces a level, keys in their order.
+    Where a key is taken away, or its value is no scalar, the file is written anew, two spaces a level, keys in their
+    order.
     """
     text = content.decode("utf-8")
+    anew = {key: value for key, value in edits.items() if value is REMOVED or isinstance(value, Added | dict)}
     for key, value in edits.items():
-        if value is REMOVED:
+        if key in anew:
             continue
         new = json.dumps(value)
         text, count = re.subn(rf'("{key}"\s*:\s*){_SCALAR}', rf"\g<1>{new}", text)
         if not count:
             text = text.replace("{", f'{{\n  "{key}": {new},', 1)
-    config = json.loads(text)  # as sound as it was
-    gone = [key for key, value in edits.items() if value is REMOVED]
-    if gone:
-        text = json.dumps(_without(config, gone), indent=2, ensure_ascii=False) + "\n"
+    if anew:
+        config = json.loads(text)  # as sound as it was
+        absent = {key: value for key, value in anew.items() if isinstance(value, dict) and not _holds(config, key)}
+        text = json.dumps({**_changed(config, anew), **absent}, indent=2, ensure_ascii=False) + "\n"
     return text.encode("utf-8")
 
 
-def _without(value: Any, keys: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without(part, keys) for key, part in value.items() if key not in keys}
-    return value
+def _holds(config: Mapping[str, Any], key: str) -> bool:
+    return any(key in part for part in _parts(config))
+
+
+def _changed(value: Any, edits: Mapping[str, Any]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    found: dict[str, Any] = {}
+    for key, part in value.items():
+        edit = edits.get(key)
+        if edit is REMOVED:
+            continue
+        if isinstance(edit, Added) and isinstance(part, list):
+            found[key] = list(dict.fromkeys((*part, *edit.entries)))
+        else:
+            found[key] = edit if isinstance(edit, dict) else _changed(part, edits)
+    return found

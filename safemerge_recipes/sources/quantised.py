@@ -1,50 +1,314 @@
-"""Quantised weights, told by the tensors alone: which tensors they are, and how they were made.
+"""Quantised weights, told by the tensors alone: which tensors one consists of, and what they are worth.
 
-A config may say so or not, and may say so of weights that are plain. A quantised weight is two or more tensors (codes
-and scales), which mean something only together: they are copied together, byte for byte, and never merged one by one.
+A config may say so or not, and may say so of weights that are plain. A quantised weight is two or more tensors (codes,
+scales), which mean something only together. Where their format is known they become one operand under the weight's
+own name; where it is not, they stay what they are, are copied together, and are never merged one by one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
+from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.weights.quantised import SCALES, Code, Quantised
 
-_KINDS = (
-    # (how a tensor's name ends that no plain weight has, how those beside it end, kind)
-    (r"\.weight_scale_inv", (".weight",), "FP8 with a scale for each block"),
-    (r"\.weight_packed", (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx"), "packed integers"),
-    (r"\.qweight", (".qzeros", ".scales", ".g_idx"), "GPTQ or AWQ"),
-    (r"_blocks", ("_scales",), "MXFP4"),
-    (r"\.weight\.absmax", (".weight", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
-     "bitsandbytes 4-bit"),
-    (r"\.SCB", (".weight", ".weight_format"), "bitsandbytes 8-bit"),
-    (r"\.weight_scale", (".weight", ".weight_scale_2", ".input_scale"), "scaled codes"),
+BLOCK = 128
+"""Rows and columns that share a scale in FP8 checkpoints that do not say otherwise."""
+MX_BLOCK = 32
+"""Elements that share a scale of MXFP4."""
+
+_FP8: Mapping[str, Code] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A quantised weight as it is stored.
+
+    Attributes:
+        name: of the weight: what a plain checkpoint would call it.
+        kind: how it was quantised, in words.
+        root: what the names of its tensors begin with.
+        parts: the rest of a name -> tensor: codes, scales, and what belongs to them.
+        operand: what it is worth; None where that is not known here.
+    """
+
+    name: str
+    kind: str
+    root: str
+    parts: Mapping[str, TensorRef]
+    operand: Quantised | None
+
+    @property
+    def names(self) -> dict[str, TensorRef]:
+        """Its tensors by name."""
+        return {f"{self.root}{end}": ref for end, ref in self.parts.items()}
+
+    @property
+    def codes(self) -> str:
+        """The name of its codes. Undefined without an operand."""
+        assert self.operand is not None
+        return next(name for name, ref in self.names.items() if ref is self.operand.codes)
+
+    @property
+    def scales(self) -> str:
+        """The name of its scales. Undefined without an operand."""
+        assert self.operand is not None
+        return next(name for name, ref in self.names.items() if ref is self.operand.scales)
+
+    @property
+    def requantisable(self) -> bool:
+        """Whether other values can be written in its format: FP8 (e4m3) with float scales."""
+        own = self.operand
+        return own is not None and own.code == "e4m3" and own.divisor == 1 and own.scales.dtype in FLOAT_DTYPES
+
+    def like(self, other: Group) -> bool:
+        """Whether the other's tensors may take the place of these."""
+        mine, theirs = self.operand, other.operand
+        if mine is None or theirs is None or mine.code != theirs.code or mine.divisor != theirs.divisor:
+            return False
+        if (mine.stored_shape, mine.block, mine.turned) != (theirs.stored_shape, theirs.block, theirs.turned):
+            return False
+        parts = [{end: (ref.dtype, ref.shape) for end, ref in one.parts.items()} for one in (self, other)]
+        return parts[0] == parts[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """A format: how the names of one weight's tensors end."""
+
+    mark: str
+    """The end that no plain weight has."""
+    beside: tuple[str, ...]
+    kind: str
+
+
+_SCHEMES = (
+    _Scheme(".weight_scale_inv", (".weight", *_ACTIVATIONS), "FP8 with a scale for each block"),
+    _Scheme("_scale_inv", ("",), "FP8 with a scale for each block"),
+    _Scheme(
+        ".weight_packed",
+        (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale",
+         ".input_global_scale", *_ACTIVATIONS),
+        "packed integers",
+    ),
+    _Scheme(".qweight", (".qzeros", ".scales", ".g_idx"), "GPTQ or AWQ"),
+    _Scheme("_blocks", ("_scales",), "MXFP4"),
+    _Scheme(
+        ".weight.absmax",
+        (".weight", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
+        "bitsandbytes 4-bit",
+    ),
+    _Scheme(".SCB", (".weight", ".weight_format"), "bitsandbytes 8-bit"),
+    _Scheme(".weight_scale", (".weight", ".weight_scale_2", ".weight_zero_point", *_ACTIVATIONS), "scaled codes"),
+    _Scheme("_scale", ("",), "scaled codes"),
 )  # fmt: skip
+
+
+def _found(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str, dict[str, TensorRef]]]:
+    """(kind, root, parts) of every quantised weight."""
+    taken: set[str] = set()
+    for scheme in _SCHEMES:
+        for name in tensors:
+            root = name.removesuffix(scheme.mark)
+            if root in (name, "") or name in taken:
+                continue
+            parts = {end: tensors[f"{root}{end}"] for end in scheme.beside if f"{root}{end}" in tensors}
+            if "" in scheme.beside and parts.get("", tensors[name]).dtype not in _FP8:
+                continue  # a tensor of its own that is called a scale
+            if scheme.kind == "scaled codes" and parts.get(".weight", tensors[name]).dtype in FLOAT_DTYPES:
+                continue  # a plain weight, with something of that name beside it
+            parts[scheme.mark] = tensors[name]
+            if "4-bit" in scheme.kind:
+                parts |= {
+                    other.removeprefix(root): tensors[other]
+                    for other in tensors
+                    if other.startswith(f"{root}.weight.quant_state.")
+                }
+            taken.update(f"{root}{end}" for end in parts)
+            yield scheme.kind, root, parts
 
 
 def quantised(tensors: Mapping[str, TensorRef]) -> dict[str, str]:
     """Tensor -> kind, of every tensor that is a part of a quantised weight."""
-    found: dict[str, str] = {}
-    for mark, beside, kind in _KINDS:
-        for name in tensors:
-            match = re.fullmatch(rf"(.+){mark}", name)
-            if match is None or name in found:
-                continue
-            parts = [f"{match[1]}{end}" for end in beside if f"{match[1]}{end}" in tensors]
-            if kind == "scaled codes" and tensors.get(f"{match[1]}.weight", tensors[name]).dtype in FLOAT_DTYPES:
-                continue  # a plain weight, with something of that name beside it
-            found.update(dict.fromkeys((name, *parts), kind))
-            quant_state = (other for other in tensors if other.startswith(f"{match[1]}.weight.quant_state."))
-            found.update(dict.fromkeys(quant_state if "4-bit" in kind else (), kind))
-    return found
+    return {f"{root}{end}": kind for kind, root, parts in _found(tensors) for end in parts}
+
+
+def groups(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[str, Group]:
+    """Name of a weight -> its quantised form, in the order of the names of `tensors`.
+
+    Raises:
+        SourceError: codes without their scales, or scales that do not fit their codes.
+    """
+    found = [_group(kind, root, parts, config) for kind, root, parts in _found(tensors)]
+    _check_alone(tensors, {name for group in found for name in group.names}, config)
+    place = {name: number for number, name in enumerate(tensors)}
+    found.sort(key=lambda group: min(place[name] for name in group.names))
+    return {group.name: group for group in found}
+
+
+def _check_alone(tensors: Mapping[str, TensorRef], grouped: set[str], config: Mapping[str, Any]) -> None:
+    """Refuses codes whose scale is missing, where others have theirs or the config says that there are some."""
+    scaled = any(tensors[name].dtype in _FP8 for name in grouped) or "quantization_config" in config
+    for name, ref in tensors.items():
+        lost = ref.dtype in _FP8 and scaled
+        lost = lost or (name.endswith(("_packed", ".qweight")) and ref.dtype == "I32")
+        if lost and name not in grouped and len(ref.shape) > 1:
+            raise SourceError(
+                f"{ref.path}: {name} is stored as {ref.dtype} and has no scale beside it (such as "
+                f"{name.removesuffix('.weight')}.weight_scale_inv), so nobody knows what it is worth; expected both, "
+                "is a shard missing?"
+            )
+        orphan = (
+            name.endswith("_blocks") and ref.dtype == "U8" and f"{name.removesuffix('blocks')}scales" not in tensors
+        )
+        if orphan:
+            raise SourceError(
+                f"{ref.path}: {name} holds MXFP4 codes without {name.removesuffix('blocks')}scales; expected both, "
+                "is a shard missing?"
+            )
+
+
+def _group(kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Group:
+    if kind == "MXFP4":
+        operand = _mxfp4(parts.get("_blocks"), parts.get("_scales"))
+        return Group(root, kind, root, parts, operand)
+    if kind == "packed integers":
+        return Group(f"{root}.weight", *_packed(root, parts))
+    name = root if "" in parts or "_scale_inv" in parts or "_scale" in parts else f"{root}.weight"
+    if kind == "bitsandbytes 8-bit":
+        return Group(name, kind, root, parts, _rows_of_bytes(parts.get(".weight"), parts[".SCB"]))
+    if kind in ("GPTQ or AWQ", "bitsandbytes 4-bit"):
+        own = "AWQ" if kind == "GPTQ or AWQ" and _is_awq(parts) else "GPTQ" if kind == "GPTQ or AWQ" else kind
+        return Group(name, kind if own == kind else f"{kind}: {own} by its shapes", root, parts, None)
+    return Group(name, *_scaled(kind, root, parts, config))
+
+
+def _scaled(
+    kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping[str, Any]
+) -> tuple[str, str, Mapping[str, TensorRef], Quantised | None]:
+    """(kind, root, parts, operand) of byte codes with one scale, one a row, or one a block."""
+    codes = parts.get(".weight", parts.get(""))
+    scales = next(ref for end, ref in parts.items() if re.fullmatch(r"(\.weight)?_scale(_inv)?", end))
+    if ".weight_scale_2" in parts or (codes is not None and codes.dtype == "U8"):
+        return "NVFP4", root, parts, None
+    if ".weight_zero_point" in parts:
+        return "int8 with zero points", root, parts, None
+    if codes is None or codes.dtype in FLOAT_DTYPES:
+        return kind, root, parts, None  # scales of something that is not here, or is plain
+    code: Code | None = _FP8.get(codes.dtype) or ("int8" if codes.dtype == "I8" else None)
+    if code is None or scales.dtype not in SCALES or len(codes.shape) < 2:
+        return kind, root, parts, None
+    block = _block(root, codes, scales, config)
+    named = kind if kind.startswith("FP8") else f"{'FP8' if code != 'int8' else 'int8'} with {_shared(codes, block)}"
+    return named, root, parts, Quantised(codes, scales, code, codes.shape, block)
+
+
+def _shared(codes: TensorRef, block: tuple[int, int]) -> str:
+    if block == codes.shape[-2:]:
+        return "one scale"
+    return "a scale for each row" if block == (1, codes.shape[-1]) else "a scale for each block"
+
+
+def _block(root: str, codes: TensorRef, scales: TensorRef, config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    rows, columns = codes.shape[-2:]
+    grid = scales.shape[-2:] if len(scales.shape) == len(codes.shape) else ()
+    if not grid and scales.numel in (1, rows) and len(codes.shape) == 2:
+        return (rows, columns) if scales.numel == 1 else (1, columns)
+    if grid and scales.shape[:-2] == codes.shape[:-2]:
+        said = config.get("quantization_config")
+        own = said.get("weight_block_size") if isinstance(said, dict) else None
+        sizes = own if isinstance(own, list) and len(own) == 2 and all(type(n) is int and n > 0 for n in own) else None
+        for block in (tuple(sizes) if sizes else (BLOCK, BLOCK), (BLOCK, BLOCK)):
+            if grid == tuple(-(-n // each) for n, each in zip((rows, columns), block, strict=True)):
+                return int(block[0]), int(block[1])
+        if all(n and not size % n for n, size in zip(grid, (rows, columns), strict=True)):
+            return rows // grid[0], columns // grid[1]
+    raise SourceError(
+        f"{scales.path}: {root}: its scales are {scales.shape}, its codes {codes.shape}; expected one scale, one a "
+        f"row, or one for each block of {BLOCK} × {BLOCK} (or as quantization_config.weight_block_size says)"
+    )
+
+
+def _rows_of_bytes(codes: TensorRef | None, scales: TensorRef) -> Quantised | None:
+    """bitsandbytes' LLM.int8: code · SCB / 127, SCB the largest magnitude of each row."""
+    if codes is None or codes.dtype != "I8" or len(codes.shape) != 2 or scales.shape != codes.shape[:1]:
+        return None
+    if scales.dtype not in ("F32", "F16", "BF16"):
+        return None
+    return Quantised(codes, scales, "int8", codes.shape, (1, codes.shape[1]), 127.0)
+
+
+def _mxfp4(blocks: TensorRef | None, scales: TensorRef | None) -> Quantised | None:
+    """gpt-oss: blocks `(…, rows, groups, 16)` hold the transpose of a weight `(…, groups·32, rows)`."""
+    if blocks is None or scales is None or {blocks.dtype, scales.dtype} != {"U8"} or len(blocks.shape) < 3:
+        return None
+    if blocks.shape[-1] != MX_BLOCK // 2 or blocks.shape[:-1] != scales.shape:
+        raise SourceError(
+            f"{blocks.path}: MXFP4 blocks {blocks.shape} with scales {scales.shape}; expected (…, rows, groups, 16) "
+            "and (…, rows, groups)"
+        )
+    *stack, rows, count, _ = blocks.shape
+    return Quantised(blocks, scales, "e2m1", (*stack, rows, count * MX_BLOCK), (1, MX_BLOCK), turned=True)
+
+
+def _is_awq(parts: Mapping[str, TensorRef]) -> bool:
+    """AWQ packs along the outputs, so that codes and zeros are equally wide."""
+    zeros = parts.get(".qzeros")
+    return zeros is not None and ".g_idx" not in parts and zeros.shape[-1:] == parts[".qweight"].shape[-1:]
+
+
+def _packed(root: str, parts: Mapping[str, TensorRef]) -> tuple[str, str, Mapping[str, TensorRef], Quantised | None]:
+    """compressed-tensors' integers, symmetric, 4 or 8 bits, several in an int32 from the lowest bits on."""
+    codes, scales, shape = (parts.get(f".weight_{end}") for end in ("packed", "scale", "shape"))
+    kind = "packed integers"
+    if codes is None or codes.dtype != "I32":
+        return ("NVFP4" if codes is not None and codes.dtype == "U8" else kind), root, parts, None
+    if scales is None or shape is None:
+        raise SourceError(
+            f"{codes.path}: {root} holds packed integers without .weight_{'scale' if scales is None else 'shape'}; "
+            "expected .weight_packed, .weight_scale and .weight_shape, is a shard missing?"
+        )
+    if ".weight_zero_point" in parts or ".weight_g_idx" in parts:
+        return f"{kind} with zero points or an order of their own", root, parts, None
+    if len(codes.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in ("F32", "F16", "BF16"):
+        return kind, root, parts, None
+    rows, columns = _stored_shape(shape)
+    bits = next((b for b in (4, 8) if codes.shape == (rows, -(-columns * b // 32))), None)
+    groups_of = scales.shape[1]
+    if bits is None or scales.shape[0] != rows or not groups_of or columns % groups_of:
+        return kind, root, parts, None
+    block = (1, columns // groups_of)
+    operand = Quantised(codes, scales, "offset4" if bits == 4 else "offset8", (rows, columns), block)
+    return f"int{bits} packed, a scale for every {block[1]} of a row", root, parts, operand
+
+
+def _stored_shape(ref: TensorRef) -> tuple[int, int]:
+    """The two numbers of a `weight_shape` tensor."""
+    form = {"I64": "<2q", "I32": "<2i"}.get(ref.dtype)
+    if form is None or ref.numel != 2:
+        return 0, 0
+    try:
+        with reading(ref.path) as file:
+            file.seek(ref.offset)
+            rows, columns = struct.unpack(form, file.read(ref.nbytes))
+    except (OSError, struct.error):
+        raise SourceError(f"{ref.path}: a weight_shape cannot be read; was the file changed?") from None
+    return (rows, columns) if 0 < rows <= 1 << 40 and 0 < columns <= 1 << 40 else (0, 0)
 
 
 def dequantise(label: str) -> str:
-    """What to try with a model whose quantised weights would have to be merged."""
+    """What to try with a model whose quantised weights would have to be merged, and cannot be read here."""
     return (
         "use the model before quantisation, or save a dequantised copy (transformers: from_pretrained with the "
-        f"quantization config's dequantize=True, then save_pretrained) of {label}, and quantise the merged one"
+        f"quantization config's dequantize=True, or model.dequantize(), then save_pretrained) of {label}, and quantise "
+        "the merged one"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safemerge_recipes.sources.experts import as_saved
 from safemerge_recipes.sources.matching import renamed, unwrap
 from safemerge_recipes.sources.model_config import REMOVED, dtype_edits, setting
 from safemerge_recipes.sources.parts import is_draft
-from safemerge_recipes.sources.quantised import dequantise, quantised
+from safemerge_recipes.sources.quantised import Group, dequantise
 from safemerge_recipes.sources.vocabulary import (
     SHOWN,
     difference,
@@ -40,12 +40,16 @@ _BUFFERS = ("inv_freq", "masked_bias", "position_ids", "cos_cached", "sin_cached
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One role before it is fitted in: its weights, what lies underneath, and where its tokenizer is."""
+    """One role before it is fitted in: its weights, what lies underneath, and where its tokenizer is.
+
+    `forms` are the quantised weights of what lies underneath, by the weight's name.
+    """
 
     label: str
     weights: Mapping[str, Weight]
     checkpoint: Checkpoint
     tokenizer: Path
+    forms: Mapping[str, Group] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,10 @@ _HEADS = {
 
 def _cure(side: Side, extra: Sequence[str]) -> str:
     """What may be the cause of other names than the aligned model's, and what to try."""
-    parts = quantised(side.checkpoint.tensors)
-    if parts:
-        name, kind = next(iter(parts.items()))
-        return f"its weights are quantised ({kind}, first {name}): {dequantise('it')}"
+    closed = next((form for form in side.forms.values() if form.operand is None), None)
+    if closed is not None:
+        first = next(iter(closed.names))
+        return f"its weights are quantised ({closed.kind}, first {first}): {dequantise('it')}"
     for name in extra:
         kind = next((_HEADS[part] for part in name.split(".") if part in _HEADS), "")
         if kind:
@@ -245,7 +249,8 @@ def _fit_vocabulary(
     return owner, sizes[owner]
 
 
-def _edits(owner: Side, untied: bool, size: int | None, config: Mapping[str, Any]) -> dict[str, Any]:
+def _edits(owner: Side, untied: bool, size: int | None, coded: bool) -> dict[str, Any]:
+    config = owner.checkpoint.config
     edits: dict[str, Any] = {}
     if untied:
         text = config.get("text_config")
@@ -254,7 +259,7 @@ def _edits(owner: Side, untied: bool, size: int | None, config: Mapping[str, Any
         if True in flags or (False not in flags and not own_head):
             edits["tie_word_embeddings"] = False
     declared = setting(config, "vocab_size")
-    if "quantization_config" in config and not quantised(owner.checkpoint.tensors):
+    if "quantization_config" in config and not coded:
         edits["quantization_config"] = REMOVED
     if size is not None and declared is not None and declared != size:
         edits["vocab_size"] = size
@@ -279,8 +284,10 @@ def reconcile(sides: Mapping[Role, Side], vocabulary: str | None, dtype: str | N
     stored = sides["aligned"].checkpoint.tensors
     last = list(stored.values())[-1].path
     inventory = {}
+    forms = sides["aligned"].forms
     for name, weight in weights["aligned"].items():
-        ref = stored.get(name)
+        form = forms[name].operand if name in forms else None
+        ref = form.codes if form is not None else stored.get(name)
         if ref is None:  # a head of its own, which the aligned model ties
             ref = replace(weight.refs[0], path=last)
         inventory[name] = ref if ref.shape == weight.shape else replace(ref, shape=weight.shape)
@@ -292,7 +299,7 @@ def reconcile(sides: Mapping[Role, Side], vocabulary: str | None, dtype: str | N
                     f"{ref.shape}; expected models of one architecture and vocabulary"
                 )
     untied = any(is_head(name) and name.endswith(".weight") for name in inventory)
-    edits = _edits(sides[owner], untied, size, sides[owner].checkpoint.config)
+    edits = _edits(sides[owner], untied, size, bool(sides["aligned"].forms))
     nbytes: Counter[str] = Counter()
     for ref in inventory.values():
         nbytes[dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype] += ref.numel

@@ -136,8 +136,10 @@ def only_tokenizer(files: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path for name, path in files.items() if _is_tokenizer(name) or name.startswith(_TOKENIZER_FOLDERS)}
 
 
-def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str, Any] | None = None) -> None:
-    """Copies side files byte for byte, with the user's permissions; config.json with the edits it must have.
+def copy_side_files(
+    files: Mapping[str, Path], folder: Path, edits: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Copies side files byte for byte, with the user's permissions; JSON files with the edits that they must have.
 
     Raises:
         ReadError: a file cannot be read.
@@ -148,8 +150,8 @@ def copy_side_files(files: Mapping[str, Path], folder: Path, edits: Mapping[str,
         target.parent.mkdir(exist_ok=True)
         with written(target) as file:
             try:
-                if name == "config.json" and edits:
-                    file.write(edited(content_of(source, MAX_FILE_BYTES), edits))
+                if edits and edits.get(name):
+                    file.write(edited(content_of(source, MAX_FILE_BYTES), edits[name]))
                 else:
                     file.writelines(pieces_of(source, MAX_FILE_BYTES))
             except OSError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 4
+VERSION = 5
 """What `sm_version` must say; changes with every structure, signature and result."""
 STRIP = 1024
 """Elements merged at a time where no weight has a product."""
@@ -26,6 +26,7 @@ TILE = 32
 DTYPES = {"F32": 0, "F16": 1, "BF16": 2}
 """safetensors dtype -> its number there."""
 SUM, BLEND, TIES, DARE_LINEAR, DARE_TIES = range(5)
+E4M3, INT8, E2M1, TABLE8, TABLE4 = range(5)
 KEEP_ALL, KEEP_NONE, KEEP_LARGEST = range(3)
 
 
@@ -74,6 +75,15 @@ class Merge(Structure):
     )  # fmt: skip
 
 
+class Coded(Structure):
+    """Rows of codes and the scales of their blocks, `(…, scale_columns)` float32; `table` where a code needs one."""
+
+    _fields_ = (
+        ("codes", c_void_p), ("scales", c_void_p), ("table", c_void_p), ("row_bytes", c_int64),
+        ("scale_columns", c_int64), ("block_rows", c_int64), ("block_columns", c_int64), ("kind", c_int32),
+    )  # fmt: skip
+
+
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     merge, pointer = POINTER(Merge), c_void_p
     for name, arguments in {
@@ -82,6 +92,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         "sm_dots": (merge, c_int64, POINTER(c_double), pointer),
         "sm_sizes": (merge, c_int64, c_int64, POINTER(c_double), pointer),
         "sm_look": (merge, c_int32, c_int64, c_int64, pointer, pointer),
+        "sm_dequantise": (POINTER(Coded), c_int64, c_int64, c_int64, c_int64, pointer),
+        "sm_to_e4m3": (POINTER(Coded), c_int64, c_int64, c_int64, pointer, pointer),
         "sm_count": (merge, c_int32, c_int64, c_float, c_float, POINTER(c_int64), pointer, pointer),
     }.items():
         function = getattr(library, name)
@@ -117,7 +129,7 @@ def load(name: str) -> ctypes.CDLL | None:
     """A library of this package by name, or None where it was not built or belongs to another version."""
     try:
         library = ctypes.CDLL(str(Path(__file__).with_name(f"{name}.so")))
-        fits = (library.sm_version(), library.sm_size()) == (VERSION, ctypes.sizeof(Merge))
+        fits = (library.sm_version(), library.sm_size()) == (VERSION, ctypes.sizeof(Merge) + ctypes.sizeof(Coded))
     except (OSError, AttributeError):
         return None
     return _declared(library) if fits else None

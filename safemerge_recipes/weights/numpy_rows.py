@@ -1,4 +1,4 @@
-"""Sums of stored tensors, and LoRA factors, as numpy arrays: what most gates read, without waiting for torch.
+"""Sums of stored and quantised tensors, and LoRA factors, as numpy arrays: what most gates read, without torch.
 
 The same arithmetic as `evaluator.Evaluator`, for the weights that need no other: float32 (float64 where a float64
 tensor takes part), a piece of rows at a time, compiled where that is possible. Loading torch takes longer than gating a
@@ -19,41 +19,41 @@ from safemerge_recipes.storage.dtypes import FLOAT_DTYPES, itemsize
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
+from safemerge_recipes.weights.algebra import LowRank, Weight
+from safemerge_recipes.weights.dequantise import Pieces
+from safemerge_recipes.weights.quantised import Quantised, Read
 
 DOT = 1 << 15
 """Elements of one dot product: short enough that its rounding does not add up."""
 
 
 def numpy_suffices(weight: Weight) -> bool:
-    """Whether the weight is a sum of stored tensors, or of LoRA products, and nothing else."""
+    """Whether the weight is a sum of stored or quantised tensors, or of LoRA products, and nothing else."""
     kinds = {type(operand) for _, operand in weight}
-    return kinds in ({Stored}, {LowRank}) and all(ref.dtype in FLOAT_DTYPES for ref in weight.refs)
+    plain = (ref for _, operand in weight if not isinstance(operand, Quantised) for ref in operand.refs)
+    return (kinds == {LowRank} or (bool(kinds) and kinds <= set(Read))) and all(r.dtype in FLOAT_DTYPES for r in plain)
 
 
 class NumpyRows:
-    """A sum of stored tensors as pieces of rows of a matrix `(rows, columns)`; a piece is valid until the next one."""
+    """A sum of stored or quantised tensors as pieces of rows `(rows, columns)`; a piece is valid until the next one."""
 
     def __init__(self, weight: Weight, reader: Reader, arena: Arena, piece: int) -> None:
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
-        self._reader = reader
-        self._terms = [(float(coefficient), operand.refs[0]) for coefficient, operand in weight]
-        wide = any(ref.dtype == "F64" for _, ref in self._terms)
+        wide = any(ref.dtype == "F64" for ref in weight.refs)
         self.dtype = np.dtype(np.float64 if wide else np.float32)
         self._step = min(self.rows, max(1, piece // self.columns))
         size = self._step * self.columns
         self._sum = arena.array("sum", size, self.dtype)
-        self._raw = [
-            arena.array(f"raw {number}", size * itemsize(ref.dtype), np.uint8)
-            for number, (_, ref) in enumerate(self._terms)
+        self._terms = [
+            (float(coefficient), Pieces(operand, reader, arena, f"raw {number}", size))
+            for number, (coefficient, operand) in enumerate(weight)
+            if isinstance(operand, Read)
         ]
         self._term = arena.array("term", size, self.dtype)
         self._native = None
-        if compiled.LIBRARY is not None and all(ref.dtype in compiled.DTYPES for _, ref in self._terms):
-            self._native = compiled.terms(
-                [(c, ref.dtype, raw.ctypes.data) for (c, ref), raw in zip(self._terms, self._raw, strict=True)]
-            )
+        if compiled.LIBRARY is not None and all(pieces.dtype in compiled.DTYPES for _, pieces in self._terms):
+            self._native = compiled.terms([(c, pieces.dtype, pieces.raw.ctypes.data) for c, pieces in self._terms])
 
     def lift(self, x: np.ndarray) -> np.ndarray:
         """The array as it goes into products with the pieces."""
@@ -64,10 +64,8 @@ class NumpyRows:
         for first in range(0, self.rows, self._step):
             rows = slice(first, min(first + self._step, self.rows))
             count = (rows.stop - first) * self.columns
-            for (_, ref), raw in zip(self._terms, self._raw, strict=True):
-                width = itemsize(ref.dtype)
-                at = ref.offset + first * self.columns * width
-                self._reader.read_bytes(ref.path, at, raw[: count * width].data)
+            for _, pieces in self._terms:
+                pieces.read(first * self.columns, first * self.columns + count)
             total = self._sum[:count]
             if self._native is not None and compiled.LIBRARY is not None:
                 compiled.LIBRARY.sm_evaluate(compiled.Sum(self._native, len(self._native)), count, total.ctypes.data)
@@ -76,9 +74,9 @@ class NumpyRows:
             yield rows, total.reshape(-1, self.columns)
 
     def _add_up(self, total: np.ndarray) -> None:
-        for number, ((coefficient, ref), raw) in enumerate(zip(self._terms, self._raw, strict=True)):
+        for number, (coefficient, pieces) in enumerate(self._terms):
             into = self._term[: len(total)] if number else total
-            widen(raw[: len(total) * itemsize(ref.dtype)], ref.dtype, into)
+            widen(pieces.raw[: len(total) * itemsize(pieces.dtype)], pieces.dtype, into)
             if coefficient != 1:
                 into *= coefficient
             if number:

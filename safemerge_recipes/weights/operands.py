@@ -7,10 +7,12 @@ Knows nothing of files' names, roles or PEFT.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import LowRank, Naming, Operand, Stored, Weight
+from safemerge_recipes.weights.quantised import Quantised
 
 
 def _sources(weight: Weight, piece: int) -> int:
@@ -184,6 +186,8 @@ def transposed(weight: Weight) -> Weight:
     def turn(operand: Operand) -> Operand:
         if isinstance(operand, LowRank):
             return replace(operand, transposed=not operand.transposed)
+        if isinstance(operand, Quantised):
+            return operand.transposed()
         return operand.operand if isinstance(operand, Transposed) else Transposed(operand)
 
     return Weight(tuple((coefficient, turn(operand)) for coefficient, operand in weight))
@@ -197,7 +201,33 @@ def member(weight: Weight, number: int) -> Weight:
             return Weight.of(operand.member(number))
         if isinstance(operand, Fused):
             return operand.member(number)
+        if isinstance(operand, Quantised):
+            return Weight.of(operand.member(number))
         assert isinstance(operand, Stored), operand  # nothing else is stacked
         return Weight.of(Stored(operand.ref.part(number)))
 
     return sum((pick(operand) * coefficient for coefficient, operand in weight), Weight())
+
+
+def leaves(weight: Weight) -> Iterator[Operand]:
+    """The operands that a weight is made of in the end: none that holds others."""
+    for _, operand in weight:
+        inside: tuple[Weight, ...] = ()
+        if isinstance(operand, Rescaled):
+            inside = (operand.weight, Weight.of(Stored(operand.magnitude)))
+        elif isinstance(operand, Rows):
+            inside = operand.parts
+        elif isinstance(operand, Fused):
+            inside = tuple(part for _, part in operand.parts)
+        elif isinstance(operand, Transposed):
+            inside = (Weight.of(operand.operand),)
+        else:
+            yield operand
+        for part in inside:
+            yield from leaves(part)
+
+
+def plain_refs(weight: Weight) -> tuple[TensorRef, ...]:
+    """The stored tensors of a weight whose elements are its numbers: no codes, and no scales of codes."""
+    found = (operand for operand in leaves(weight) if not isinstance(operand, Quantised))
+    return tuple(dict.fromkeys(ref for operand in found for ref in operand.refs))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.arena import Arena, torch_bytes
 from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import Factored, Operand, Stored, Weight
+from safemerge_recipes.weights.dequantise import Dequantiser
+from safemerge_recipes.weights.quantised import Quantised, Read
 from safemerge_recipes.weights.torch_factors import add_product, joined_factors
 from safemerge_recipes.weights.torch_operands import OPENED, Opening, Piece
 
@@ -42,7 +43,7 @@ class Evaluator:
     ) -> None:
         self.reader, self.arena, self.slot, self.dtype = reader, arena, slot, dtype
         self.stored = [
-            [(float(coefficient), operand.ref) for coefficient, operand in weight if isinstance(operand, Stored)]
+            [(float(coefficient), operand) for coefficient, operand in weight if isinstance(operand, Read)]
             for weight in weights
         ]
         self.factors = [joined_factors(weight, reader, dtype, arena.device) for weight in weights]
@@ -50,32 +51,55 @@ class Evaluator:
             [
                 (float(coefficient), _opened(operand, reader, arena, f"{slot}:{number}.{place}", dtype))
                 for place, (coefficient, operand) in enumerate(weight)
-                if not isinstance(operand, (Stored, *Factored))
+                if not isinstance(operand, (*Read, *Factored))
             ]
             for number, weight in enumerate(weights)
         ]
-        self.refs = tuple(dict.fromkeys(ref for terms in self.stored for _, ref in terms))
-        self.last = {ref: number for number, terms in enumerate(self.stored) for _, ref in terms}
+        self.read = tuple(dict.fromkeys(operand for terms in self.stored for _, operand in terms))
+        self.last = {operand: number for number, terms in enumerate(self.stored) for _, operand in terms}
+        self.codes = {
+            operand: Dequantiser(operand, reader, arena, f"{slot}:codes{number}")
+            for number, operand in enumerate(self.read)
+            if isinstance(operand, Quantised)
+        }
 
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Elements [start, stop) of each flattened weight, in `dtype`, valid until the next call."""
         count = stop - start
-        pieces = {}
-        for number, ref in enumerate(self.refs):
-            raw = self.reader.read(ref, start, count, self.arena, f"{self.slot}:raw")
-            pieces[ref] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
+        pieces: dict[Operand, torch.Tensor] = {}
+        for number, operand in enumerate(self.read):
+            if isinstance(operand, Stored):
+                raw = self.reader.read(operand.ref, start, count, self.arena, f"{self.slot}:raw")
+            else:
+                raw = self._dequantised(operand, start, stop)
+            pieces[operand] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
         return tuple(self._sum(number, pieces, start, stop) for number in range(len(self.stored)))
 
-    def _sum(self, number: int, pieces: dict[TensorRef, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def _dequantised(self, operand: Quantised, start: int, stop: int) -> torch.Tensor:
+        """Values in float32: always made on the CPU, so that every device has the same."""
+        import numpy as np
+        import torch
+
+        def fill(view: memoryview) -> None:
+            self.codes[operand].fill(start, stop, np.frombuffer(view, np.float32))
+
+        slot, count = f"{self.slot}:values", stop - start
+        if self.arena.device != "cpu":
+            return self.arena.upload(slot, count, torch.float32, fill)
+        values = self.arena.take(slot, count, torch.float32)
+        fill(torch_bytes(values))
+        return values
+
+    def _sum(self, number: int, pieces: dict[Operand, torch.Tensor], start: int, stop: int) -> torch.Tensor:
         terms = self.stored[number]
         if not terms:
             out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).zero_()
-        for place, (coefficient, ref) in enumerate(terms):
+        for place, (coefficient, operand) in enumerate(terms):
             if place:
-                out.add_(pieces[ref], alpha=coefficient)
+                out.add_(pieces[operand], alpha=coefficient)
                 continue
-            out = pieces[ref]
-            if self.last[ref] != number:  # a later sum needs it as it is
+            out = pieces[operand]
+            if self.last[operand] != number:  # a later sum needs it as it is
                 out = self.arena.take(f"{self.slot}:sum{number}", stop - start, self.dtype).copy_(out)
             if coefficient != 1:
                 out.mul_(coefficient)

@@ -417,9 +417,9 @@ def test_a_stale_quantization_config_is_judged_by_the_tensors_and_dropped(tmp_pa
 QUANTISED = {
     "FP8": ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
     "GPTQ or AWQ": ("model.layers.0.mlp.up_proj.qweight", torch.ones(3, 3, dtype=torch.int32)),
-    "MXFP4": ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.ones(3, 3, dtype=torch.uint8)),
+    "MXFP4 codes without": ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.ones(3, 3, dtype=torch.uint8)),
     "bitsandbytes 4-bit": ("model.layers.0.mlp.up_proj.weight.absmax", torch.ones(3)),
-    "packed integers": ("model.layers.0.mlp.up_proj.weight_packed", torch.ones(3, 3, dtype=torch.int32)),
+    "packed integers without": ("model.layers.0.mlp.up_proj.weight_packed", torch.ones(3, 3, dtype=torch.int32)),
 }
 
 
@@ -529,61 +529,6 @@ def test_an_adapter_that_float16_cannot_hold_is_refused_in_either_format(tmp_pat
     rest = f"output: {{format: {form}}}\n"
     with pytest.raises(SourceError, match="do not fit F16"):
         run_recipe(tmp_path, f"sources: {sources}\ngate: {{always: true}}\nmerge: {MERGE}\n{rest}")
-
-
-# Quantised weights
-
-
-def fp8(family, changed=()):
-    """The aligned model with one projection as FP8 codes with a scale for each block; some tensors changed."""
-    tensors = dict(family.aligned)
-    for i in range(BLOCKS):
-        name = f"model.layers.{i}.mlp.up_proj.weight"
-        tensors[name] = (tensors[name] * 100).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.full((1, 1), 0.01)
-    return tensors | dict(changed)
-
-
-@pytest.mark.parametrize("declared", [True, False])
-@pytest.mark.parametrize("scope", ["", ', scope: ["*"]'])
-def test_an_adapter_that_leaves_quantised_weights_alone_copies_them_with_their_scales(
-    tmp_path, family, declared, scope
-):
-    config = {"quantization_config": {"quant_method": "fp8"}} if declared else {}
-    model(tmp_path / "aligned", fp8(family), **config)
-    factors = {k: v for k, v in family.finetuned_factors.items() if "q_proj" in k}
-    write_adapter(tmp_path / "adapter", factors, 8)
-    write_adapter(tmp_path / "safety", {k: v for k, v in family.safety_factors.items() if "q_proj" in k}, 8)
-    text = f"sources: {{aligned: aligned, finetuned: adapter, safety: safety}}\ngate: {{always: true{scope}}}\n"
-    prepared, written = run_recipe(tmp_path, f"{text}merge: {MERGE}\noutput: {{dtype: bfloat16}}\n")
-    for name, tensor in fp8(family).items():
-        if "up_proj" in name:
-            assert written[name].dtype == tensor.dtype
-            assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
-        else:
-            assert written[name].dtype == torch.bfloat16, name
-    reasons = {line.reason for line in prepared.plan.tensors if "up_proj" in line.name}
-    assert reasons == {"a part of a quantised weight (FP8 with a scale for each block), copied"}
-    name = "model.layers.0.self_attn.q_proj.weight"
-    wanted = family.aligned[name].double() + 0.75 * family.lora("finetuned", name) + 0.25 * family.lora("safety", name)
-    torch.testing.assert_close(written[name].double(), wanted, rtol=1e-2, atol=1e-3)
-    assert ("quantization_config" in json.loads((tmp_path / "out0" / "config.json").read_text())) == declared
-
-
-@pytest.mark.parametrize("declared", [True, False])
-def test_an_update_of_quantised_weights_is_refused_by_name(tmp_path, family, declared):
-    config = {"quantization_config": {"quant_method": "fp8"}} if declared else {}
-    model(tmp_path / "aligned", fp8(family), **config)
-    model(tmp_path / "tuned", fp8(family, {"model.norm.weight": torch.ones(HIDDEN)}), **config)
-    for finetuned in (f"{family.root}/finetuned-adapter", "tuned"):
-        text = f"sources: {{aligned: aligned, finetuned: {finetuned}}}\ngate: {{never: true}}\n"
-        with pytest.raises(SourceError, match=r"sources\.finetuned.*up_proj.*quantised \(FP8.*dequantise"):
-            prepare_recipe(tmp_path, text)
-
-
-def test_a_quantised_fine_tune_of_a_plain_model_is_named(tmp_path, family):
-    with pytest.raises(SourceError, match=r"quantised .FP8 with a scale for each block"):
-        merged(tmp_path, family, "other", fp8(family))
 
 
 # What is not a checkpoint

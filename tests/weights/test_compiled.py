@@ -290,7 +290,7 @@ def test_structures_are_laid_out_as_in_c() -> None:
         merge.origin.rank, merge.origin.columns = 1, columns
         assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(columns)
         assert compiled.strip(columns) % (compiled.ROWS * columns) == 0
-    assert compiled.LIBRARY.sm_size() == ctypes.sizeof(compiled.Merge)
+    assert compiled.LIBRARY.sm_size() == ctypes.sizeof(compiled.Merge) + ctypes.sizeof(compiled.Coded)
 
 
 def test_a_merge_that_is_all_compiled_does_not_load_torch(

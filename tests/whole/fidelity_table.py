@@ -181,12 +181,24 @@ rows without a token are no change of vocabulary; anything else asks for `vocabu
 saved of its own accord, after a resize, is accepted; any other whole tensor that the adapter's config does not announce
 is not.
 
-**Quantised weights** are told by their tensors, not by config.json. Those that no update touches are copied byte for
-byte with their scales, and are never gated; an update of one is refused with the way to dequantise. A
-`quantization_config` over plain weights is dropped from the output's config.
+**Quantised weights** are told by their tensors, not by config.json. Read as exact operands, in any role: FP8 with a
+scale for each block (`weight_scale_inv`), each row or the whole (`weight_scale`), int8 of compressed-tensors and of
+LLM.int8 (`SCB`), packed int4 and int8 without zero points, and MXFP4 (`_blocks`, `_scales`). Their values are float32,
+code times scale, rounded once. GPTQ, AWQ, bitsandbytes 4-bit, NVFP4 and zero points are named, copied where no update
+touches them, and refused where one does. A scale is never merged, whatever the scope says; codes without their scale
+are refused. What nothing changes is copied with its scales. A changed weight is written plain (`output.quantized:
+dequantize`), or quantised again in the same FP8 format (`keep`: scale = largest magnitude / 448; the error is measured
+on the written file, `requantized_error`); weights that loaders hold as one tensor or require to be alike (the experts
+of a block; q, k and v; gate and up) are written alike. The output's `quantization_config` is the aligned model's, with
+what is written plain in its list of exceptions, and goes where nothing quantised is left or over plain weights.
+
+**Noise floor.** Where V or Δ comes from quantised weights, the plan shows the expected ‖noise‖ of rounding beside ρ
+(`noise_v`, `noise_delta`): of what is even in the cell of each code. Where that is half of ‖V‖² or ‖Δ‖², the plan
+warns; where it is so in every gated tensor, a gate that looks at ρ is refused. Adapters on a quantised model have no
+noise in Δ, as the quantised weight cancels.
 
 **config.json and tokenizer** are the fine-tuned side's. Of config.json only the dtype, `vocab_size`,
-`tie_word_embeddings` and a stale `quantization_config` are changed, where the written weights need it. The tokenizer is
+`tie_word_embeddings` and `quantization_config` are changed, where the written weights need it. The tokenizer is
 that of the first folder with a vocabulary (adapter, then the models under it); a chat template or tokenizer_config.json
 of a folder before it lies over it. Configs are compared only in what both say.
 

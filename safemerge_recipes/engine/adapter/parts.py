@@ -7,11 +7,11 @@ no LoRA products (norms, embeddings, biases) are carried over whole. Whatever PE
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError
-from safemerge_recipes.methods.work import Work
+from safemerge_recipes.methods.work import Sum, Work
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes
@@ -50,6 +50,7 @@ class Collector:
     def __init__(self, plan: Plan, family: Family, graph: Graph, reader: Reader, memory: int) -> None:
         self.plan, self.family, self.reader, self.memory = plan, family, reader, memory
         self.tasks = {task.slot.name: task for task in graph.tasks}
+        self.lines = {tensor.name: tensor for tensor in plan.tensors}
         self.rank = plan.recipe.output.rank
         self.parts = Parts()
         self.arena = Arena()
@@ -57,6 +58,9 @@ class Collector:
 
     def reference(self, name: str) -> Weight:
         """The weight that the adapter will lie on: that of the full model underneath the aligned one."""
+        form = self.family.form(name)
+        if form is not None and form.operand is not None:
+            return Weight.of(form.operand)
         ref = self.family.models["aligned"].checkpoint.tensors.get(name)
         if ref is None or ref.shape != self.family.inventory[name].shape:
             raise PlanError(
@@ -71,8 +75,16 @@ class Collector:
 
     def add(self, name: str) -> None:
         """Takes up one tensor of the output."""
-        task, reference = self.tasks[name], self.reference(name)
+        task, line = self.tasks[name], self.lines[name]
+        name, form = line.weight, self.family.form(line.weight)
+        reference = self.reference(name)
         work = task.work.less(reference)
+        if line.of and form is not None and form.operand is not None:
+            if line.name != form.codes:
+                return  # scales, which go with the codes
+            task = replace(task, slot=replace(task.slot, name=name, dtype="F32", shape=form.operand.shape))
+            if task.work.copied is not None:
+                work = Sum(self.family.weight(line.take, name) - reference)
         weights = [weight for weight in work.weights if not weight.is_zero]
         if not weights:
             return

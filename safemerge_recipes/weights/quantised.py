@@ -1,0 +1,158 @@
+"""A quantised weight as an exact operand: stored codes, each worth a number, times the scale of the block it lies in.
+
+FP8 and int8 codes are a byte each, those of MXFP4 and packed int4 half a byte, the lower half first. Only frozen
+descriptions and the tables of what codes are worth; `dequantise` makes the numbers. Knows no names of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.weights.algebra import Naming, Stored
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Code = Literal["e4m3", "e5m2", "int8", "offset8", "e2m1", "offset4"]
+"""Numbers of a byte or half a byte: FP8, two's complement, excess 128; FP4, excess 8."""
+
+SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+"""Dtypes in which scales are stored; of the last two the value is 2^(byte − 127)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """value(code) · scale / `divisor`, rounded once to float32.
+
+    Attributes:
+        codes: one matrix `(rows, columns)` or a stack of them, rows one behind the other.
+        scales: `(…, ⌈rows / block[0]⌉, ⌈columns / block[1]⌉)`.
+        code: what a code is worth.
+        stored_shape: `(…, rows, columns)`, as the codes lie.
+        block: rows and columns that share a scale.
+        divisor: what the scale is too large by.
+        turned: whether the weight is the transpose of each stored matrix.
+    """
+
+    codes: TensorRef
+    scales: TensorRef
+    code: Code
+    stored_shape: tuple[int, ...]
+    block: tuple[int, int]
+    divisor: float = 1.0
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        *stack, rows, columns = self.stored_shape
+        return (*stack, columns, rows) if self.turned else self.stored_shape
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Codes and scales."""
+        return (self.codes, self.scales)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 if self.code in ("e2m1", "offset4") else 8
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self.codes.nbytes // math.prod(self.stored_shape[:-1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of scales of one matrix."""
+        *_, rows, columns = self.stored_shape
+        return -(-rows // self.block[0]), -(-columns // self.block[1])
+
+    def member(self, number: int) -> Quantised:
+        """One matrix of a stack."""
+        count = self.stored_shape[0]
+
+        def piece(ref: TensorRef) -> TensorRef:
+            each = ref.nbytes // count
+            return replace(ref, offset=ref.offset + number * each, nbytes=each, shape=ref.shape[1:])
+
+        return replace(self, codes=piece(self.codes), scales=piece(self.scales), stored_shape=self.stored_shape[1:])
+
+    def transposed(self) -> Quantised:
+        """The transpose, which is read in the other direction."""
+        return replace(self, turned=not self.turned)
+
+    def describe(self, name: Naming) -> str:
+        """Codes, scales and how they go together."""
+        how = f"{self.code}{self.stored_shape}/{self.block}/{self.divisor!r}T{self.turned}"
+        return f"Quantised({name(self.codes)},{name(self.scales)}:{how})"
+
+    def memory(self, block: int) -> int:
+        """A block's codes and values, one matrix's scales in float32; where it is turned, one matrix's codes."""
+        *_, rows, _ = self.stored_shape
+        held = 4 * block + rows * (self.row_bytes + 4 * 2 * self.block[1]) if self.turned else 0
+        return 5 * block + held + 8 * math.prod(self.grid)
+
+
+Read = (Stored, Quantised)
+"""The operands whose pieces are read from files one for one, without looking at the rest of the tensor."""
+
+
+_FLOATS = {"e4m3": (3, 7), "e5m2": (2, 15), "e2m1": (1, 1)}
+"""Bits of the mantissa, and the exponent's bias."""
+
+
+def _count(code: Code) -> int:
+    return 1 << (4 if code in ("e2m1", "offset4") else 8)
+
+
+def _worth(code: Code, number: int) -> float:
+    """The value of a code."""
+    if code == "int8":
+        return float(number - 256 if number > 127 else number)
+    if code in ("offset8", "offset4"):
+        return float(number - _count(code) // 2)
+    mantissas, bias = _FLOATS[code]
+    size, sign = number % (_count(code) // 2), -1.0 if number >= _count(code) // 2 else 1.0
+    if code == "e4m3" and size == 0x7F:
+        return math.nan
+    if code == "e5m2" and size >= 0x7C:
+        return sign * math.inf if size == 0x7C else math.nan
+    exponent, mantissa = size >> mantissas, size & (1 << mantissas) - 1
+    return sign * (mantissa + (1 << mantissas if exponent else 0)) * 2.0 ** (max(exponent, 1) - bias - mantissas)
+
+
+@lru_cache
+def values(code: Code) -> np.ndarray:
+    """What each code is worth, float32."""
+    import numpy as np
+
+    return np.array([_worth(code, number) for number in range(_count(code))], "f4")
+
+
+@lru_cache
+def rounding(code: Code) -> np.ndarray:
+    """Expected square of what rounding to each code took or gave, float32; NaN where a code is no number.
+
+    Of what is even in the cell of a code, from halfway to the one below to halfway to the one above: step² / 12 where
+    both are a step away.
+    """
+    import numpy as np
+
+    worth = [_worth(code, number) for number in range(_count(code))]
+    ordered = sorted({value for value in worth if math.isfinite(value)})
+
+    def square(value: float) -> float:
+        if not math.isfinite(value):
+            return math.nan
+        at = ordered.index(value)
+        below, above = ((ordered[at + way] - value if 0 <= at + way < len(ordered) else 0.0) for way in (-1, 1))
+        below, above = (-below or above) / 2, (above or -below) / 2  # the outermost as if there were more beyond
+        return (below**3 + above**3) / 3 / (below + above)
+
+    return np.array([square(value) for value in worth], "f4")

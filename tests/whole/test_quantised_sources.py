@@ -1,0 +1,518 @@
+"""Quantised sources in every role: exact to a float64 formula, copied with their scales, or refused by name.
+
+Guards `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`, `sources.quantised`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safemerge_recipes.errors import PlanError, SourceError
+from safemerge_recipes.events import ignore
+from safemerge_recipes.storage.workers import Resources
+from safemerge_recipes.verification import verify
+from safemerge_recipes.weights import compiled
+from tests.fixtures.plain_family import (
+    CONFIG,
+    GATED,
+    HIDDEN,
+    Family,
+    Tensors,
+    make_family,
+    prepare_recipe,
+    run_recipe,
+    write_adapter,
+)
+from tests.fixtures.quantise import FORMATS, blocks, channels, int8, mxfp4, worth
+
+BLOCK = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+UP = "model.layers.0.mlp.up_proj.weight"
+LINEAR = "gate: {always: true}\nmerge: {method: linear, alpha: 0.75}\n"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+def quantised(tensors: Tensors, kind: str = "FP8 blocks") -> Tensors:
+    """A model with its gated matrices quantised, and the others in bfloat16."""
+    found: Tensors = {}
+    form = FORMATS.get(kind, lambda name, weight: blocks(name, weight, (4, 8)))
+    for name, tensor in tensors.items():
+        found |= form(name, tensor) if name in GATED else {name: tensor.bfloat16()}
+    return found
+
+
+def save(folder: Path, tensors: Tensors, quantization: dict[str, Any] | None = BLOCK) -> None:
+    folder.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = CONFIG | ({"quantization_config": quantization} if quantization else {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def config_of(tmp_path: Path, number: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((tmp_path / f"out{number}" / "config.json").read_text())
+    return found
+
+
+def close(written: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal up to one rounding to what was written."""
+    step = {torch.bfloat16: 2**-8, torch.float32: 2**-22}[written.dtype]
+    torch.testing.assert_close(written.double(), wanted.double(), rtol=step, atol=1e-7)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_role_may_be_quantised(
+    tmp_path: Path, family: Family, kind: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(compiled, "LIBRARY", None)
+    sources = {name: quantised(getattr(family, name), kind) for name in ("base", "aligned", "finetuned", "safety")}
+    for name, tensors in sources.items():
+        save(tmp_path / name, tensors)
+    roles = ", ".join(f"{name}: {name}" for name in sources)
+    rest = "gate: {tau: 0.9}\nmerge: {method: linear, alpha: 0.75}\noutput: {dtype: float32}\n"
+    prepared, written = run_recipe(tmp_path, f"sources: {{{roles}}}\n{rest}")
+    merged = 0
+    for line in prepared.plan.tensors:
+        base, aligned, tuned, safe = (worth(sources[role], line.weight) for role in sources)
+        if line.gated:
+            v, delta = aligned - base, tuned - aligned
+            rho = float((v.T @ delta).square().sum() / (v @ (v.T @ delta)).norm() / delta.norm())
+            assert line.moments.rho == pytest.approx(rho, rel=1e-4)
+        if line.action == "merge":
+            merged += 1
+            close(written[line.name], 0.75 * tuned + 0.25 * safe)
+        elif not line.of:
+            close(written[line.name], tuned)
+    assert merged > 0
+    assert not any("scale" in name or "SCB" in name for name in written)  # all, or what is loaded with them
+    assert "quantization_config" not in config_of(tmp_path)
+
+
+@pytest.mark.parametrize("role", ["base", "aligned", "finetuned", "safety"])
+def test_one_role_alone_may_be_quantised(tmp_path: Path, family: Family, role: str) -> None:
+    save(tmp_path / "other", quantised(getattr(family, role)))
+    roles = {name: f"{family.root}/{name}" for name in ("base", "aligned", "finetuned", "safety")} | {role: "other"}
+    sources = ", ".join(f"{name}: {place}" for name, place in roles.items())
+    _, written = run_recipe(tmp_path, f"sources: {{{sources}}}\n{LINEAR}output: {{dtype: float32}}\n")
+    models = {name: getattr(family, name) for name in roles} | {role: quantised(getattr(family, role))}
+    assert written.keys() == family.aligned.keys()
+    for name in GATED:
+        close(written[name], 0.75 * worth(models["finetuned"], name) + 0.25 * worth(models["safety"], name))
+    assert "quantization_config" not in config_of(tmp_path)
+
+
+def test_kernels_give_the_same_bytes_as_tables_and_torch(
+    tmp_path: Path, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("aligned", "finetuned", "safety"):
+        save(tmp_path / name, quantised(getattr(family, name)))
+    found = []
+    for method in ("linear, alpha: 0.7", "ties, density: 0.4, alpha: 0.7"):
+        for form in ("dequantize", "keep"):
+            text = (
+                "sources: {aligned: aligned, finetuned: finetuned, safety: safety}\ngate: {always: true}\n"
+                f"merge: {{method: {method}}}\noutput: {{quantized: {form}}}\n"
+            )
+            for library in (compiled.load("_merge"), compiled.LIBRARY, None):
+                monkeypatch.setattr(compiled, "LIBRARY", library)
+                prepared, written = run_recipe(tmp_path, text)
+                assert any(task.native for task in prepared.graph.tasks) == (library is not None)
+                found.append({name: tensor.contiguous().view(torch.uint8) for name, tensor in written.items()})
+            monkeypatch.undo()
+            for other in found[-2:]:
+                assert all(torch.equal(found[-3][name], tensor) for name, tensor in other.items())
+
+
+# What is not computed is copied
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("scope", ["", ', scope: ["*"]'])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_nothing_changes_is_copied_with_its_scales(
+    tmp_path: Path, family: Family, kind: str, scope: str, declared: bool
+) -> None:
+    aligned = quantised(family.aligned, kind)
+    save(tmp_path / "aligned", aligned, BLOCK if declared else None)
+    for name, factors in (("adapter", family.finetuned_factors), ("safety", family.safety_factors)):
+        write_adapter(tmp_path / name, {k: v for k, v in factors.items() if "q_proj" in k}, 8)
+    text = f"sources: {{aligned: aligned, finetuned: adapter, safety: safety}}\ngate: {{always: true{scope}}}\n"
+    if kind == "FP8 blocks" and not declared:  # then blocks are of 128, and these scales do not fit them
+        with pytest.raises(SourceError, match=r"its scales are \(2, 3\).*128 × 128"):
+            prepare_recipe(tmp_path, f"{text}merge: {{method: linear, alpha: 0.75}}\n")
+        return
+    _, written = run_recipe(tmp_path, f"{text}merge: {{method: linear, alpha: 0.75}}\n")
+    plain = {name for name in GATED if "q_proj" in name or "k_proj" in name or "v_proj" in name}
+    parts = {part for name in plain for part in aligned if part.startswith(name.removesuffix("weight"))}
+    assert written.keys() == (aligned.keys() - parts) | plain
+    for name in written.keys() - plain:
+        assert written[name].dtype == aligned[name].dtype
+        assert torch.equal(written[name].view(torch.uint8), aligned[name].view(torch.uint8)), name
+    for name in plain:
+        wanted = worth(aligned, name)
+        if "q_proj" in name:
+            wanted = wanted + 0.75 * family.lora("finetuned", name) + 0.25 * family.lora("safety", name)
+        close(written[name], wanted)
+    config = config_of(tmp_path)
+    assert ("quantization_config" in config) == declared
+    if declared:
+        skipped = config["quantization_config"]["modules_to_not_convert"]
+        assert set(skipped) == {"lm_head", *(name.removesuffix(".weight") for name in plain)}
+
+
+def test_a_kept_fine_tune_in_the_same_format_is_copied_with_its_own_scales(tmp_path: Path, family: Family) -> None:
+    tuned = quantised(family.finetuned)
+    save(tmp_path / "aligned", quantised(family.aligned))
+    save(tmp_path / "finetuned", tuned)
+    run_recipe(tmp_path, "sources: {aligned: aligned, finetuned: finetuned}\ngate: {never: true}\n")
+    written = load_file(tmp_path / "out0" / "model.safetensors")
+    assert written.keys() == tuned.keys()
+    assert all(torch.equal(written[n].view(torch.uint8), tuned[n].view(torch.uint8)) for n in written)
+    assert config_of(tmp_path)["quantization_config"] == BLOCK
+
+
+# Quantised again
+
+
+def test_merged_weights_are_quantised_again_with_fresh_scales(tmp_path: Path, family: Family) -> None:
+    aligned = quantised(family.aligned)
+    save(tmp_path / "aligned", aligned)
+    text = f"sources: {{aligned: aligned, finetuned: {family.root}/finetuned, safety: {family.root}/safety}}\n{LINEAR}"
+    _, written = run_recipe(tmp_path, f"{text}output: {{quantized: keep}}\n")
+    assert {name: (t.dtype, t.shape) for name, t in written.items()} == {
+        name: (t.dtype, t.shape) for name, t in aligned.items()
+    }
+    plan = json.loads((tmp_path / "out0" / "safemerge_plan.json").read_text())
+    errors = {line["name"]: line.get("requantized_error") for line in plan["tensors"]}
+    for name in GATED:
+        wanted = 0.75 * family.finetuned[name].double() + 0.25 * family.safety[name].double()
+        again = blocks(name, wanted.float())
+        assert torch.equal(written[name].view(torch.uint8), again[name].view(torch.uint8))
+        torch.testing.assert_close(written[f"{name}_scale_inv"], again[f"{name}_scale_inv"], rtol=1e-6, atol=0)
+        lost = float((worth(written, name) - wanted).norm() / wanted.norm())
+        assert errors[name] == pytest.approx(lost, rel=1e-3)
+        assert 0.005 < lost < 0.05
+    assert errors[f"{UP}_scale_inv"] is None
+    assert config_of(tmp_path)["quantization_config"] == BLOCK
+    result = verify(tmp_path / "out0", Resources(2, 1 << 30, "cpu"), ignore, deep=True)
+    assert result["recomputed"] == len(written)
+
+
+def test_values_that_were_quantised_give_the_same_codes_again(tmp_path: Path, family: Family) -> None:
+    aligned = quantised(family.aligned)
+    save(tmp_path / "aligned", aligned)
+    values = {name: worth(aligned, name).float() for name in family.aligned}
+    save(tmp_path / "values", values, None)
+    _, written = run_recipe(
+        tmp_path,
+        "sources: {aligned: aligned, finetuned: values}\ngate: {never: true}\noutput: {quantized: keep}\n",
+    )
+    for name in GATED:
+        assert torch.equal(written[name].view(torch.uint8), aligned[name].view(torch.uint8)), name
+        torch.testing.assert_close(written[f"{name}_scale_inv"], aligned[f"{name}_scale_inv"], rtol=2e-7, atol=0)
+
+
+def test_other_formats_are_not_written(tmp_path: Path, family: Family) -> None:
+    save(tmp_path / "aligned", quantised(family.aligned, "int4"))
+    text = f"sources: {{aligned: aligned, finetuned: {family.root}/finetuned}}\ngate: {{never: true}}\n"
+    with pytest.raises(PlanError, match=r"int4 packed.*is not written here; say `output.quantized: dequantize`"):
+        prepare_recipe(tmp_path, f"{text}output: {{quantized: keep}}\n")
+
+
+# gpt-oss
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_mxfp4_experts_meet_plain_ones_and_adapters(
+    tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    if not native:
+        monkeypatch.setattr(compiled, "LIBRARY", None)
+    draw = torch.Generator().manual_seed(1)
+    experts = {f"model.layers.0.mlp.experts.{p}": torch.randn(2, 32, 64, generator=draw) * 0.05 for p in "ab"}
+    experts = {
+        "model.layers.0.mlp.experts.gate_up_proj": torch.randn(3, 32, 64, generator=draw) * 0.05,
+        "model.layers.0.mlp.experts.down_proj": torch.randn(3, 32, 32, generator=draw) * 0.05,
+    }
+    biases = {f"{name}_bias": torch.randn(3, t.shape[2], generator=draw).bfloat16() for name, t in experts.items()}
+    plain = {**biases, "model.embed_tokens.weight": torch.randn(40, 32, generator=draw).bfloat16()}
+    aligned = dict(plain)
+    for name, tensor in experts.items():
+        aligned |= mxfp4(name, tensor)
+        converted = convert_moe_packed_tensors(
+            aligned[f"{name}_blocks"], aligned[f"{name}_scales"], dtype=torch.float32
+        )
+        assert torch.equal(converted.double(), worth(aligned, name))
+    tuned = {name: worth(aligned, name) + 0.01 * torch.randn(t.shape, generator=draw) for name, t in experts.items()}
+    config = {"model_type": "gpt_oss", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
+    for folder, tensors in (("aligned", aligned), ("tuned", plain | {n: t.float() for n, t in tuned.items()})):
+        save(tmp_path / folder, tensors, {"quant_method": "mxfp4"} if folder == "aligned" else None)
+        own = json.loads((tmp_path / folder / "config.json").read_text()) | config
+        (tmp_path / folder / "config.json").write_text(json.dumps(own))
+    _, written = run_recipe(
+        tmp_path,
+        "sources: {aligned: aligned, finetuned: tuned, safety: aligned}\ngate: {always: true}\n"
+        "merge: {method: linear, alpha: 0.75}\n",
+    )
+    assert written.keys() == plain.keys() | experts.keys()
+    for name in experts:
+        close(written[name], 0.75 * tuned[name] + 0.25 * worth(aligned, name))
+    assert "quantization_config" not in config_of(tmp_path)
+    factors = {"model.layers.0.self_attn.q_proj": (torch.randn(2, 32), torch.randn(32, 2))}
+    q = {"model.layers.0.self_attn.q_proj.weight": torch.randn(32, 32).bfloat16()}
+    save_file(aligned | q, tmp_path / "aligned" / "model.safetensors")
+    write_adapter(tmp_path / "adapter", factors, 4)
+    _, written = run_recipe(tmp_path, "sources: {aligned: aligned, finetuned: adapter}\ngate: {never: true}\n")
+    assert all(torch.equal(written[name], tensor) for name, tensor in aligned.items())
+    assert config_of(tmp_path, 1)["quantization_config"] == {"quant_method": "mxfp4"}
+
+
+# Experts
+
+
+def test_experts_that_are_one_tensor_in_memory_are_written_alike(tmp_path: Path, family: Family) -> None:
+    shared = {name: tensor.bfloat16() for name, tensor in family.aligned.items() if ".mlp." not in name}
+    draw = torch.Generator().manual_seed(1)
+    names = [
+        f"model.layers.{i}.mlp.experts.{e}.{p}.weight"
+        for i in (0, 1)
+        for e in range(3)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    ]
+    aligned: Tensors = dict(shared)
+    for name in names:
+        aligned |= blocks(name, torch.randn((HIDDEN, 40) if "down" in name else (40, HIDDEN), generator=draw))
+    save(tmp_path / "aligned", aligned)
+    changed = aligned | blocks(names[1], torch.randn(40, HIDDEN, generator=draw))
+    save(tmp_path / "tuned", changed)
+    sources = "sources: {aligned: aligned, finetuned: tuned, safety: aligned}\n"
+    chosen = f"gate: {{names: ['{names[1]}']}}\nmerge: {{method: linear, alpha: 0.75}}\n"
+    _, written = run_recipe(tmp_path, f"{sources}{chosen}")
+    for name in names:
+        assert written[name].dtype == (torch.bfloat16 if ".layers.0." in name else torch.float8_e4m3fn), name
+        if ".layers.0." in name:
+            share = 0.25 if name == names[1] else 0
+            close(written[name], (1 - share) * worth(changed, name) + share * worth(aligned, name))
+    found = config_of(tmp_path)["quantization_config"]["modules_to_not_convert"]
+    assert found == ["lm_head", "model.layers.0.mlp.experts"]
+
+
+# Refused
+
+
+def test_codes_without_their_scale_are_refused(tmp_path: Path, family: Family) -> None:
+    tensors = quantised(family.aligned)
+    del tensors[f"{UP}_scale_inv"]
+    save(tmp_path / "aligned", tensors)
+    with pytest.raises(SourceError, match=rf"{UP} is stored as F8_E4M3 and has no scale"):
+        prepare_recipe(
+            tmp_path, f"sources: {{aligned: aligned, finetuned: {family.root}/finetuned}}\ngate: {{never: true}}\n"
+        )
+
+
+CLOSED = {
+    "GPTQ": {"qweight": torch.ones(3, 40, dtype=torch.int32), "qzeros": torch.ones(1, 5, dtype=torch.int32),
+             "scales": torch.ones(1, 40), "g_idx": torch.ones(24, dtype=torch.int32)},
+    "AWQ": {"qweight": torch.ones(24, 5, dtype=torch.int32), "qzeros": torch.ones(1, 5, dtype=torch.int32),
+            "scales": torch.ones(1, 40)},
+    "bitsandbytes 4-bit": {"weight": torch.ones(480, 1, dtype=torch.uint8), "weight.absmax": torch.ones(15),
+                           "weight.quant_map": torch.ones(16),
+                           "weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)},
+    "NVFP4": {"weight": torch.ones(40, 12, dtype=torch.uint8),
+              "weight_scale": torch.ones(40, 2).to(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(1.0)},
+    "zero points": {"weight_packed": torch.ones(40, 3, dtype=torch.int32), "weight_scale": torch.ones(40, 3),
+                    "weight_shape": torch.tensor([40, 24]), "weight_zero_point": torch.ones(5, 3, dtype=torch.int32)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLOSED)
+def test_formats_that_are_not_read_are_named_with_the_way_out_and_copied(
+    tmp_path: Path, family: Family, kind: str
+) -> None:
+    root = UP.removesuffix("weight")
+    tensors = {name: tensor for name, tensor in family.aligned.items() if name != UP}
+    tensors |= {f"{root}{end}": tensor for end, tensor in CLOSED[kind].items()}
+    save(tmp_path / "aligned", tensors)
+    adapter = {k: v for k, v in family.finetuned_factors.items() if "q_proj" in k}
+    write_adapter(tmp_path / "adapter", adapter, 8)
+    sources = "sources: {aligned: aligned, finetuned: adapter}\n"
+    _, written = run_recipe(tmp_path, f'{sources}gate: {{always: true, scope: ["*"]}}\nmerge: {{method: drop}}\n')
+    for end, tensor in CLOSED[kind].items():
+        assert torch.equal(written[f"{root}{end}"].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+    with pytest.raises(SourceError, match=rf"quantised \(.*{kind}.*dequantise|{kind}"):
+        prepare_recipe(
+            tmp_path,
+            f"sources: {{aligned: {family.root}/aligned, finetuned: aligned}}\ngate: {{never: true}}\n",
+        )
+
+
+# The noise floor
+
+
+def test_v_beneath_the_quantisation_noise_is_told_or_refused(tmp_path: Path, family: Family) -> None:
+    draw = torch.Generator().manual_seed(8)
+    near = {n: t + 1e-3 * torch.randn(t.shape, generator=draw) if n in GATED else t for n, t in family.aligned.items()}
+    for name, tensors in (("base", near), ("aligned", family.aligned)):
+        save(tmp_path / name, quantised(tensors))
+    roles = f"base: base, aligned: aligned, finetuned: {family.root}/finetuned-adapter"
+    tau = "gate: {tau: 0.5}\nmerge: {method: drop}\n"
+    with pytest.raises(PlanError, match=r"V lies beneath the quantisation noise in 14 of 14 gated tensors"):
+        prepare_recipe(tmp_path, f"sources: {{{roles}}}\n{tau}")
+    # Of one block alone it is told; that its noise is what rounding did is seen from the unrounded models.
+    mixed = quantised(near) | {n: t for n, t in quantised(family.base).items() if ".layers.1." in n}
+    save(tmp_path / "mixed", mixed)
+    plan = prepare_recipe(tmp_path, f"sources: {{{roles.replace('base: base', 'base: mixed')}}}\n{tau}").plan
+    assert any("V lies beneath the quantisation noise in 7 of 14" in warning for warning in plan.warnings)
+    expected = found = 0.0
+    for line in plan.tensors:
+        if line.gated and ".layers.0." in line.weight:
+            expected += line.as_json()["noise_v"] ** 2
+            for model in (family.aligned, near):
+                rounded = worth(quantised({line.weight: model[line.weight]}), line.weight)
+                found += float((rounded - model[line.weight].double()).square().sum())
+        assert line.as_json()["noise_delta"] is None  # an adapter: the quantised weight cancels
+    assert expected == pytest.approx(found, rel=0.05)
+
+
+def test_adapters_on_a_quantised_model_have_no_noise_and_are_written_as_adapters(
+    tmp_path: Path, family: Family
+) -> None:
+    aligned = quantised(family.aligned)
+    save(tmp_path / "aligned", aligned)
+    roles = f"aligned: aligned, finetuned: {family.root}/finetuned-adapter, safety: {family.root}/safety-adapter"
+    _, written = run_recipe(tmp_path, f"sources: {{{roles}}}\n{LINEAR}output: {{format: adapter}}\n")
+    name = UP.removesuffix(".weight")
+    a, b = (written[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+    scale = json.loads((tmp_path / "out0" / "adapter_config.json").read_text())
+    update = b @ a * (scale["lora_alpha"] / scale["r"])
+    wanted = 0.75 * family.lora("finetuned", UP) + 0.25 * family.lora("safety", UP)
+    torch.testing.assert_close(update, wanted, rtol=1e-5, atol=1e-6)
+
+
+# Other libraries' own dequantisation
+
+
+def test_values_are_those_of_transformers_and_compressed_tensors() -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(2))
+    stored = blocks("w", weight)
+    theirs = Fp8Dequantize(None)._dequantize_one(stored["w"], stored["w_scale_inv"], torch.float32)
+    assert torch.equal(theirs, worth(stored, "w").float())
+    tensors = pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    from tests.fixtures.quantise import int4
+
+    assert tensors.__version__
+    for form, own in (("channel", channels), ("channel", int8)):
+        found = own("w", weight)
+        kind = "float" if own is channels else "int"
+        args = QuantizationArgs(num_bits=8, type=kind, strategy=form, symmetric=True)
+        theirs = dequantize(found["w"], found["w_scale"].float(), args=args, dtype=torch.float32)
+        torch.testing.assert_close(theirs.double(), worth(found, "w"), rtol=2**-23, atol=0)
+    found = int4("w", weight)
+    codes = unpack_from_int32(found["w_packed"], 4, weight.shape)
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=8, symmetric=True)
+    theirs = dequantize(codes, found["w_scale"].float(), args=args, dtype=torch.float32)
+    torch.testing.assert_close(theirs.double(), worth(found, "w"), rtol=2**-23, atol=0)
+
+
+def test_values_of_llm_int8_are_those_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from tests.fixtures.quantise import llm_int8
+
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(2))
+    found = llm_int8("w.weight", weight)
+    theirs = functional.int8_vectorwise_dequant(found["w.weight"], found["w.SCB"])
+    torch.testing.assert_close(theirs.double(), worth(found, "w.weight"), rtol=2**-22, atol=0)
+
+
+# Loaded by transformers, from an output in which some weights are plain and others quantised
+
+
+def loaded(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """The state of the model that transformers makes of an output; no key may be missing or unexpected."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the config given here has but one setting of its own
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **more
+        )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    return dict(model.state_dict())
+
+
+def mixed_output(tmp_path: Path, family: Family, kind: str, quantization: dict[str, Any], **output: str) -> Tensors:
+    """An output whose attention was merged, and whose other matrices nothing changed: its values."""
+    aligned = quantised(family.aligned, kind)
+    save(tmp_path / "aligned", aligned, quantization)
+    for name, factors in (("adapter", family.finetuned_factors), ("safety", family.safety_factors)):
+        write_adapter(tmp_path / name, {k: v for k, v in factors.items() if "self_attn" in k}, 8)
+    sources = "sources: {aligned: aligned, finetuned: adapter, safety: safety}\n"
+    _, written = run_recipe(tmp_path, f"{sources}{LINEAR}output: {json.dumps(output)}\n")
+    return {name: worth(written, name, (4, 8)) for name in family.aligned}
+
+
+@pytest.mark.parametrize("form", ["dequantize", "keep"])
+def test_an_fp8_output_loads_in_transformers(tmp_path: Path, family: Family, form: str) -> None:
+    from transformers import FineGrainedFP8Config
+
+    # transformers wants whole blocks
+    declared = {"quant_method": "fp8", "weight_block_size": [4, 8], "activation_scheme": "dynamic"}
+    values = mixed_output(tmp_path, family, "small blocks", declared, quantized=form)
+    config = FineGrainedFP8Config(weight_block_size=(4, 8), dequantize=True)
+    state = loaded(tmp_path / "out0", quantization_config=config)
+    for name, tensor in values.items():
+        torch.testing.assert_close(state[name].double(), tensor, rtol=2**-20, atol=1e-6, msg=name)
+
+
+def compressed(kind: str, bits: int, strategy: str, group: int | None, form: str) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": kind, "strategy": strategy, "group_size": group, "symmetric": True}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }  # fmt: skip
+
+
+COMPRESSED = {
+    "FP8 channels": compressed("float", 8, "channel", None, "float-quantized"),
+    "int8": compressed("int", 8, "channel", None, "int-quantized"),
+    "int4": compressed("int", 4, "group", 8, "pack-quantized"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_a_compressed_tensors_output_loads_in_transformers(tmp_path: Path, family: Family, kind: str) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import CompressedTensorsConfig
+
+    values = mixed_output(tmp_path, family, kind, COMPRESSED[kind])
+    config = config_of(tmp_path)["quantization_config"]
+    assert "model.layers.0.self_attn.q_proj" in config["ignore"]
+    asked = {key: value for key, value in config.items() if key != "quant_method"}
+    state = loaded(tmp_path / "out0", quantization_config=CompressedTensorsConfig(**asked, dequantize=True))
+    for name, tensor in values.items():
+        torch.testing.assert_close(state[name].double(), tensor, rtol=2**-7, atol=1e-4, msg=name)
