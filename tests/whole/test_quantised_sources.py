@@ -1,6 +1,7 @@
 """Quantised sources in every role: exact to a float64 formula, copied with their scales, or refused by name.
 
-Guards `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`, `sources.quantised`.
+Guards `engine.requantised`, `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`,
+`sources.quantised`.
 """
 
 from __future__ import annotations
