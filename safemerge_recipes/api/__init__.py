@@ -19,13 +19,20 @@ from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.merging import plan, run
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
-from safemerge_recipes.api.sharing import import_mergekit, mergekit_yaml, shipped_recipe, shipped_recipes
+from safemerge_recipes.api.sharing import (
+    first_recipe,
+    import_mergekit,
+    mergekit_yaml,
+    shipped_recipe,
+    shipped_recipes,
+)
 from safemerge_recipes.api.training import plan_training, train_adapter
 
 __all__ = [
     "compare",
     "compiled",
     "evaluate",
+    "first_recipe",
     "import_mergekit",
     "is_recipe",
     "judge",

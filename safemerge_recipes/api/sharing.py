@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safemerge_recipes.errors import PlanError, RecipeError
@@ -22,6 +23,45 @@ def import_mergekit(path: str | Path, output: str | Path | None = None, *, like:
     from safemerge_recipes.sharing.mergekit.importing import import_mergekit as made
 
     return _written(made(Path(path), _folder_of(output), None if like is None else Path(like)), output)
+
+
+def first_recipe(
+    places: Sequence[str],
+    output: str | Path | None = None,
+    *,
+    given: Mapping[str, str] | None = None,
+    ask: Callable[[str, str, str], str] | None = None,
+) -> str:
+    """A first recipe with comments, as YAML text; also written to `output`, if given.
+
+    Args:
+        places: the folder or hub id of an adapter, of a fine-tuned model, of an aligned and a fine-tuned model, or the
+            name of a family, such as `llama-3.1-8b`.
+        output: where the recipe goes; its relative paths start there, else at the current folder.
+        given: places by role, `base`, `aligned`, `safety`, and the `name` of the result.
+        ask: (role, question, what is known) -> the answer; asked for every role.
+
+    Raises:
+        RecipeError: something that it needs is not known, a place is not understood, or the file exists already.
+    """
+    from dataclasses import replace
+
+    from safemerge_recipes.sharing import starting
+
+    if not 1 <= len(places) <= 2:
+        raise RecipeError(
+            f"init: found {len(places)} places; expected an adapter, a model, an aligned and a fine-tuned model, or a "
+            f"family: {', '.join(starting.FAMILIES)}"
+        )
+    start = starting.look(places[-1])
+    known = {key: value for key, value in (given or {}).items() if value}
+    if len(places) == 2:
+        known.setdefault("aligned", places[0])
+    start = starting.with_base(replace(start, **known))
+    for role, question in starting.QUESTIONS.items() if ask else ():
+        answer = ask(role, question, getattr(start, role)) if ask else ""
+        start = starting.with_base(replace(start, **{role: answer.strip()}))
+    return _written(starting.write_start(start, _folder_of(output)), output)
 
 
 def shipped_recipes() -> dict[str, str]:

@@ -34,6 +34,7 @@ for verb in (
     training.train_adapter, training.prepare_safety_data,
 ):  # fmt: skip
     app.command()(verb)
+app.command()(recipes.init)
 app.command()(recipes.recipes)
 app.command("import")(recipes.import_)  # whose name is a word of Python's
 app.command("mergekit-yaml", context_settings={"ignore_unknown_options": True})(recipes.mergekit_yaml)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,34 @@ from safemerge_recipes.cli.streams import write_json, write_line
 FileOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the recipe there, instead of printing it.")
 ]
+
+
+def init(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PLACE",
+            show_default=False,
+            help="An adapter, a fine-tuned model, an aligned and a fine-tuned model, or a family such as llama-3.1-8b.",
+        ),
+    ] = None,
+    aligned: Annotated[str, typer.Option(metavar="PLACE", help="The aligned model that was fine-tuned.")] = "",
+    base: Annotated[str, typer.Option(metavar="PLACE", help="The model before alignment.")] = "",
+    safety: Annotated[str, typer.Option(metavar="PLACE", help="A safety-tuned model or adapter.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the result; -safe is added.")] = "",
+    output: FileOption = None,
+) -> None:
+    """Write a first recipe, with comments, for an adapter or a model. Asks for what is not said, on a terminal."""
+    given = {"aligned": aligned, "base": base, "safety": safety, "name": name}
+    asked = None
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        places = places or [typer.prompt("The fine-tuned model or adapter (a folder or hub id), or a family", err=True)]
+
+        def asked(role: str, question: str, known: str) -> str:
+            return given[role] or str(typer.prompt(question, default=known, err=True))
+
+    text = api.first_recipe(places or [], output, given=given, ask=asked)
+    write_line(str(output) if output else text.rstrip("\n"))
 
 
 def import_(
