@@ -28,6 +28,11 @@ lint: install
 	$(RUN)/mypy
 	$(RUN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(RUN)/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
+	$(RUN)/check-jsonschema -q --builtin-schema vendor.github-actions action.yml
+	$(RUN)/pre-commit validate-manifest .pre-commit-hooks.yaml
+	$(RUN)/pre-commit validate-config .pre-commit-config.yaml
+	$(RUN)/shellcheck .github/action/*.sh .ci/run
+	$(RUN)/hadolint Containerfile
 	$(RUN)/lint-imports
 
 demo-adapters: install  ## the demo's three adapters, trained anew; half an hour and more on one core, cut short it goes on

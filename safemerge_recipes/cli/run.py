@@ -22,6 +22,7 @@ from safemerge_recipes.cli.options import (
     WorkersOption,
 )
 from safemerge_recipes.cli.streams import console, watched, write_json, write_line
+from safemerge_recipes.errors import RecipeError
 
 
 def run(
@@ -95,7 +96,9 @@ def plan(
 
 
 def validate(
-    recipe: RecipeArgument,
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Recipes, as for run; several are checked one by one.")
+    ],
     set_: SetOption = None,
     source: SourceOption = None,
     show: Annotated[
@@ -103,12 +106,20 @@ def validate(
     ] = False,
 ) -> None:
     """Check a recipe's text: every problem at once, with its line. Opens no source."""
-    loaded = api.load_recipe(recipe, set_ or (), sources=source or ())
-    if show:
-        return write_line(api.show(loaded).rstrip("\n"))
-    rules = len(loaded.recipe.rules)
-    write_line(f"{loaded.path}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
-    return None
+    wrong = []
+    for number, recipe in enumerate(recipes):
+        try:
+            loaded = api.load_recipe(recipe, set_ or (), sources=source or ())
+        except RecipeError as error:
+            wrong.append(str(error))
+            continue
+        if show:
+            write_line(("---\n" if number else "") + api.show(loaded).rstrip("\n"))
+            continue
+        rules = len(loaded.recipe.rules)
+        write_line(f"{loaded.path}: a sound recipe ({len(loaded.recipe.sources.roles())} sources, {rules} rules)")
+    if wrong:
+        raise RecipeError("\n".join(wrong))
 
 
 def lock(recipe: RecipeArgument, set_: SetOption = None, source: SourceOption = None) -> None:
