@@ -17,7 +17,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "recipes" / "demo"
-RECIPE = "smollm2_arithmetic_linear.yaml"
+RECIPE = "smollm2_arithmetic.yaml"
 CELLS = (
     """# From Python
 

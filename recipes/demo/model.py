@@ -1,13 +1,8 @@
-"""The demo's model: base plus weighted adapters, greedy answers, and the base model's own answers.
-
-Updates are summed in float32 and rounded once to bfloat16, as a merged checkpoint is. Knows nothing of
-roles, splits or scores.
-"""
+"""The demo's base model and its own greedy answers. Knows nothing of roles, splits or scores."""
 
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from family import base_folder, cache
@@ -15,26 +10,13 @@ from family import base_folder, cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def load(adapters: Sequence[tuple[Path, float]] = ()) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of base + sum of weight * s * B @ A over the adapters, in bfloat16."""
+def load() -> tuple[Any, Any]:
+    """Return (model, tokenizer) of the base model, in bfloat16."""
     import torch
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.bfloat16)
-    weights = model.state_dict()
-    updates: dict[str, torch.Tensor] = {}
-    for folder, weight in adapters:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        factors = load_file(folder / "adapter_model.safetensors")
-        for key in (k for k in factors if k.endswith(".lora_A.weight")):
-            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
-            update = factors[key.replace("lora_A", "lora_B")].float() @ factors[key].float()
-            updates[name] = updates.get(name, 0.0) + weight * config["lora_alpha"] / config["r"] * update
-    for name, update in updates.items():
-        weights[name].copy_(weights[name].float() + update)
-    tokenizer = AutoTokenizer.from_pretrained(base_folder(), padding_side="left")
-    return model.eval(), tokenizer
+    return model.eval(), AutoTokenizer.from_pretrained(base_folder(), padding_side="left")
 
 
 def chat(tokenizer: Any, prompt: str) -> str:

