@@ -14,7 +14,7 @@ class PhaseStarted:
     """A phase of the work begins; the one before it is over."""
 
     name: str
-    """`measure`, `write`, `verify` or `again`."""
+    """`fetch`, `measure`, `write`, `verify`, `again` or `upload`."""
     nbytes: int
     """Bytes that will be told by `BytesDone` until it ends."""
 

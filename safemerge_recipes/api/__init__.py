@@ -17,6 +17,7 @@ from safemerge_recipes.api.checking import compiled, sign, verify
 from safemerge_recipes.api.experiments import probe, results_of, sweep, write_controls
 from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.merging import plan, run
+from safemerge_recipes.api.publishing import publish
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
 from safemerge_recipes.api.sharing import (
@@ -42,6 +43,7 @@ __all__ = [
     "plan",
     "plan_training",
     "probe",
+    "publish",
     "registered",
     "render",
     "results_of",

@@ -228,7 +228,12 @@ def remove_left(folder: Path, names: Collection[str]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON, one member a line."""
-    write_file(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Strict JSON, one member a line."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _open_folder(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Sources and recipes on the hub, asked of a real server by the real client: what is fetched, and every refusal.
 
-Guards `sources.hub`, `sources.locate`, `sharing.places` and `api.opening`.
+Guards `sources.hub`, `sources.refusals`, `sources.locate`, `sharing.places` and `api.opening`.
 """
 
 from __future__ import annotations
@@ -8,77 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.fixtures.hub_server import TOKEN, Hub, environment, serve
-from tests.fixtures.plain_family import make_family, recipe_text
-from tests.fixtures.program import WarmProgram, digests
+from tests.fixtures.hub_server import TOKEN
+from tests.fixtures.hub_world import ALWAYS, RHO, SOURCES, weights
+from tests.fixtures.plain_family import recipe_text
 
-SOURCES = (
-    "{base: ann/base, aligned: ann/aligned, finetuned: {adapter: ann/finetuned-adapter}, "
-    "safety: {adapter: ann/safety-adapter}}"
-)
-RHO, ALWAYS = "{metric: rho, fraction: 0.5}", "{always: true}"
 WEIGHTS = r"GET /(lfs/|.*resolve/.*safetensors)"
-
-
-@dataclass
-class World:
-    """A hub with a family on it, and the program with caches of its own."""
-
-    hub: Hub
-    folder: Path
-    program: WarmProgram
-    home: Path
-
-    def __call__(self, *arguments: object, token: str = "", offline: bool = False, before: str = ""):
-        """(exit code, standard output, standard error) of `safemerge`."""
-        given = environment(self.hub, self.home, token, offline)
-        setting = f"import os, time; os.environ.update({given!r}); time.sleep = lambda seconds: None\n{before}"
-        return self.program(*arguments, before=setting)
-
-    def recipe(self, gate: str = RHO, sources: str = SOURCES, rest: str = "") -> Path:
-        path = self.home / "recipe.yaml"
-        path.write_text(recipe_text(sources, gate, "{alpha: 0.7}", rest))
-        return path
-
-    def sent(self) -> int:
-        """Bytes of weights that were sent, headers included."""
-        return self.hub.sent
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hub")
-    make_family(root / "family")
-    for name in ("base", "aligned"):
-        tokenizer = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
-        (root / "family" / name / "tokenizer.json").write_text(json.dumps(tokenizer))
-        (root / "family" / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
-    with serve() as hub:
-        program = WarmProgram(root)
-        yield hub, root, program
-        program.close()
-
-
-@pytest.fixture
-def world(served, tmp_path):
-    """The family on the hub as new, all faults healed, empty caches."""
-    hub, root, program = served
-    hub.repositories.clear()
-    hub.objects.clear()
-    for name in ("base", "aligned", "finetuned-adapter", "safety-adapter"):
-        hub.add(f"ann/{name}", root / "family" / name)
-    hub.forget()
-    return World(hub, root / "family", program, tmp_path)
-
-
-def weights(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in digests(folder).items() if name.endswith(".safetensors")}
 
 
 class TestFetching:

@@ -1,0 +1,131 @@
+"""Sends an output to the hub, to a branch or as a pull request; cut short, the same call goes on.
+
+Large files go first, one by one, and stay on the hub's side once they are there; then one commit names all of them, so
+that nobody ever sees half an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.errors import PlanError, SafemergeError, WriteError
+from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
+from safemerge_recipes.sharing.parcel import Parcel
+from safemerge_recipes.sources.refusals import HubError, told
+
+STALE = (".safetensors", ".safetensors.index.json")
+"""Endings of files in the repository that would be taken for a part of the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Where an output is on the hub.
+
+    Attributes:
+        repository: its id.
+        revision: the branch, or `refs/pr/N`.
+        commit: the commit.
+        url: the pull request or the branch, for a browser.
+        sent: the files that were sent now.
+        removed: files of an earlier model that were removed there.
+    """
+
+    repository: str
+    revision: str
+    commit: str
+    url: str
+    sent: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+@contextmanager
+def _asking(repository: str) -> Iterator[None]:
+    """Says in one message why a repository cannot be written to.
+
+    Raises:
+        WriteError: the same call goes on later.
+        PlanError: it is not allowed.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with told(repository, repository, write=True):
+            try:
+                yield
+            except RuntimeError as error:  # an upload in one of the client's threads
+                raise OSError(str(error)) from error
+    except HubError as error:
+        kind: type[SafemergeError] = WriteError if error.again else PlanError
+        raise kind(str(error)) from None
+    finally:
+        if not quiet:
+            enable_progress_bars()
+
+
+def send(
+    parcel: Parcel, repository: str, branch: str | None, on_event: Listener, *, private: bool = False, title: str = ""
+) -> Published:
+    """Sends a parcel. What is there already is not sent again.
+
+    Args:
+        parcel: the files.
+        repository: the id; made where it does not exist.
+        branch: the branch, made where it does not exist; None: a pull request to the main branch, the open one of the
+            same title if there is one.
+        on_event: is told of bytes.
+        private: whether a new repository is private.
+        title: of the commit and the pull request.
+
+    Raises:
+        PlanError: the hub does not allow it.
+        WriteError: broken off; the same call goes on.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    with _asking(repository):
+        user = api.whoami()["name"]
+        api.create_repo(repository, private=private, exist_ok=True)
+        revision = branch or _pull_request(api, repository, user, title)
+        if branch is not None and branch != "main":
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        tree = api.list_repo_tree(repository, revision=revision, recursive=True)
+        there = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in tree if isinstance(one, RepoFile)}
+        additions = [CommitOperationAdd(name, _held(content)) for name, content in parcel.files.items()]
+        stale = [name for name in there if _is_stale(name, parcel)]
+        on_event(PhaseStarted("upload", sum(one.upload_info.size for one in additions)))
+        for one in additions:
+            api.preupload_lfs_files(repository, [one], revision=revision, free_memory=False)
+            on_event(BytesDone(one.upload_info.size))
+        made = api.create_commit(
+            repository, [*additions, *(CommitOperationDelete(name) for name in stale)],
+            commit_message=title, revision=revision,
+        )  # fmt: skip
+    number = revision.removeprefix("refs/pr/")
+    url = f"{api.endpoint}/{repository}/" + (f"tree/{branch}" if branch else f"discussions/{number}")
+    sent = tuple(one.path_in_repo for one in additions if there.get(one.path_in_repo) != one._local_oid)
+    return Published(repository, revision, made.oid, url, sent, tuple(stale))
+
+
+def _held(content: Path | bytes) -> Any:
+    return content if isinstance(content, bytes) else str(content)
+
+
+def _is_stale(name: str, parcel: Parcel) -> bool:
+    """Whether a file of the repository belongs to an earlier model, and would be taken for a part of this one."""
+    return name not in parcel.files and "/" not in name and (name.endswith(STALE) or name.startswith("safemerge_"))
+
+
+def _pull_request(api: Any, repository: str, user: str, title: str) -> str:
+    """The revision of a pull request: of the user's own open one of this title, or of a new one."""
+    for one in api.get_repo_discussions(repository, author=user, discussion_type="pull_request"):
+        if one.is_pull_request and one.title == title and one.status in ("open", "draft"):
+            return f"refs/pr/{one.num}"
+    return f"refs/pr/{api.create_pull_request(repository, title).num}"
