@@ -112,6 +112,11 @@ def fetch(resolved: Resolved, files: Collection[str] | None, on_event: Listener)
     return resolve(resolved.loaded, folders=folders)
 
 
+def open_sources(loaded: LoadedRecipe, on_event: Listener) -> Resolved:
+    """Opens the sources: headers of all of them first, then whatever is still on the hub. Raises as `resolve` does."""
+    return fetch(resolve(loaded, headers=True), None, on_event)
+
+
 def measured_away(resolved: Resolved) -> tuple[str, ...]:
     """The files on the hub, by the paths of their headers, that a gate must read before it can decide."""
     family = resolved.family

@@ -32,7 +32,7 @@ from safemerge_recipes.engine.requantised import ERROR, requantised_errors
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.pipeline import prepare, resolve
+from safemerge_recipes.pipeline import open_sources, prepare
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.planning.prepared import Prepared
@@ -283,7 +283,8 @@ def _recompute(
             f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
             "check it with the version of safemerge-recipes named in its manifest"
         )
-    prepared = prepare(resolve(load_recipe(folder / RECIPE_FILE)), resources, on_event, use_cache=False)
+    sources = open_sources(load_recipe(folder / RECIPE_FILE), on_event)
+    prepared = prepare(sources, resources, on_event, use_cache=False)
     refuse(folder, list(_inputs(prepared, manifest)))
     refuse(folder, [*_decisions(prepared, folder), *_beside(prepared, folder, manifest), *_told(prepared, folder)])
     if prepared.recipe.output.format == "adapter":

@@ -29,12 +29,12 @@ def lock(recipe: RecipeLike, on_event: Listener = ignore) -> Path:
         RecipeError: the recipe is wrong.
         SourceError: a source is missing, broken, or does not fit the others.
     """
-    from safemerge_recipes.pipeline import fetch, resolve
+    from safemerge_recipes.pipeline import open_sources
     from safemerge_recipes.sharing.lock import check_place, write_lock
 
     loaded = loaded_of(recipe)
     check_place(loaded)
-    return write_lock(fetch(resolve(loaded, headers=True), None, on_event))
+    return write_lock(open_sources(loaded, on_event))
 
 
 def schema() -> dict[str, Any]:

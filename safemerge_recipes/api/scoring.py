@@ -46,7 +46,7 @@ def evaluate(
     if isinstance(target, str | Path) and not is_recipe(target):
         return evaluate_folder(Path(target), tasks, on_event, limit=limit, device=device)
     from safemerge_recipes.evaluation.scoring import score_output, suite_of
-    from safemerge_recipes.pipeline import prepare, resolve
+    from safemerge_recipes.pipeline import open_sources, prepare
     from safemerge_recipes.planning.load import vary
 
     loaded = loaded_of(target)
@@ -56,7 +56,7 @@ def evaluate(
     if loaded.recipe.evaluate is None:
         raise RecipeError(f"{loaded.path}: evaluate: missing; expected it there with tasks, or --tasks")
     folder, suite = target_of(loaded, output), suite_of(loaded)
-    prepared = prepare(resolve(loaded), resources_of(device, None, "2GB"), on_event)
+    prepared = prepare(open_sources(loaded, on_event), resources_of(device, None, "2GB"), on_event)
     return score_output(prepared, folder, loaded, on_event, suite=suite)
 
 

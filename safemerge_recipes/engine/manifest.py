@@ -29,6 +29,8 @@ FORMAT = 2
 _BLANK = "0" * 64
 _OPENING = re.compile(rb'\{\n "format": (\d{1,9}),\n "digest": "([0-9a-f]{64})",\n')
 """How a manifest begins. Its digest is the sha256 of the whole file with zeros in the digest's place."""
+LEFT_OUT = "left_out"
+"""Key of a manifest: the files that an output had and that were left out when it was published."""
 MAX_VALUES = 4_000_000
 """Most values a manifest, plan or scores may hold."""
 CHUNK = 1 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 from safemerge_recipes.engine.documents import scores_in
 from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
-from safemerge_recipes.engine.manifest import read_manifest
+from safemerge_recipes.engine.manifest import LEFT_OUT, manifest_record, read_manifest
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.answers import read_answers
 from safemerge_recipes.evaluation.compare import read_scores
@@ -41,6 +41,7 @@ def check_scores(folder: Path) -> tuple[list[str], list[str]]:
     if unfinished(read_manifest(folder)):
         return [], ["scores against answers: a command that replaces them was cut short, `safemerge report` ends it"]
     scores, judged, silent = read_scores(folder / SCORES_FILE), list[str](), list[str]()
+    left_out = ANSWERS_FILE in (manifest_record(folder).get(LEFT_OUT) or ())
     answers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in read_answers(folder / ANSWERS_FILE):
         answers.setdefault((row["model"], row["task"]), {})[row["id"]] = row
@@ -49,7 +50,7 @@ def check_scores(folder: Path) -> tuple[list[str], list[str]]:
         for task, found in one.tasks.items():
             rows = answers.pop((model, task), {})
             problems += _rates(model, task, found)
-            problems += _outcomes(model, task, found, rows)
+            problems += [] if left_out else _outcomes(model, task, found, rows)
             scored = {name: _again(task, found, one, row) for name, row in rows.items()}
             again = {name: values for name, values in scored.items() if values is not None}
             problems += _against(model, task, found, again)
@@ -60,7 +61,9 @@ def check_scores(folder: Path) -> tuple[list[str], list[str]]:
     if judged:
         checked.append(f"outcomes of {', '.join(dict.fromkeys(judged))} against the stored answers")
     unchecked = ["scores: whether the models give these answers; only evaluating again shows it"]
-    if silent:
+    if left_out:
+        unchecked.append("outcomes against answers, which were left out when this was published")
+    elif silent:
         unchecked.append(
             f"outcomes of {', '.join(dict.fromkeys(silent))}, which this version does not score from answers"
         )

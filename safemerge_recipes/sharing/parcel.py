@@ -26,7 +26,7 @@ from safemerge_recipes.engine.folder import (
     REPORT_FILE,
     SIGNATURE_FILE,
 )
-from safemerge_recipes.engine.manifest import FORMAT, manifest_record, read_record, sealed, versions
+from safemerge_recipes.engine.manifest import FORMAT, LEFT_OUT, manifest_record, read_record, sealed, versions
 from safemerge_recipes.errors import PlanError, RecipeError, SourceError
 from safemerge_recipes.recipe.source import split_revision
 from safemerge_recipes.recipe.yaml_text import read_yaml, write_yaml
@@ -211,8 +211,10 @@ def _manifest(
     for entry in record["inputs"]:
         labels = [sources[role]["label"] for role in entry["roles"] if role in sources]
         entry["source"] = labels[0] if labels else entry["source"]
-    rendered = {"rendered": versions()["safemerge-recipes"]} if REPORT_FILE in contents else {}
-    return sealed({**record, "outputs": outputs, "sources": sources, **rendered}, FORMAT).encode()
+    more: dict[str, Any] = {"rendered": versions()["safemerge-recipes"]} if REPORT_FILE in contents else {}
+    if out := sorted({entry["file"] for entry in record["outputs"]} - kept):
+        more[LEFT_OUT] = out
+    return sealed({**record, "outputs": outputs, "sources": sources, **more}, FORMAT).encode()
 
 
 def signed(parcel: Parcel, folder: Path, private_key: Path) -> Parcel:

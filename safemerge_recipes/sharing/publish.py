@@ -6,6 +6,7 @@ that nobody ever sees half an output.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.sharing.parcel import Parcel
 from safemerge_recipes.sources.refusals import HubError, told
 
+SMALL = 16_000_000
+"""Bytes from which on a file is no text that git itself would hold."""
 STALE = (".safetensors", ".safetensors.index.json")
 """Endings of files in the repository that would be taken for a part of the model."""
 
@@ -110,12 +113,21 @@ def send(
         )  # fmt: skip
     number = revision.removeprefix("refs/pr/")
     url = f"{api.endpoint}/{repository}/" + (f"tree/{branch}" if branch else f"discussions/{number}")
-    sent = tuple(one.path_in_repo for one in additions if there.get(one.path_in_repo) != one._local_oid)
+    sent = tuple(one.path_in_repo for one in additions if there.get(one.path_in_repo) not in _ids(one))
     return Published(repository, revision, made.oid, url, sent, tuple(stale))
 
 
 def _held(content: Path | bytes) -> Any:
     return content if isinstance(content, bytes) else str(content)
+
+
+def _ids(addition: Any) -> tuple[str, str | None]:
+    """What the hub may call a file: by the sha256 of a large one, by git's sha1 of a small one."""
+    small = addition.upload_info.size < SMALL
+    with addition.as_file() as file:
+        content = file.read() if small else b""
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return addition.upload_info.sha256.hex(), git if small else None
 
 
 def _is_stale(name: str, parcel: Parcel) -> bool:

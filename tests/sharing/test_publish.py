@@ -71,6 +71,7 @@ class TestThereAndBack:
         assert world("verify", world.home / "again", "--deep")[0] == 0
         assert run("verify", fetched(world, "main", tmp_path / "copy"))[0] == 0
 
+    @pytest.mark.slow
     def test_what_it_was_made_from_is_locked(self, world, tmp_path):
         published(world, merged(world), "--branch", "main")
         shutil.copytree(world.folder / "safety-adapter", tmp_path / "other")
@@ -83,6 +84,7 @@ class TestThereAndBack:
         assert "sources.safety: adapter_model.safetensors has changed" in err
         assert not (world.home / "again").exists()
 
+    @pytest.mark.slow
     def test_a_pull_request_is_one_commit_and_nothing_is_sent_twice(self, world):
         out = merged(world)
         told = published(world, out)
@@ -99,6 +101,7 @@ class TestThereAndBack:
         assert code == 0, err
         assert weights(world.home / "again") == weights(out)
 
+    @pytest.mark.slow
     def test_killed_in_an_upload_the_same_command_goes_on(self, world):
         """SIGKILL before the commit: nobody sees a half, and the weights that went out are not sent again."""
         out = merged(world)
@@ -123,6 +126,7 @@ class TestThereAndBack:
         assert not world.hub.asked("PUT ")
         assert set(repository.tree()) == {".gitattributes", *(path.name for path in out.iterdir())}
 
+    @pytest.mark.slow
     def test_weights_of_an_earlier_model_are_removed(self, world):
         old = {"model-00002-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
         world.hub.add("ann/merged", old)
@@ -158,6 +162,7 @@ class TestWhatNeverLeaves:
         assert code == 0, err
         assert weights(world.home / "again") == weights(out)
 
+    @pytest.mark.slow
     def test_what_a_folder_is_on_the_hub_is_compared_and_named(self, world, local, tmp_path):
         out = merged(world, sources=local)
         code, _, err = world("publish", out, "--repo", "ann/merged", "--source", "safety=ann/finetuned-adapter")
@@ -174,6 +179,7 @@ class TestWhatNeverLeaves:
         assert weights(world.home / "again") == weights(out)
         assert world("verify", copy, "--deep")[0] == 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", ["nobody=ann/x", "safety=./x", "safety"])
     def test_a_stand_in_that_is_none_is_told(self, world, local, text):
         out = merged(world, sources=local)
@@ -194,6 +200,7 @@ class TestWhatNeverLeaves:
         assert run("verify", copy)[0] == 0
         assert not [path for path in copy.iterdir() if str(world.folder).encode() in path.read_bytes()]
 
+    @pytest.mark.slow
     def test_an_adapter_on_the_hub_goes_as_it_is(self, world, tmp_path):
         out = merged(world, rest=ADAPTER)
         published(world, out, "--branch", "main")
@@ -219,6 +226,7 @@ class TestWhatNeverLeaves:
         assert "hf_abcdef" not in err
         assert not world.hub.requests
 
+    @pytest.mark.slow
     def test_the_path_a_config_was_loaded_from(self, world, tmp_path):
         aligned = tmp_path / "aligned"
         shutil.copytree(world.folder / "aligned", aligned)
@@ -248,11 +256,11 @@ class TestRefusals:
         ("fault", "status", "code", "told"),
         [
             ("", 0, 4, "needs a token: log in with `hf auth login` or set HF_TOKEN"),
-            ("GET /api/whoami-v2", 401, 4, "401"),
+            pytest.param("GET /api/whoami-v2", 401, 4, "401", marks=pytest.mark.slow),
             ("POST /api/repos/create", 403, 4, "use a token that may write there"),
-            ("POST .*/preupload/", 403, 4, "use a token that may write there"),
-            ("POST .*/lfs/objects/batch", 500, 5, "the same command goes on"),
-            ("PUT /lfs-upload/", 429, 5, "the same command goes on"),
+            pytest.param("POST .*/preupload/", 403, 4, "use a token that may write there", marks=pytest.mark.slow),
+            pytest.param("POST .*/lfs/objects/batch", 500, 5, "the same command goes on", marks=pytest.mark.slow),
+            pytest.param("PUT /lfs-upload/", 429, 5, "the same command goes on", marks=pytest.mark.slow),
             ("POST .*/commit/", 500, 5, "the same command goes on"),
         ],
     )
@@ -281,6 +289,7 @@ class TestRefusals:
         assert "ann/merged" not in world.hub.repositories
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="keys are made by openssl")
 def test_what_is_sent_is_signed(world, tmp_path):
     pytest.importorskip("model_signing")

@@ -22,7 +22,7 @@ from safemerge_recipes.evaluation.scoring import conditions, graph_subject, scor
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
 from safemerge_recipes.events import Listener, Note, ignore
-from safemerge_recipes.pipeline import as_source, build, decide, measurer_of, prepare, resolve
+from safemerge_recipes.pipeline import as_source, build, decide, measurer_of, open_sources, prepare, resolve
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.load import vary
 from safemerge_recipes.planning.plan import Plan
@@ -78,7 +78,7 @@ class Bench:
                 caution = measures(suite.better, tuple(suite.tasks)).caution
                 if caution and names == self.tuning:
                     on_event(Note(f"Mind: {caution}", warning=True))
-        self.prepared: Prepared = prepare(resolve(self.loaded), resources, on_event)
+        self.prepared: Prepared = prepare(open_sources(self.loaded, on_event), resources, on_event)
         self.measurer = measurer_of(self.prepared.resolved, resources)
         self._device = resources.device if resources.device.startswith("cuda") else "auto"
         self._beside = side_key(self.prepared.resolved.side_files)
