@@ -189,9 +189,14 @@ class TestPlanningFromHeaders:
         """From Python: what was planned from headers is fetched, measured and planned again when it is run."""
         code = (
             "import safemerge_recipes as sm, sys\n"
+            "from safemerge_recipes.events import BytesDone, PhaseStarted\n"
+            "told = []\n"
             f"plan = sm.plan({str(world.recipe(ALWAYS))!r})\n"
             "assert plan.family.away\n"
-            f"result = sm.run(plan, {str(world.home / 'out')!r})\n"
+            f"result = sm.run(plan, {str(world.home / 'out')!r}, on_event=told.append)\n"
+            "at = [n for n, e in enumerate(told) if isinstance(e, PhaseStarted) and e.name == 'fetch']\n"
+            "assert [told[n + 1] for n in at] == [BytesDone(told[n].nbytes) for n in at]\n"
+            "assert len(at) == 2\n"
             "assert not result.plan.family.away\n"
             "sys.exit(0)\n"
         )
@@ -305,6 +310,10 @@ class TestRecipes:
         assert f"sources.base: ann/base at {world.hub.repositories['ann/base'].refs['main'][:12]}" in out
         assert world("run", world.recipe(), "--output", world.home / "local")[0] == 0
         assert weights(world.home / "out") == weights(world.home / "local")
+        world.hub.forget()
+        code, _, err = world("plan", place.format(commit=commit), offline=True)
+        assert code == 0, err
+        assert not world.hub.requests
 
     def test_a_recipe_here_extends_one_of_the_hub(self, world):
         world.hub.add("bea/recipes", {"base.yaml": self.RECIPE})
