@@ -36,16 +36,17 @@ def opened(loaded: LoadedRecipe, on_event: Listener, *, planned: bool = False) -
 
 
 def _told(resolved: Resolved, read: tuple[str, ...] | None) -> list[str]:
-    """Where a recipe from elsewhere comes from and what it reads; of any, what is fetched for a run, and now."""
+    """Of an output's recipe, or one from the hub, where it lies and what it reads; of any, what is fetched."""
+    from safemerge_recipes.engine.folder import RECIPE_FILE
     from safemerge_recipes.text import size
 
     place, family = resolved.loaded.place, resolved.family
-    foreign = place is not None and place.directory is None
-    lines = [f"Recipe: {place.label}"] if place is not None and foreign else []
+    found = place is not None and (place.directory is None or resolved.loaded.path.name == RECIPE_FILE)
+    lines = [f"Recipe: {place.label}"] if place is not None and found else []
     for role, model in family.models.items():
         folder = model.folder
         away = sum(one.size for one in folder.away.values())
-        if away or foreign:
+        if away or found:
             commit = f" at {folder.revision[:12]}" if folder.revision else ""
             there = f", {size(away)} of weights to fetch" if away else ", all of it here"
             lines.append(f"sources.{role}: {folder.label}{commit}{there}")

@@ -16,6 +16,7 @@ from typing import Literal
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import Listener
+from safemerge_recipes.recipe.builtins import ROLES
 from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.sources.checkpoint import instead, named_files
 from safemerge_recipes.sources.hub import Away, Repository, fetch, head, open_repository
@@ -165,7 +166,8 @@ def locate(source: Source, role: str, directory: Path, *, headers: bool = False,
     elif exists:
         raise SourceError(f"{label}: is a file; expected the folder that holds the model or adapter")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SourceError(f"{label}: no folder at {local}; check the path, it is relative to the recipe")
+        other = f", or say --source {role}=PLACE" if role in ROLES else ""
+        raise SourceError(f"{label}: no folder at {local}; check the path, it is relative to the recipe{other}")
     else:
         repository, path = _repository(source, name, label, {} if known is None else known)
     if source.subfolder and not path.is_dir():
