@@ -7,6 +7,7 @@ are. Whoever reads from elsewhere hands in a `Place`; nothing here opens a conne
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,23 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,60}")
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """The repository that a recipe lies in, whose folders it may name as sources.
+
+    Attributes:
+        repository: its id.
+        commit: the recipe's own.
+        folder: the recipe's folder in it.
+        folders: the names of the folders beside the recipe.
+    """
+
+    repository: str
+    commit: str
+    folder: str
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a recipe's text comes from.
 
@@ -36,6 +54,7 @@ class Place:
             no file of this machine.
         parent: opens what it says under `extends`. Raises RecipeError.
         beside: of a recipe from elsewhere, the folder that holds what came with it, such as its lock.
+        own: the repository it lies in.
     """
 
     label: str
@@ -43,6 +62,7 @@ class Place:
     directory: Path | None
     parent: Callable[[str], Place]
     beside: Path | None = None
+    own: Own | None = None
 
 
 @dataclass(slots=True)
@@ -74,7 +94,7 @@ def compose(
     """
     found = Composed(document, tuple(overrides))
     if place.directory is None:
-        found.problems += _foreign(document.value, stand_ins or {}, None)
+        found.problems += _foreign(document.value, stand_ins or {}, None, place.own)
     _extend(found, place, stand_ins or {})
     value = document.value
     for key in [key for key in value if key.startswith("x-")]:
@@ -103,7 +123,7 @@ def _extend(found: Composed, place: Place, stand_ins: Mapping[str, str]) -> None
             raise RecipeError(f"{labels[0]}: extends {MAX_DEPTH} recipes one after another; expected fewer")
         parent = _parent(place)
         if place.directory is None:
-            found.problems += _foreign(parent.value, stand_ins, here)
+            found.problems += _foreign(parent.value, stand_ins, here, place.own)
         else:
             _anchor(parent.value, place.directory)
         below = {keys: f"{place.label}:{line}" for keys, line in parent.lines.items() if keys}
@@ -191,10 +211,13 @@ _ASKS = ("verdict", "llama-guard-3", "harmbench", "strongreject")
 """What a judge may be asked by name; anything else is a file."""
 
 
-def _foreign(value: dict[str, Any], stand_ins: Mapping[str, str], here: Path | None) -> list[tuple[Keys, str]]:
+def _foreign(
+    value: dict[str, Any], stand_ins: Mapping[str, str], here: Path | None, own: Own | None
+) -> list[tuple[Keys, str]]:
     """What a recipe from elsewhere may not say: no file, folder or server of this machine. Its output is ours.
 
-    `here` is the folder of the recipe of this machine that extends it, where a hub id may not lead.
+    `here` is the folder of the recipe of this machine that extends it, where a hub id may not lead. A folder beside the
+    recipe in its `own` repository is that folder of the repository.
     """
     _mapping(value.get("output")).pop("path", None)
     found: list[tuple[Keys, str]] = []
@@ -210,6 +233,14 @@ def _foreign(value: dict[str, Any], stand_ins: Mapping[str, str], here: Path | N
         given = _mapping(source)
         named = [given[k] for k in ("model", "adapter", "location", "train") if _text(given, k)]
         where = source if isinstance(source, str) else next(iter(named), "")
+        inside = posixpath.normpath(posixpath.join(where, str(given.get("subfolder") or "")))
+        beside = where.startswith("./") and "train" not in given
+        if own is not None and beside and inside.partition("/")[0] in own.folders:
+            key = next((key for key in ("model", "adapter") if key in given), "location")
+            kept = {"on": given["on"]} if "on" in given else {}
+            subfolder = posixpath.join(own.folder, inside)
+            sources[role] = {key: own.repository, "revision": own.commit, "subfolder": subfolder, **kept}
+            continue
         if role not in stand_ins and ("train" in given or _is_folder(where)):
             message = f"names {where[:200]!r}, a folder of its author's; say --source {role}=PLACE for one that is here"
             found.append((("sources", role), message))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE, RECIPE_FILE
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.recipe.composing import Place
+from safemerge_recipes.recipe.composing import Own, Place
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES
 from safemerge_recipes.sharing.shipped import PREFIX, shipped_place
 from safemerge_recipes.sources.hub import HubFile, Repository, fetch, open_repository
@@ -92,7 +92,9 @@ def _place(repository: Repository, file: str, folder: str) -> Place:
     except (OSError, ValueError) as error:
         raise RecipeError(f"{repository.label}/{file}: cannot be read: {str(error)[:200]}") from None
     label = f"{repository.name}@{repository.commit[:12]}/{file}"
-    return Place(label, text, None, partial(_parent, repository, folder), path.parent)
+    folders = repository.folders or tuple(one.name for one in path.parent.iterdir() if one.is_dir())
+    own = Own(repository.name, repository.commit, folder, folders)
+    return Place(label, text, None, partial(_parent, repository, folder), path.parent, own)
 
 
 def _parent(repository: Repository, folder: str, named: str) -> Place:

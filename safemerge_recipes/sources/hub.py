@@ -11,7 +11,7 @@ import glob
 import hashlib
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.safetensors import MAX_HEADER_BYTES
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder beside a model whose files an output may have."""
 FIRST_BYTES = 1 << 17
 """Bytes asked for at first to get a header: that of a shard of a 70 B model is a tenth of it."""
 
@@ -64,6 +66,7 @@ class Repository:
         commit: 40 hexadecimal digits.
         path: its folder in the hub's cache.
         files: what lies in the folder that was listed, by name; None where only the cache could be asked.
+        folders: the names of the folders in the folder that was listed.
         reason: why the hub could not be asked.
     """
 
@@ -72,6 +75,7 @@ class Repository:
     commit: str
     path: Path
     files: Mapping[str, HubFile] | None = None
+    folders: tuple[str, ...] = ()
     reason: str = ""
 
     def has(self, name: str) -> bool:
@@ -109,20 +113,25 @@ def open_repository(
     repository = Repository(label, name, found.name, found)
     try:
         with told(label, name, revision):
-            return replace(repository, files=dict(_listed(name, found.name, folder)))
+            files, folders = _listed(name, found.name, folder)
+            return replace(repository, files=files, folders=folders)
     except SourceError as error:
         return replace(repository, reason=str(error).removeprefix(f"{label}: "))
 
 
-def _listed(name: str, commit: str, folder: str) -> Iterator[tuple[str, HubFile]]:
+def _listed(name: str, commit: str, folder: str) -> tuple[dict[str, HubFile], tuple[str, ...]]:
+    """(files of a folder and of its chat templates by name in the repository, names of its folders)."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    for one in HfApi().list_repo_tree(name, folder or None, revision=commit):
-        if isinstance(one, RepoFile):
-            yield one.path, HubFile(one.size, one.lfs.sha256 if one.lfs else None)
-        elif Path(one.path).name == "additional_chat_templates":
-            yield from _listed(name, commit, one.path)
+    listed = list(HfApi().list_repo_tree(name, folder or None, revision=commit))
+    files = {
+        one.path: HubFile(one.size, one.lfs.sha256 if one.lfs else None) for one in listed if isinstance(one, RepoFile)
+    }
+    folders = tuple(Path(one.path).name for one in listed if not isinstance(one, RepoFile))
+    if TEMPLATES in folders:
+        files |= _listed(name, commit, f"{folder}/{TEMPLATES}" if folder else TEMPLATES)[0]
+    return files, folders
 
 
 def fetch(repository: Repository, names: Sequence[str], on_event: Listener = ignore) -> None:

@@ -19,7 +19,7 @@ from safemerge_recipes.events import Listener
 from safemerge_recipes.recipe.builtins import ROLES
 from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.sources.checkpoint import instead, named_files
-from safemerge_recipes.sources.hub import Away, Repository, fetch, head, open_repository
+from safemerge_recipes.sources.hub import TEMPLATES, Away, Repository, fetch, head, open_repository
 from safemerge_recipes.sources.peft.apply import is_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE
@@ -98,7 +98,7 @@ def _repository(source: Source, name: str, label: str, known: Known) -> tuple[Re
 
 def _is_side_file(name: str, below: str) -> bool:
     own = name.removeprefix(f"{below}/" if below else "")
-    if own.startswith("additional_chat_templates/"):
+    if own.startswith(f"{TEMPLATES}/"):
         return own.endswith(".jinja")
     return any(fnmatch(own, one) for one in SIDE_FILES) and not any(fnmatch(own, one) for one in _NOT_NEEDED)
 

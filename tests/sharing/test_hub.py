@@ -315,6 +315,23 @@ class TestRecipes:
         assert code == 0, err
         assert not world.hub.requests
 
+    def test_a_folder_beside_a_recipe_is_that_of_its_repository(self, world):
+        own = SOURCES.replace("ann/safety-adapter", "./safety").replace("ann/finetuned-adapter", "../tuned")
+        files = {"recipes/a.yaml": recipe_text(own, RHO, "{alpha: 0.7}").encode()}
+        for place, name in (("recipes/safety", "safety-adapter"), ("tuned", "finetuned-adapter")):
+            files |= {f"{place}/{path.name}": path.read_bytes() for path in (world.folder / name).iterdir()}
+        world.hub.add("bea/recipes", files)
+        code, _, err = world("plan", "hf://bea/recipes/recipes/a.yaml")
+        assert (code, "sources.finetuned" in err, "sources.safety" in err) == (2, True, False)
+        more = ("--source", "finetuned=ann/finetuned-adapter")
+        code, _, err = world("run", "hf://bea/recipes/recipes/a.yaml", *more, "--output", world.home / "out")
+        assert code == 0, err
+        stored = yaml.safe_load((world.home / "out" / "safemerge_recipe.yaml").read_text())["sources"]["safety"]
+        commit = world.hub.repositories["bea/recipes"].refs["main"]
+        assert stored == {"adapter": "bea/recipes", "revision": commit, "subfolder": "recipes/safety"}
+        assert world("run", world.recipe(), "--output", world.home / "local")[0] == 0
+        assert weights(world.home / "out") == weights(world.home / "local")
+
     def test_a_recipe_here_extends_one_of_the_hub(self, world):
         world.hub.add("bea/recipes", {"base.yaml": self.RECIPE})
         own = world.home / "own.yaml"
