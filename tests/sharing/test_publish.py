@@ -1,6 +1,6 @@
 """Outputs on their way to the hub and back: what is sent, what never is, and the same bytes from an empty cache.
 
-Guards `sharing.parcel`, `sharing.leaks`, `sharing.publish` and `api.publishing`.
+Guards `sharing.parcel`, `sharing.leaks`, `sharing.publish`, `api.publishing` and `cli.publish`.
 """
 
 from __future__ import annotations
