@@ -70,20 +70,22 @@ def probe(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     only: int | None = None,
+    equal_norm: bool = False,
     device: str = "auto",
     on_event: Listener = ignore,
 ) -> dict[str, Any]:
     """Merges one tensor, module type or block at a time; returns the content of safemerge_probe.json.
 
     `by` is `tensor`, `type` or `block`; `only` probes so many groups, spread evenly over the
-    model; the rest is as in `sweep`.
+    model; with `equal_norm` V is added with the same Frobenius norm to each; the rest is as in `sweep`.
     """
     from safemerge_recipes.evaluation.experiments.probe import probe as run_probe
 
     if by not in ("tensor", "type", "block"):
         raise RecipeError(f"--by {by}: expected tensor, type or block")
     bench = _bench(recipe, overrides, tasks, limit, Path(output), device, on_event)
-    return run_probe(bench, by, Path(output), only=only)  # type: ignore[arg-type]  # checked above
+    given: Any = by  # checked above
+    return run_probe(bench, given, Path(output), only=only, equal_norm=equal_norm)
 
 
 def write_controls(

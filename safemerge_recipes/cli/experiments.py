@@ -67,6 +67,9 @@ def probe(
     tasks: TasksOption = None,
     limit: LimitOption = None,
     only: Annotated[int | None, typer.Option(min=2, help="Only so many, spread evenly over the model.")] = None,
+    equal_norm: Annotated[
+        bool, typer.Option("--equal-norm", help="Add V with the same Frobenius norm to each (add_safety_vector).")
+    ] = False,
     output: FolderOption = Path("safemerge-probe"),
     json_: JsonOption = False,
     device: DeviceOption = "auto",
@@ -75,7 +78,7 @@ def probe(
     with watched(True) as listener:
         content = api.probe(
             recipe, by, output, overrides=set_ or (), tasks=tasks_of(tasks), limit=limit, only=only,
-            device=device, on_event=listener,
+            equal_norm=equal_norm, device=device, on_event=listener,
         )  # fmt: skip
     from safemerge_recipes.report.terminal_scores import print_probe
 

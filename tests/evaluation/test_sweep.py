@@ -18,7 +18,7 @@ from safemerge_recipes.cli import app as cli
 from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import measures, tuning
-from safemerge_recipes.evaluation.experiments.probe import correlations, groups
+from safemerge_recipes.evaluation.experiments.probe import correlations, equal_gammas, groups
 from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
@@ -329,6 +329,39 @@ def test_probe_end_to_end(recipe, tmp_path, capsys):
     assert again == content
     assert not [one for one in told if isinstance(one, Note) and "scored" in one.text]
     run("probe", recipe, "--by", "layer", "--output", tmp_path / "p", code=2)
+
+
+def test_v_can_be_added_at_equal_norm(recipe, tmp_path, capsys):
+    place = ("--limit", 2, "--output", tmp_path / "p", "--json", "--device", "cpu")
+    vector = ("--set", "merge={method: add_safety_vector, gamma: 0.5}")
+    run("probe", recipe, "--equal-norm", *vector, *place)
+    content = json.loads(capsys.readouterr().out)
+    assert content["equal_norm"]
+    sizes = [row["gamma"] * row["v_norm"] for row in content["groups"].values()]
+    norms = sorted(row["v_norm"] for row in content["groups"].values())
+    assert len({round(norm, 6) for norm in norms}) == len(norms) == 3, "they differ of themselves"
+    assert sizes == pytest.approx([0.5 * norms[1]] * 3)
+    run("probe", recipe, "--equal-norm", *place, code=4)
+    assert "expected add_safety_vector" in capsys.readouterr().err
+
+
+def test_the_change_that_is_added_at_equal_norm_has_it(recipe, tmp_path):
+    import torch
+
+    bench = open_bench(recipe, tmp_path / "s.jsonl", "merge={method: add_safety_vector, gamma: 1.0}")
+    plan = bench.plan()
+    found = groups(plan, "type")
+    gammas = equal_gammas(plan, found)
+    live, sizes = bench.live(), []
+    for name, members in found.items():
+        live.become(bench.role("finetuned"))
+        before = {key: value.float().clone() for key, value in live.model.state_dict().items()}
+        own = bench.plan((f"merge.gamma={gammas[name]!r}",))
+        live.become(bench.graph(controls.with_merged(own, members, "probe")))
+        moved = {key: value.float() - before[key] for key, value in live.model.state_dict().items()}
+        assert {key for key, change in moved.items() if change.any()} == set(members)
+        sizes.append(float(torch.stack([change.norm() for change in moved.values()]).norm()))
+    assert max(sizes) == pytest.approx(min(sizes), rel=0.01)  # bfloat16
 
 
 def test_correlations_of_constant_columns_are_none():

@@ -1,12 +1,14 @@
 """Merges one tensor, module type or block at a time and records what safety and utility become.
 
 What a gate should find is where merging helps; the rank correlation between the measured change and ρ says
-whether ρ finds it, and that with ‖V‖ whether mere size finds it as well. Scored on the tuning split.
+whether ρ finds it, and that with ‖V‖ whether mere size finds it as well. Where the two go together, V added at equal
+norm tells them apart. Scored on the tuning split.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +65,7 @@ def probe(
     overrides: Sequence[str] = (),
     limit: int | None = None,
     only: int | None = None,
+    equal_norm: bool = False,
 ) -> dict[str, Any]:
     """Scores every group merged alone, and writes `safemerge_probe.json` and its picture.
 
@@ -74,9 +77,10 @@ def probe(
         overrides: `KEY=VALUE` texts on top of the bench's: what merging means.
         limit: Only the first so many prompts of each task; the recipe's by default.
         only: Probe only so many groups, spread evenly over the model.
+        equal_norm: Add to every group a change of the same Frobenius norm, γ times the median ‖V‖ of the groups.
 
     Raises:
-        PlanError: nothing is gated.
+        PlanError: nothing is gated; or V of equal norm is asked for, of a recipe that adds no V or measures none.
         CheckError: scoring failed. What was scored is kept.
     """
     names = list(tasks) or bench.tuning
@@ -87,6 +91,7 @@ def probe(
     if only is not None and only < len(found):
         keys = list(found)
         found = {keys[i * len(keys) // only]: found[keys[i * len(keys) // only]] for i in range(only)}
+    gammas = equal_gammas(plan, found) if equal_norm else {}
     suite = bench.suite(names)
     weigh = measures(suite.better, names)
     rounds = Rounds(bench.on_event, 1 + len(found), suite, limit or bench.settings.limit)
@@ -95,13 +100,16 @@ def probe(
     safety, utility = weigh.of(none)
     rows: dict[str, dict[str, Any]] = {}
     for place, (name, members) in enumerate(found.items()):
-        graph = bench.graph(controls.with_merged(plan, members, f"probe: {name}"))
+        own = bench.plan((*overrides, f"merge.gamma={gammas[name]!r}")) if equal_norm else plan
+        graph = bench.graph(controls.with_merged(own, members, f"probe: {name}"))
         scores = bench.score(graph, name, names, len(found) - place - 1, limit, rounds.of(place + 2, name))
         one = weigh.of(scores)
         change = {"safety": one[0] - safety, "utility": one[1] - utility}
-        rows[name] = {"tensors": len(members), **measured(plan, members), **change}
+        gamma = {"gamma": gammas[name]} if equal_norm else {}
+        rows[name] = {"tensors": len(members), **measured(plan, members), **gamma, **change}
     content = {
         "by": by,
+        "equal_norm": equal_norm,
         "tasks": names,
         "safety": weigh.words,
         "merge_none": {"safety": safety, "utility": utility},
@@ -109,6 +117,26 @@ def probe(
         "correlations": correlations(rows),
     }
     return write_results(folder, PROBE_FILE, content, {PICTURE_FILE: picture(rows, by)})
+
+
+def equal_gammas(plan: Plan, found: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Group -> the γ with which γ‖V‖ is the same for all: the recipe's γ times the median ‖V‖ over the groups'.
+
+    Raises:
+        PlanError: the recipe adds no V, or its gate measures none.
+    """
+    merge = plan.recipe.merge
+    gamma = getattr(merge, "gamma", None)
+    if merge.method != "add_safety_vector" or gamma is None:
+        raise PlanError(
+            f"merge.method {merge.method}: expected add_safety_vector, whose V can be scaled to equal norm; try "
+            "`--set merge.method=add_safety_vector --set merge.gamma=1`"
+        )
+    norms = {name: measured(plan, members)["v_norm"] for name, members in found.items()}
+    known = [norm for norm in norms.values() if norm]
+    if len(known) < len(norms):
+        raise PlanError("gate: V is not measured in every group; expected a gate by ρ, such as `--set gate.fraction=1`")
+    return {name: gamma * statistics.median(known) / norm for name, norm in norms.items() if norm}
 
 
 def correlations(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
