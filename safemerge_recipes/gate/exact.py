@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from safemerge_recipes.gate.moments import Moments, with_null
-from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
+from safemerge_recipes.gate.null import DELTA_PROBES, NULL_PROBES, NULL_SAMPLES, null_moment, pair_moment
 from safemerge_recipes.weights.matrix import TorchRows, inner_product, panel_width, square_sum
 from safemerge_recipes.weights.spectrum import normal_probes
 
@@ -22,7 +22,11 @@ def exact_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: 
     tall = v.columns <= v.rows
     probes = normal_probes(name, v.rows, NULL_PROBES[True] if tall and not null else 0, v.dtype, device)
     right = torch.zeros(v.columns, probes.shape[1], dtype=v.dtype, device=device)
+    beside = normal_probes(name + "\0delta", v.columns, DELTA_PROBES, v.dtype, device)
+    products = torch.zeros(DELTA_PROBES, DELTA_PROBES, dtype=torch.float64, device=device)
     for (rows, v_piece), (_, d_piece) in zip(v, delta, strict=True):
+        found = (d_piece @ beside).double()
+        products.addmm_(found.T, found)
         v_square += square_sum(v_piece)
         delta_square += square_sum(d_piece)
         inner += inner_product(v_piece, d_piece)
@@ -59,7 +63,10 @@ def exact_moments(name: str, v: TorchRows, delta: TorchRows, device: str, null: 
                 projected = s @ piece
                 image += square_sum(projected)
                 overlap += float((projected * piece[part]).sum(dim=-1).double().sum())
-    moments = Moments(overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns)
+    moments = Moments(
+        overlap, image, delta_square, v_square, gram, d_out=v.rows, inner=inner, numel=v.rows * v.columns,
+        delta_gram=pair_moment(products.cpu().numpy()),
+    )  # fmt: skip
     if null or not tall or not v_square or not math.isfinite(v_square):
         return moments
     gram, error = null_moment((right.T.double() @ right.double()).cpu().numpy(), seen.cpu().numpy(), NULL_SAMPLES[True])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from safemerge_recipes.gate.moments import Moments, with_null
-from safemerge_recipes.gate.null import NULL_PROBES, NULL_SAMPLES, null_moment
+from safemerge_recipes.gate.null import DELTA_PROBES, NULL_PROBES, NULL_SAMPLES, null_moment, pair_moment
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
@@ -83,15 +83,17 @@ def both_low_rank(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Mom
     )
 
 
-def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
-    """Δ streamed once, V from its factors."""
+def low_rank_v(name: str, v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moments:
+    """Δ streamed once, V from its factors; how many directions carry Δ from random columns."""
     bv, av = factors(v, reader, arena)
     matrix = row_pieces(delta, reader, arena)
     narrow = matrix.lift(bv)
     k = np.zeros((matrix.columns, bv.shape[1]))
-    total = 0.0
+    probes, products, total = matrix.lift(normal(name, matrix.columns, DELTA_PROBES)), 0.0, 0.0
     for rows, piece in matrix:
         k += wide(piece.T @ narrow[rows])
+        seen = wide(piece @ probes)
+        products = products + seen.T @ seen
         total += square(piece)
     gv, hv = av @ av.T, bv.T @ bv
     inner, hg = gv @ k.T, hv @ gv
@@ -99,6 +101,7 @@ def low_rank_v(v: Weight, delta: Weight, reader: Reader, arena: Arena) -> Moment
         overlap=float(np.sum(k.T * inner)),
         image=float(np.sum(inner * (hv @ inner))),
         delta=total,
+        delta_gram=pair_moment(np.asarray(products)),
         v=float(np.trace(hg)),
         gram=float(np.sum(hg * hg.T)),
         d_out=bv.shape[0],

@@ -75,7 +75,7 @@ def measure(
     if v.low_rank and delta.low_rank:
         found = low_rank.both_low_rank(v, delta, reader, arena)
     elif v.low_rank:
-        found = low_rank.low_rank_v(v, delta, reader, arena)
+        found = low_rank.low_rank_v(name, v, delta, reader, arena)
     elif delta.low_rank:
         found = low_rank.low_rank_delta(name, v, delta, reader, arena, null)
         if null and effort == "exact" and found.null_error:

@@ -28,7 +28,7 @@ from safemerge_recipes.weights.algebra import Weight, describe
 from safemerge_recipes.weights.numpy_rows import one_blas_thread
 from safemerge_recipes.weights.operands import member, transposed
 
-ARITHMETIC = 4
+ARITHMETIC = 5
 """Version of the measuring: changes whenever the same operands would give other numbers."""
 
 

@@ -15,6 +15,8 @@ NULL_SAMPLES = {False: 8, True: 32}
 NULL_QUANTILE = {8: 20.0, 32: 8.0}
 """Half-width of ρ₀'s interval in standard errors, by samples: t with 7 and 31 degrees of freedom has 15 and 6.5 beyond
 1 − 1e-6; the rest is for samples that lean to one side where few directions carry V."""
+DELTA_PROBES = 12
+"""Random columns that tell how many directions carry a full Δ: the spread of ρ₀ is then known to about a tenth."""
 ROUNDING = 1e-5
 """What float32 products may be off by, as a part of the result: the least half-width of a sketch's interval."""
 RIDGE = 1e-8
@@ -85,6 +87,14 @@ def null_of(v: float, gram: float, delta: float, delta_gram: float, d_out: int, 
     variance = 2 * (delta_gram / delta**2) * max(0.0, gram / v**2 - 1 / d_out)
     aa, ab, bb = (part * variance for part in (overlap**2, overlap * image, image**2))
     return Null(overlap, image, least, most, aa, ab, bb, int(not delta_gram))
+
+
+def pair_moment(products: np.ndarray) -> float:
+    """‖ΔᵀΔ‖² from (ΔX)ᵀ(ΔX), float64, of standard normal columns X: the mean square of x_iᵀΔᵀΔx_j over pairs."""
+    import numpy as np
+
+    squares, n = np.square(products), len(products)
+    return float((squares.sum() - squares.trace()) / (n * (n - 1)))
 
 
 def null_moment(gram: np.ndarray, image: np.ndarray, samples: int) -> tuple[float, float]:

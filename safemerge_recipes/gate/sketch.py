@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.gate.moments import Moments, with_null
+from safemerge_recipes.gate.null import DELTA_PROBES, pair_moment
 from safemerge_recipes.weights.matrix import TorchRows, inner_product, square_sum
 from safemerge_recipes.weights.spectrum import normal_probes
 
@@ -100,7 +101,11 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     gram_rows = torch.zeros(RANK + outside.shape[1], v.columns, dtype=v.dtype, device=device)
     inner = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # SᵀΔ
     delta_square = product = 0.0
+    beside = normal_probes(name + "\0delta", v.columns, DELTA_PROBES, v.dtype, device)
+    products = torch.zeros(DELTA_PROBES, DELTA_PROBES, dtype=torch.float64, device=device)
     for (rows, piece), (_, d_piece) in zip(v, delta, strict=True):  # pass 2
+        found = (d_piece @ beside).double()
+        products.addmm_(found.T, found)
         both = piece @ torch.cat([right, outside], dim=1)
         image[rows] = both[:, :RANK]
         gram_rows += both.T @ piece
@@ -142,6 +147,7 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     moments = Moments(
         overlap, squared, delta_square, v_square, gram, d_out=v.rows, inner=product,
         overlap_error=_half_width(overlap_samples), image_error=_half_width(image_samples), numel=v.rows * v.columns,
+        delta_gram=pair_moment(products.cpu().numpy()),
     )  # fmt: skip
     relative = interval((overlap_fixed, image_fixed), (overlap_samples, image_samples), QUANTILE)
     rho = moments.rho or 0.0

@@ -106,6 +106,24 @@ def test_room_and_piece_size_change_nothing_but_rounding(
     _assert_moments(_measure(v, delta, room=0), *dense)
 
 
+@pytest.mark.parametrize("v_form", ["dense", "low rank"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_how_many_directions_carry_a_full_update_is_known_to_a_fraction(
+    tmp_path: Path, v_form: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safemerge_recipes.gate import measure as module
+
+    monkeypatch.setattr(module, "EXACT_SIDE", 0)
+    ratios = []
+    for seed in range(8):
+        v, delta, _, dense = _pair(tmp_path, (300, 420), (v_form, "dense"), seed)
+        found = _measure(v, delta, exact=exact)
+        ratios.append(found.delta_gram / float((dense @ dense.T).square().sum()))
+        assert found.rho_z is not None
+    assert all(0.3 < ratio < 2.2 for ratio in ratios)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.25)
+
+
 def test_a_sketch_covers_the_truth_and_says_how_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safemerge_recipes.gate import measure as module
 

@@ -1,5 +1,6 @@
 """ρ₀ and its spread against what random updates really show, of single tensors and of groups of unlike ones."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import add
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.gate.null import DELTA_PROBES, pair_moment
 
 
 def moments(v, delta):
@@ -59,6 +61,22 @@ def test_the_null_of_a_group_is_what_random_updates_show(members):
     if len(members) == 3:
         v, gram, rows = null.v, null.gram, null.d_out
         assert abs(v / np.sqrt(gram * rows) / rhos.mean() - 1) > 0.07
+
+
+def test_a_full_update_has_a_z_score_from_random_columns():
+    """As for factors: unrelated full updates lie about one spread from ρ₀, whatever their own spectrum."""
+    draw = np.random.default_rng(4)
+    v = low_rank(draw, 96, 64, 8)
+    for decay in (1.0, 0.9):
+        own = draw.normal(size=(96, 64)) * decay ** np.arange(64)
+        basis = np.linalg.qr(own)[1]
+        scores = []
+        for _ in range(400):
+            delta = np.linalg.qr(draw.normal(size=(96, 64)))[0] @ basis  # the same update, its rows turned
+            seen = delta @ draw.normal(size=(64, DELTA_PROBES))
+            scores.append(replace(moments(v, delta), delta_gram=pair_moment(seen.T @ seen)).rho_z)
+        assert abs(np.mean(scores)) < 0.4
+        assert 0.7 < np.std(scores) < 1.4
 
 
 def test_members_add_up_in_any_order_and_without_rounding_to_each_other():
