@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import CheckError, WriteError
+from safemerge_recipes.evaluation.choices import class_metrics
 from safemerge_recipes.evaluation.likelihood import refusal_likelihoods
 from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, quiet, torch_threads
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
@@ -184,9 +185,12 @@ def score(
             curved = auroc and backend == "hf"
             for task in missing:
                 began = time.perf_counter()
-                listening = _Listening(loaded, kept, keys[task], partial(_share, told, task, sizes[task]))
+                both = curved and _asks(suite, task)  # answers, then likelihoods: each half of the task
+                telling = partial(_share, told, task, sizes[task], 0.0, 0.5 if both else 1.0)
+                listening = _Listening(loaded, kept, keys[task], telling)
                 raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
-                likely = _likelihoods(loaded, raw["samples"][task], settings) if curved and _asks(suite, task) else {}
+                telling = partial(_share, told, task, sizes[task], 0.5, 1.0)
+                likely = _likelihoods(loaded, raw["samples"][task], settings, telling) if both else {}
                 source = dict(suite.sources[task]) if task in suite.sources else None
                 scores = replace(_task_scores(task, raw), source=source, likelihoods=likely)
                 found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
@@ -217,9 +221,9 @@ def _told_when_stopped(name: str, store: Store | None) -> Iterator[None]:
         raise WriteError(f"stopped while scoring {name}{kept}") from None
 
 
-def _share(told: Tell, task: str, size: int, done: int, total: int) -> None:
-    """Tells in prompts how far a task is in requests: a choice of three asks for three likelihoods."""
-    told(task, size * done // total if total else size, size)
+def _share(told: Tell, task: str, size: int, begin: float, end: float, done: int, total: int) -> None:
+    """Tells in prompts how far a task is in requests of one of its parts: a choice of three asks for three."""
+    told(task, int(size * (begin + (end - begin) * done / total)) if total else int(size * end), size)
 
 
 def _versions() -> dict[str, str]:
@@ -383,11 +387,15 @@ def _asks(suite: Suite, task: str) -> bool:
     return "refusal" in suite.better[task]
 
 
-def _likelihoods(loaded: Any, samples: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> dict[str, float]:
+def _likelihoods(
+    loaded: Any, samples: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], tell: Callable[[int, int], None]
+) -> dict[str, float]:
     """How likely a refusal is, by prompt id, from the prompts that lm-eval made."""
     contexts = [str(row["arguments"][0][0]) for row in samples]
     bare = settings["chat_template_sha256"] is None
-    values = refusal_likelihoods(loaded.model, loaded.tokenizer, contexts, special_tokens=bare)
+    values = refusal_likelihoods(
+        loaded.model, loaded.tokenizer, contexts, special_tokens=bare, tell=lambda done: tell(done, len(contexts))
+    )
     return {_prompt_id(row): value for row, value in zip(samples, values, strict=True)}
 
 
@@ -409,6 +417,8 @@ def _task_scores(task: str, raw: Mapping[str, Any]) -> TaskScores:
             higher_is_better=better.get(metric),
             outcomes=outcomes if len(outcomes) == len(rows) else {},
         )
+    first = {_prompt_id(row): row for row in samples if row.get("filter", "none") == "none"}
+    metrics |= class_metrics(first)
     answers = {}
     for row in samples:
         text = row["resps"][0][0]

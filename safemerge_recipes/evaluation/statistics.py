@@ -18,7 +18,7 @@ from safemerge_recipes.text import percent, points
 
 MARGIN = 0.05
 """A difference below this is none that matters: five points."""
-SECONDARY = ("refusal", "compliance", "degenerate", "auroc", "unsafe", "unjudged")
+SECONDARY = ("refusal", "compliance", "degenerate", "auroc", "unsafe", "unjudged", "margin")
 """Metrics beside the ones that a verdict rests on, corrected for chance among themselves."""
 
 

@@ -10,6 +10,8 @@ from safemerge_recipes.text import clean, figure, fixed, number, percent, points
 
 MAX_SENTENCES = 6
 """Pairs of models whose separation is told."""
+UNITS = ("auroc", "margin")
+"""Metrics that are no rates, whatever their values."""
 ORDER = ("base", "aligned", "finetuned", "safety", "merged")
 """Models in the order in which they are shown; others follow."""
 
@@ -89,7 +91,7 @@ class Test:
     @property
     def rate(self) -> bool:
         """Whether the values are rates, so that their difference is told in points."""
-        if self.metric == "auroc":
+        if self.metric in UNITS:
             return False
         return all(x is None or abs(x) <= 1 for x in (self.value, self.reference_value, self.difference))
 
@@ -226,9 +228,9 @@ def _sentence(parts: list[str]) -> str:
 def is_rate(rows: list[Score]) -> bool:
     """Whether all values and intervals lie in [0, 1], and so read as percentages; J (`separation`) may be negative.
 
-    AUROC is read as a number between 0 and 1.
+    AUROC is read as a number between 0 and 1, a margin as one of nats.
     """
-    if any(row.metric == "auroc" for row in rows):
+    if any(row.metric in UNITS for row in rows):
         return False
     least = -1 if all(row.metric == "separation" for row in rows) else 0
     return all(least <= value <= 1 for row in rows for value in (row.value, row.low, row.high) if value is not None)

@@ -145,6 +145,8 @@ def test_progress_counts_models_tasks_and_prompts(family):
     assert (steps[-1].model, steps[-1].place, steps[-1].models) == ("two", 2, 2)
     assert steps[-1].done == steps[-1].total == 2 * (3 + 3)
     assert {step.task for step in steps} == set(TASKS)
+    asked = {step.done for step in steps if (step.task, step.place) == ("safemerge_refusal", 1)}
+    assert asked >= {1, 2, 3}, "it moves while likelihoods are measured, after the answers"
 
 
 def test_git_is_not_run_in_the_users_folder(family, tmp_path, monkeypatch, capfd):

@@ -80,10 +80,11 @@ def test_what_was_said_stands_in_every_document(family, tmp_path, capsys):
 
 
 def test_a_gate_that_merges_everything_chose_nothing(family):
-    (said,) = warnings(family, FULL, "{tau: 1.0}")
+    said, null = warnings(family, FULL, "{tau: 1.0}")
     assert said.startswith("all 14 gated tensors are merged, so the gate chose nothing; rho lies between")
+    assert null.startswith("ρ lies on ρ₀ in 14"), "these updates know nothing of V, and full ones tell it, too"
     assert warnings(family, FULL, "{always: true}") == ()
-    assert warnings(family, FULL, "{fraction: 0.5}") == ()
+    assert warnings(family, FULL, "{fraction: 0.5}") == (null,)
 
 
 def test_base_and_aligned_alike_wherever_the_gate_looks_is_an_error(family, tmp_path):
