@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -15,14 +15,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     JsonValue,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
 )
-from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from safemerge_recipes.recipe.meanings import field_docstrings
 from safemerge_recipes.recipe.patterns import compile_patterns
+
+if TYPE_CHECKING:
+    from pydantic.json_schema import JsonSchemaValue
 
 SIZE_UNITS: Mapping[str, int] = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -104,14 +109,28 @@ Size = Annotated[
 class Strict(BaseModel):
     """A frozen part of a recipe: unknown keys are refused, numbers are finite, docstrings document the keys."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
     def key_names(cls) -> list[str]:
         """Its keys, as users write them."""
         return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """What each key means, by the name users write."""
+        texts = field_docstrings(cls)
+        named = {name: field.description or texts.get(name, "") for name, field in cls.model_fields.items()}
+        return {cls.model_fields[name].alias or name: text for name, text in named.items() if text}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = handler(schema)
+        properties = handler.resolve_ref_schema(found).get("properties", {})
+        for key, meaning in cls.meanings().items():
+            if key in properties:
+                properties[key].setdefault("description", meaning)
+        return found
 
     def given(self) -> dict[str, Any]:
         """The keys that were written, by the name users write, with their values."""

@@ -45,7 +45,7 @@ class PluginSelector(Strict):
     """Its parameters, by name."""
 
 
-class _Selectors(Strict):
+class _Selectors(Strict, defer_build=True):
     tau: float | None = None
     """Merge where the metric is below this value (strict, unrounded)."""
     at_most: float | None = None
@@ -94,7 +94,7 @@ def _exactly_one(schema: dict[str, Any]) -> None:
     schema["oneOf"] = [{"required": [name]} for name in SELECTORS if name in schema["properties"]]
 
 
-class Complement(_Selectors):
+class Complement(_Selectors, defer_build=False):
     """Exactly what one selector does not pick."""
 
     model_config = ConfigDict(json_schema_extra=_exactly_one)
@@ -105,7 +105,7 @@ class Complement(_Selectors):
         return self
 
 
-class GateChange(_Selectors):
+class GateChange(_Selectors, defer_build=False):
     """The parts of the gate that a rule changes. A selector takes the place of the recipe's."""
 
     complement: Complement | None = None

@@ -44,7 +44,8 @@ def _key(name: str, found: list[type[Merge]]) -> tuple[Any, Any]:
         kinds.setdefault(repr(info.annotation), getitem(Annotated, (info.annotation, *info.metadata, Field())))
     if name in NULLABLE:
         kinds["None"] = None
-    meanings = " ".join(dict.fromkeys(info.description or "" for info in infos))
+    key = infos[0].alias or name
+    meanings = " ".join(dict.fromkeys(form.meanings()[key] for form in found if name in form.model_fields))
     defaults = [None if info.is_required() else info.default for info in infos]  # told in the reference alone
     default = defaults[0] if all(one == defaults[0] for one in defaults) else None
     return getitem(Union, tuple(kinds.values())), Field(default=default, alias=infos[0].alias, description=meanings)

@@ -91,8 +91,7 @@ class Reader:
             return "unknown key", self._suggest(keys)
         if kind == "missing":
             model = _model_at(keys[:-1])
-            field = model.model_fields.get(str(keys[-1])) if model else None
-            meaning = re.split(r"(?<=\.)\s", field.description)[0] if field and field.description else ""
+            meaning = re.split(r"(?<=\.)\s", model.meanings().get(str(keys[-1]), ""))[0] if model else ""
             return "missing", f"expected: {meaning}" if meaning else "expected this key"
         if kind == "recipe":
             return error["msg"], ""

@@ -1,4 +1,6 @@
-"""What every executor must do: the same bytes, go on where it was stopped, tell what happens, refuse what is broken.
+"""What every executor must do: the same bytes, go on where it was stopped, tell what happens, keep to its memory.
+
+It refuses what is broken.
 
 Guards `engine.executor`, `engine.executors.threads`, `engine.produce`, `engine.store` and `engine.local_store`.
 """
@@ -28,10 +30,20 @@ from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.pipeline import carry_out
+from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.reader import Reader
-from tests.fixtures.plain_family import ADAPTERS, FULL, make_family, prepare_recipe, recipe_text
+from tests.fixtures.own_memory import OwnMemory
+from tests.fixtures.plain_family import (
+    ADAPTERS,
+    FULL,
+    make_family,
+    prepare_recipe,
+    random_model,
+    recipe_text,
+    write_model,
+)
 from tests.fixtures.ray_cluster import cluster
 
 EXECUTORS = ["local", pytest.param("ray", marks=pytest.mark.slow)]
@@ -229,6 +241,36 @@ def test_bytes_that_an_earlier_run_left_otherwise_are_not_sealed(
     with pytest.raises(WriteError, match=task.slot.name):
         executor.run(prepared.graph, store, prepared.resources, done, journal, ignore)
     journal.close()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family with two matrices of 34 MB each in float32, which nobody should hold whole for all of its roles."""
+    path = tmp_path_factory.mktemp("wide")
+    draw = torch.Generator().manual_seed(0)
+    names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("up", "gate")]
+    aligned = {name: tensor.bfloat16() for name, tensor in random_model(2).items()}
+    aligned |= {name: torch.randn(2048, 4096, generator=draw).bfloat16() for name in names}
+    write_model(path / "aligned", aligned)
+    for role in ("finetuned", "safety"):
+        noise = {name: (0.1 * torch.randn(2048, 4096, generator=draw)).bfloat16() for name in names}
+        write_model(path / role, {name: tensor + noise.get(name, 0) for name, tensor in aligned.items()})
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("merge", ["linear", "ties"])
+def test_memory_stays_within_what_was_given(
+    executor: Executor, root: Path, wide: Path, tmp_path: Path, merge: str
+) -> None:
+    _run(executor, _prepared(root, merge=MERGES[merge]), tmp_path / "warm")  # what is imported is not counted
+    sources, shards = FULL.replace("base: base, ", ""), "output: {max_shard_size: 8MB}"
+    text = recipe_text(sources, "{always: true}", MERGES[merge], shards)
+    prepared = prepare_recipe(wide, text, memory=100_000_000, workers=2)
+    with OwnMemory() as own:
+        _run(executor, prepared, tmp_path / "out")
+    projected = projected_peak(prepared.graph, prepared.resources.workers)
+    assert 0 < own.grown <= projected <= 100_000_000 < 3 * 4 * 2048 * 4096
 
 
 class Refusing:
