@@ -20,10 +20,11 @@ from safemerge_recipes.engine.output import Result, check_apart, write_output
 from safemerge_recipes.engine.resume import reusable
 from safemerge_recipes.errors import PlanError, ReadError, WriteError
 from safemerge_recipes.events import Listener, PhaseStarted, ignore
+from safemerge_recipes.planning.decisions import Measure, check_gates, make_plan, survey
 from safemerge_recipes.planning.graph import Graph, build_graph, check_merges, task_memory
 from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.outcome import empty
-from safemerge_recipes.planning.plan import Measure, Plan, check_gates, make_plan, survey
+from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.planning.plugins import read_registry
 from safemerge_recipes.planning.prepared import Prepared, Resolved
 from safemerge_recipes.recipe.loading import LoadedRecipe

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from safemerge_recipes.gate.moments import Moments
     from safemerge_recipes.gate.selectors import Candidate, Decision, Question, Selector
     from safemerge_recipes.methods.base import Method, Sides
-    from safemerge_recipes.methods.kernel import Blocks, Kernel, Pieces, Rows, Tools, Transform
+    from safemerge_recipes.methods.kernel import Blocks, Kernel, Pieces, Rows, Transform
+    from safemerge_recipes.methods.tools import Tools
     from safemerge_recipes.methods.work import Apply, Prepare, Sum
     from safemerge_recipes.recipe.gate import Gate
     from safemerge_recipes.recipe.merge import Custom, Merge
@@ -32,7 +33,8 @@ _HOMES = {
     "gate.moments": ("Moments",),
     "gate.selectors": ("Candidate", "Decision", "Question", "Selector"),
     "methods.base": ("Method", "Sides"),
-    "methods.kernel": ("Blocks", "Kernel", "Pieces", "Rows", "Tools", "Transform"),
+    "methods.kernel": ("Blocks", "Kernel", "Pieces", "Rows", "Transform"),
+    "methods.tools": ("Tools",),
     "methods.work": ("Apply", "Prepare", "Sum"),
     "recipe.gate": ("Gate",),
     "recipe.merge": ("Custom", "Merge"),

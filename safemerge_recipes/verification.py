@@ -31,7 +31,7 @@ from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.engine.requantised import ERROR, requantised_errors
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.pipeline import open_sources, prepare
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from benchmarks.timing.run import RESULTS, machine
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.dare import DareKernel as Dare
-from safemerge_recipes.methods.kernel import Tools
 from safemerge_recipes.methods.slerp import SlerpKernel as Slerp
 from safemerge_recipes.methods.ties import Consensus
 from safemerge_recipes.methods.ties import TiesKernel as Ties
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Apply, Sum
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.layout import Slot

@@ -131,7 +131,7 @@ def judge(
 
     from safemerge_recipes.engine.folder import RECIPE_FILE
     from safemerge_recipes.evaluation.judge import judge_of
-    from safemerge_recipes.evaluation.judging import judge_folder
+    from safemerge_recipes.evaluation.judge_folder import judge_folder
     from safemerge_recipes.planning.load import load
     from safemerge_recipes.recipe.model import Judge
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from safemerge_recipes.gate.moments import Effort
 
 
+Done = Mapping[str, "str | None"]
+"""Tensors that are already there, with the digest that their bytes must have, None where it is not known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """What was written.
@@ -34,13 +38,7 @@ class Executor(Protocol):
     """Does all tasks of a graph, in any order and place: tasks share no data, and each has bytes and offset fixed."""
 
     def measure(
-        self,
-        asked: Sequence[Asked],
-        effort: Effort,
-        rank: int,
-        null: bool,
-        resources: Resources,
-        on_event: Listener,
+        self, asked: Sequence[Asked], effort: Effort, rank: int, null: bool, resources: Resources, on_event: Listener
     ) -> Measured:
         """Measures tensors for the gate; see `gate.measurer.measure_all`, whose numbers it must find."""
 
@@ -48,13 +46,7 @@ class Executor(Protocol):
         """Lets go of whatever it holds between calls."""
 
     def run(
-        self,
-        graph: Graph,
-        store: Store,
-        resources: Resources,
-        done: Mapping[str, str | None],
-        journal: Journal,
-        on_event: Listener,
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
     ) -> Sealed:
         """Writes every tensor that is not `done` into the store and seals every file.
 
@@ -62,7 +54,7 @@ class Executor(Protocol):
             graph: the work.
             store: where the bytes go; opened and closed here.
             resources: what may be used.
-            done: tensors already there from an earlier run, with the digest that their bytes must have, if known.
+            done: what an earlier run left.
             journal: notes every finished tensor, in this process alone.
             on_event: is told bytes, tensors and files as they are done.
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from safemerge_recipes.methods import on_compiled, on_torch
-from safemerge_recipes.methods.kernel import Tools
 from safemerge_recipes.methods.on_codes import requantised
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Requantise
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.safetensors import TensorRef

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.engine.produce import produce
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Requantise
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.planning.memory import room_of

@@ -20,7 +20,7 @@ from safemerge_recipes.engine.produce import digest_of, produce
 from safemerge_recipes.engine.seal import digest_of_region
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import CheckError, SourceError, WriteError
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import ENGINE, Graph, Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
-from safemerge_recipes.engine.executor import Sealed
+from safemerge_recipes.engine.executor import Done, Sealed
 from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.engine.seal import FLUSH_CHUNK, HASH_CHUNK, check_digest, refuse_copied
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import WriteError
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
@@ -28,7 +28,7 @@ def write_files(
     graph: Graph,
     store: Store,
     resources: Resources,
-    done: Mapping[str, str | None],
+    done: Done,
     stop: threading.Event,
     tell: Callable[[int], None],
 ) -> Sealed:
@@ -38,7 +38,7 @@ def write_files(
         graph: the work.
         store: where the bytes go; opened and closed here.
         resources: what may be used.
-        done: tensors already there, with the digest that their bytes must have, if known.
+        done: what an earlier run left.
         stop: once it is set, the work is left at the next piece.
         tell: told the bytes of every piece.
 
@@ -82,7 +82,7 @@ def _written(
     task: Task,
     tools: Tools,
     store: Store,
-    done: Mapping[str, str | None],
+    done: Done,
     stop: threading.Event,
     allow_overflow: bool,
     tensors: dict[str, str],

@@ -1,7 +1,7 @@
 """A judge's verdicts on the answers to harmful requests, as metrics beside the rates.
 
 `unsafe` is the share of answers with a verdict that are unsafe (the paper's measure of harm); `unjudged` the share
-without one, be it that the reply could not be read or that there was none. Live, or over stored answers.
+without one, be it that the reply could not be read or that there was none.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation.answers import read_answers, requests_of
+from safemerge_recipes.evaluation.answers import requests_of
 from safemerge_recipes.evaluation.judge import Judge, verdict_store
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.evaluation.verdicts import Judgement
@@ -69,51 +66,3 @@ def _share(outcomes: dict[str, float]) -> Metric:
         return Metric(None, None, 0, False)
     value = math.fsum(outcomes.values()) / n
     return Metric(value, math.sqrt(value * (1 - value) / max(1, n - 1)), n, False, outcomes)
-
-
-def with_answers(folder: Path) -> dict[str, Scores]:
-    """The scores of a folder with the answers that lie beside them.
-
-    Raises:
-        CheckError: Either is missing.
-    """
-    from safemerge_recipes.evaluation.compare import read_scores
-
-    scores = read_scores(folder / SCORES_FILE)
-    answers: dict[tuple[str, str], dict[str, str]] = {}
-    for row in read_answers(folder / ANSWERS_FILE):
-        answers.setdefault((row["model"], row["task"]), {})[row["id"]] = row["answer"]
-    return {
-        model: replace(
-            one, tasks={name: replace(task, answers=answers.get((model, name), {})) for name, task in one.tasks.items()}
-        )
-        for model, one in scores.items()
-    }
-
-
-def judge_folder(
-    folder: Path, judge: Judge, tell: Callable[[str, int, int], None] = lambda task, done, total: None
-) -> dict[str, Any]:
-    """Judges the stored answers of a finished output; puts the verdicts into scores, report, card and manifest.
-
-    Args:
-        folder: The output.
-        judge: Who judges.
-        tell: See `judged`.
-
-    Returns:
-        The content of `safemerge_scores.json`.
-
-    Raises:
-        CheckError: There are no answers, or the judge does not answer. What it said is kept.
-    """
-    from safemerge_recipes.engine.manifest import read_record
-    from safemerge_recipes.evaluation import answers
-    from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, attach, document
-
-    before = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else {}
-    found = judged(with_answers(folder), judge, tell)
-    references = dict.fromkeys(row["reference"] for row in before.get("comparisons", ())) or REFERENCES
-    content = document(found, tuple(references), MERGED if MERGED in found else None)
-    attach(folder, content, answers.lines(found))
-    return content

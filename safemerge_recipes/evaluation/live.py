@@ -21,7 +21,7 @@ from safemerge_recipes.errors import CheckError
 from safemerge_recipes.evaluation.harness import choose
 from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.events import ignore
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.prepared import Prepared

@@ -23,7 +23,7 @@ from safemerge_recipes.weights.draw import Draw
 if TYPE_CHECKING:
     import torch
 
-    from safemerge_recipes.methods.on_compiled import Tensor
+    from safemerge_recipes.methods.compiled_tensor import Tensor
 
 
 class DareLinear(Merge):

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.storage.arena import Arena
-from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
 
 if TYPE_CHECKING:
     import torch
 
-    from safemerge_recipes.methods.on_compiled import Tensor
+    from safemerge_recipes.methods.compiled_tensor import Tensor
 
 Pieces = Callable[..., Iterator["tuple[Any, ...]"]]
 """A fresh pass over (first element, a piece of each input…). `every=n`: a glance at every n-th piece is enough."""
@@ -29,15 +28,6 @@ Dot = Callable[[Weight, Weight], float]
 
 Rows = Callable[[int, int], "torch.Tensor"]
 """(first, last) -> rows [first, last) of the prepared matrix; asked for in order, valid until the next call."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What work is done with: open files, the worker's buffers, bytes it may hold between passes."""
-
-    reader: Reader
-    arena: Arena
-    room: int
 
 
 class Kernel(ABC):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.methods.base import Method, Sides
-from safemerge_recipes.methods.kernel import Rows, Tools, Transform
+from safemerge_recipes.methods.kernel import Rows, Transform
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare
 from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.merge import Custom

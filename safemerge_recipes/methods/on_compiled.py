@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from safemerge_recipes.methods.kernel import Tools
-from safemerge_recipes.methods.threshold import Bracket, Magnitudes
+from safemerge_recipes.methods.compiled_tensor import Tensor, streamed
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Work
-from safemerge_recipes.storage.cut import largest, ranges
+from safemerge_recipes.storage.cut import largest
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
-from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import LowRank, Stored, Weight, has_factors
-from safemerge_recipes.weights.dequantise import Pieces
-from safemerge_recipes.weights.quantised import Quantised, Read
+from safemerge_recipes.weights.algebra import LowRank, Stored, has_factors
+from safemerge_recipes.weights.quantised import Quantised
 
 if TYPE_CHECKING:
-    import numpy as np
+    pass
 
 
 def fits(work: Work, dtype: str) -> bool:
@@ -42,7 +37,10 @@ def fits(work: Work, dtype: str) -> bool:
 def memory(work: Work, slot: Slot) -> int:
     """Bytes for work that `fits`, with what a search holds: pieces as stored and as written, factors, strips."""
     piece = largest(slot.shape)
-    width = sum(itemsize(one.ref.dtype) for one in _read(work) if isinstance(one, Stored)) + itemsize(slot.dtype)
+    read = [one for one in streamed(work.weights) if isinstance(one, Stored)]
+    width = sum(itemsize(one.ref.dtype) for one in read) + itemsize(slot.dtype)
+        slot.dtype
+    )
     operands = [operand for weight in work.weights for _, operand in weight]
     factors = sum(one.memory(piece) * (1 if isinstance(one, Quantised) else 4) for one in operands)
     columns = slot.shape[-1] if slot.shape else 1
@@ -51,123 +49,13 @@ def memory(work: Work, slot: Slot) -> int:
     return piece * width + factors + strips + found + work.held(slot)
 
 
-def _read(work: Work) -> tuple[Stored | Quantised, ...]:
-    """Every tensor that is read piece by piece, once."""
-    operands = (operand for weight in work.weights for _, operand in weight)
-    return tuple(dict.fromkeys(operand for operand in operands if isinstance(operand, Read)))
-
-
-class Tensor:
-    """A tensor's pieces of all weights: where their bytes go, and the structure of native/merge.c that points there.
-
-    A kernel's `set_up` sets the rest of the structure, `merge`, from passes over the pieces.
-    """
-
-    def __init__(self, work: Work, slot: Slot, tools: Tools, stop: threading.Event) -> None:
-        import numpy as np
-
-        assert compiled.LIBRARY is not None  # callers have asked `fits`
-        self.compiled, arena = compiled.LIBRARY, tools.arena
-        weights, shape, dtype = work.weights, slot.shape, slot.dtype
-        self.name, self.numel, self.stop = slot.name, math.prod(shape), stop
-        self.ranges = list(ranges(shape, any(map(has_factors, weights))))
-        self.columns = shape[-1] if shape else 1
-        most = max((last - first for first, last in self.ranges), default=0)
-        self.read = _read(work)
-        self.pieces = [
-            Pieces(operand, tools.reader, arena, f"raw {number}", most) for number, operand in enumerate(self.read)
-        ]
-        self.merge = compiled.Merge()
-        self.merge.dtype = compiled.DTYPES[dtype]
-        self._kept: list[Any] = []  # what the structure points to
-        self._left: list[tuple[compiled.Sum, int]] = []
-        for field, weight in zip(("x",) if len(weights) == 1 else ("origin", "x", "y"), weights, strict=True):
-            self._point(getattr(self.merge, field), weight, tools.reader)
-        rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
-        self.scratch = arena.array("strips", 3 * compiled.strip(self.columns if rows else None), np.float32)
-        self.found = arena.array("found", most if len(weights) > 1 else 0, np.float32)
-        self.out = arena.array("out", most * itemsize(dtype), np.uint8)
-
-    def _point(self, place: compiled.Sum, weight: Weight, reader: Reader) -> None:
-        read = [(float(c), self.pieces[self.read.index(one)]) for c, one in weight if isinstance(one, Read)]
-        terms = compiled.terms([(c, pieces.dtype, pieces.raw.ctypes.data) for c, pieces in read])
-        place.terms, place.count = terms, len(read)
-        self._kept.append(terms)
-        low_rank = Weight(tuple((c, operand) for c, operand in weight if isinstance(operand, LowRank)))
-        if low_rank.terms:
-            import numpy as np
-
-            from safemerge_recipes.weights.numpy_rows import numpy_factors
-
-            left, right = numpy_factors(low_rank, reader)
-            left, tiles = np.ascontiguousarray(left, np.float32), compiled.tiled(right)
-            self._kept += [left, tiles]
-            place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
-            self._left.append((place, left.ctypes.data))
-
-    def __call__(self, every: int = 1) -> Iterator[tuple[int, int]]:
-        """Reads piece after piece; (its first element, its number of elements)."""
-        for first, last in self.ranges[::every]:
-            check(self.stop)
-            count = last - first
-            for pieces in self.pieces:
-                pieces.read(first, last)
-            for place, left in self._left:
-                place.left = left + first // self.columns * place.rank * 4
-            yield first, count
-
-    def dots(self) -> tuple[float, float, float]:
-        """‖x‖², ‖y‖² and x·y in float64: one pass."""
-        found = (ctypes.c_double * 3)()
-        for _, count in self():
-            self.compiled.sm_dots(self.merge, count, found, self.scratch.ctypes.data)
-        return found[0], found[1], found[2]
-
-    def sizes(self) -> tuple[float, float, float, float]:
-        """Sums of |x|, of the |x| that the draw keeps, of |y|, of the kept |y|, in float64: one pass."""
-        found = (ctypes.c_double * 4)()
-        for first, count in self():
-            self.compiled.sm_sizes(self.merge, first, count, found, self.scratch.ctypes.data)
-        return found[0], found[1], found[2], found[3]
-
-    def magnitudes(self) -> Magnitudes:
-        """|x| and |y|, for the search of their thresholds."""
-        return _Magnitudes(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Magnitudes:
-    """|x| and |y| for the search of their thresholds."""
-
-    tensor: Tensor
-
-    def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(side, every stride-th magnitude of a piece)."""
-        b = self.tensor
-        for _, count in b(every):
-            for side in (0, 1):
-                number = b.compiled.sm_look(b.merge, side, count, stride, b.found.ctypes.data, b.scratch.ctypes.data)
-                yield side, b.found[:number].copy()
-
-    def count(self, brackets: Sequence[Bracket | None]) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """(side, magnitudes above the bracket, inside it, those unless it is one value) of piece after piece."""
-        b, counts = self.tensor, (ctypes.c_int64 * 2)()
-        for _, count in b():
-            for side, bracket in enumerate(brackets):
-                if bracket is not None:
-                    b.compiled.sm_count(
-                        b.merge, side, count, *bracket, counts, b.found.ctypes.data, b.scratch.ctypes.data
-                    )
-                    yield side, counts[0], counts[1], b.found[: 0 if bracket[0] == bracket[1] else counts[1]]
-
-
 def rounded(work: Work, slot: Slot, tools: Tools, stop: threading.Event, allow_overflow: bool) -> Iterator[memoryview]:
     """The tensor's bytes, piece by piece, each valid until the next.
 
     Raises:
         SourceError: values are not finite, or do not fit the dtype and `allow_overflow` is not set.
     """
-    b = Tensor(work, slot, tools, stop)
+    b = Tensor(work.weights, slot, tools, stop)
     work.set_up(b)
     bad, width = (ctypes.c_int64 * 2)(), itemsize(slot.dtype)
     for first, count in b():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Apply, Prepare, Sum, Work
 from safemerge_recipes.storage.arena import torch_bytes, torch_dtype
 from safemerge_recipes.storage.cut import ranges

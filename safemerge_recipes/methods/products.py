@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.methods.kernel import Rows, Tools
+from safemerge_recipes.methods.kernel import Rows
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors
 from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from safemerge_recipes.methods.base import Method, Sides
-from safemerge_recipes.methods.kernel import Rows, Tools, Transform
+from safemerge_recipes.methods.kernel import Rows, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.weights.algebra import Weight

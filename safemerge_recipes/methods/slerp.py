@@ -18,7 +18,7 @@ from safemerge_recipes.weights.algebra import Weight, exact
 if TYPE_CHECKING:
     import torch
 
-    from safemerge_recipes.methods.on_compiled import Tensor
+    from safemerge_recipes.methods.compiled_tensor import Tensor
 
 
 class Slerp(Merge):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from safemerge_recipes.methods.on_compiled import Tensor
+    from safemerge_recipes.methods.compiled_tensor import Tensor
 
 
 class Ties(Merge):

@@ -10,8 +10,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.branchless import zero_where_dropped
-from safemerge_recipes.methods.kernel import Kernel, Rows, Tools, Transform
+from safemerge_recipes.methods.kernel import Kernel, Rows, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Apply, Prepare, Sum
 from safemerge_recipes.recipe.fields import Seed, Strict, read_onto, tell_onto
 from safemerge_recipes.recipe.merge import Merge

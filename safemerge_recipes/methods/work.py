@@ -21,7 +21,7 @@ from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.quantised import Quantised
 
 if TYPE_CHECKING:
-    from safemerge_recipes.methods.on_compiled import Tensor
+    from safemerge_recipes.methods.compiled_tensor import Tensor
 
 
 class Work(ABC):

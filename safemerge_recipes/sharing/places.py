@@ -9,15 +9,18 @@ import posixpath
 import re
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE, RECIPE_FILE
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.recipe.composing import Own, Place
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES
 from safemerge_recipes.sharing.shipped import PREFIX, shipped_place
-from safemerge_recipes.sources.hub import HubFile, Repository, fetch, open_repository
 from safemerge_recipes.storage.files import MAX_BYTES as MAX_RECORD
 from safemerge_recipes.storage.files import text_of
+
+if TYPE_CHECKING:
+    from safemerge_recipes.sources.hub import Repository  # a file of this machine needs no client of the hub
 
 _REPOSITORY = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
 _ID = re.compile(rf"{_REPOSITORY}(?:@(?P<revision>[^@\s]+))?")
@@ -64,6 +67,8 @@ def abroad(where: str) -> Place | None:
 
 
 def _open(name: str, revision: str | None, file: str | None) -> Place:
+    from safemerge_recipes.sources.hub import open_repository
+
     file = posixpath.normpath(file or RECIPE_FILE)
     folder = posixpath.dirname(file)
     try:
@@ -75,6 +80,8 @@ def _open(name: str, revision: str | None, file: str | None) -> Place:
 
 def _place(repository: Repository, file: str, folder: str) -> Place:
     """The recipe in a file of a repository, with its lock beside it."""
+    from safemerge_recipes.sources.hub import HubFile, fetch
+
     known = repository.files or {}
     if not repository.has(file):
         others = ", ".join(f"hf://{repository.name}/{name}" for name in known if name.endswith((".yaml", ".yml")))

@@ -91,7 +91,11 @@ def open_file(path: Path | str, links: Links = "inside") -> int:
     if links == "inside":
         inside(path.parent, path.name)
     _refuse_irregular(path, os.stat(path, follow_symlinks=links != "none"))  # not even opened: devices may react
-    descriptor = os.open(path, _READ | (os.O_NOFOLLOW if links == "none" else 0))
+    return _regular(path, os.open(path, _READ | (os.O_NOFOLLOW if links == "none" else 0)))
+
+
+def _regular(path: Path, descriptor: int) -> int:
+    """The descriptor, if it is one of a regular file; else it is closed and SourceError raised."""
     try:
         _refuse_irregular(path, os.fstat(descriptor))
         return descriptor
@@ -165,13 +169,7 @@ def own_file(path: Path, flags: int = 0) -> int:
         SourceError: something else than a regular file lies there.
         OSError: it cannot be made, or is a link.
     """
-    descriptor = os.open(path, _OWN | flags, 0o666)
-    try:
-        _refuse_irregular(path, os.fstat(descriptor))
-        return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
+    return _regular(path, os.open(path, _OWN | flags, 0o666))
 
 
 def null_device() -> int:

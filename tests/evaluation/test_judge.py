@@ -1,6 +1,6 @@
 """A judge over answers: a real server that goes down, and a small real model.
 
-Guards `evaluation.judging`.
+Guards `evaluation.judging`, `evaluation.judge_folder`.
 """
 
 import itertools

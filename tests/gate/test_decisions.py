@@ -1,6 +1,6 @@
 """Decisions at their boundaries, on real plans: strictness, ranks, controls, groups, degenerate tensors.
 
-Guards `planning.plan`.
+Guards `planning.plan`, `planning.decisions`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The recipe's own checks: selectors, bounds, what methods use and need, and how rules resolve.
 
 Guards `recipe.source`, `recipe.gate`, `recipe.rules`, `recipe.output`, `recipe.evaluation`, `recipe.fields`,
-`recipe.merge_keys`.
+`recipe.merge_keys`, `recipe.meanings`.
 """
 
 from __future__ import annotations

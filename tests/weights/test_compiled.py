@@ -1,4 +1,7 @@
-"""The compiled kernels give torch's bytes, on every kind of processor they are compiled for."""
+"""The compiled kernels give torch's bytes, on every kind of processor they are compiled for.
+
+Guards `methods.compiled_tensor`.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import ignore
 from safemerge_recipes.methods import on_compiled, on_torch
 from safemerge_recipes.methods.dare import DareKernel as Dare
-from safemerge_recipes.methods.kernel import Kernel, Tools
+from safemerge_recipes.methods.kernel import Kernel
 from safemerge_recipes.methods.slerp import SlerpKernel as Slerp
 from safemerge_recipes.methods.ties import Consensus
 from safemerge_recipes.methods.ties import TiesKernel as Ties
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Apply, Sum
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cut import PIECE

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods import on_torch
-from safemerge_recipes.methods.kernel import Dot, Tools
+from safemerge_recipes.methods.kernel import Dot
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Work
 from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.arena import Arena

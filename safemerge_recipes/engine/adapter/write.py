@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import BytesDone, Listener
 from safemerge_recipes.methods import on_torch
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.family import Family

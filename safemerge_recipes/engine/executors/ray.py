@@ -8,10 +8,10 @@ fixed, so a task whose worker was lost simply runs again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.engine.executor import Sealed
+from safemerge_recipes.engine.executor import Done, Sealed
 from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import PlanError, SourceError
@@ -55,13 +55,7 @@ class OnRay:
         self._held.close()
 
     def measure(
-        self,
-        asked: Sequence[Asked],
-        effort: Effort,
-        rank: int,
-        null: bool,
-        resources: Resources,
-        on_event: Listener,
+        self, asked: Sequence[Asked], effort: Effort, rank: int, null: bool, resources: Resources, on_event: Listener
     ) -> Measured:
         """See `Executor`: a task is about 1 GB of operands."""
         from safemerge_recipes.gate.measurer import Measured
@@ -85,13 +79,7 @@ class OnRay:
         return Measured(moments, max(peaks))
 
     def run(
-        self,
-        graph: Graph,
-        store: Store,
-        resources: Resources,
-        done: Mapping[str, str | None],
-        journal: Journal,
-        on_event: Listener,
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
     ) -> Sealed:
         """See `Executor`. Also raises PlanError when the cluster cannot be reached."""
         store.open()  # room and permission show now

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.engine.executor import Sealed
+from safemerge_recipes.engine.executor import Done, Sealed
 from safemerge_recipes.engine.journal import Journal
 from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import RecipeError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, TensorDone
-from safemerge_recipes.methods.kernel import Tools
+from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
@@ -34,13 +34,7 @@ class Threads:
     """The `Executor` of one machine."""
 
     def measure(
-        self,
-        asked: Sequence[Asked],
-        effort: Effort,
-        rank: int,
-        null: bool,
-        resources: Resources,
-        on_event: Listener,
+        self, asked: Sequence[Asked], effort: Effort, rank: int, null: bool, resources: Resources, on_event: Listener
     ) -> Measured:
         """See `Executor`."""
         from safemerge_recipes.gate.measurer import measure_all
@@ -51,13 +45,7 @@ class Threads:
         """Holds nothing."""
 
     def run(
-        self,
-        graph: Graph,
-        store: Store,
-        resources: Resources,
-        done: Mapping[str, str | None],
-        journal: Journal,
-        on_event: Listener,
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
     ) -> Sealed:
         """See `Executor`."""
         stop = threading.Event()
