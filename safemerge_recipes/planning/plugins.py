@@ -158,7 +158,8 @@ def read_registry(installed: Iterable[EntryPoint] | None = None) -> Registry:
         RecipeError: two distributions register one name.
     """
     if installed is None:
-        installed = [point for kind in KINDS for point in entry_points(group=f"safemerge.{kind}")]
+        found = entry_points()  # once: it looks at every installed distribution
+        installed = [point for kind in KINDS for point in found.select(group=f"safemerge.{kind}")]
     entries: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
     for kind, origin, point in (*_own(), *_installed(installed)):
         entry = Entry(kind, point.name, origin, point.value)

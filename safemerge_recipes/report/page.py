@@ -12,6 +12,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def render_report(
     )  # fmt: skip
 
 
+@cache  # compiling the template takes longer than all else of a small run, and whoever plans many makes many pages
 def _environment() -> Environment:
     """Strict and escaping: a name that is missing is an error, and text from outside is cleaned on its way in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
