@@ -39,8 +39,6 @@ def memory(work: Work, slot: Slot) -> int:
     piece = largest(slot.shape)
     read = [one for one in streamed(work.weights) if isinstance(one, Stored)]
     width = sum(itemsize(one.ref.dtype) for one in read) + itemsize(slot.dtype)
-        slot.dtype
-    )
     operands = [operand for weight in work.weights for _, operand in weight]
     factors = sum(one.memory(piece) * (1 if isinstance(one, Quantised) else 4) for one in operands)
     columns = slot.shape[-1] if slot.shape else 1
