@@ -7,15 +7,12 @@ of folders get theirs from a memory file system where there is one.
 
 from __future__ import annotations
 
-import atexit
-import json
 import math
-import shutil
-import struct
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fuzz import readers
+from fuzz.places import place, stored, tensor
 from safemerge_recipes.engine.journal import read_journal
 from safemerge_recipes.engine.manifest import read_manifest
 from safemerge_recipes.errors import CheckError, RecipeError, SafemergeError, SourceError
@@ -26,22 +23,11 @@ from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.sources.peft.apply import open_adapter
 from safemerge_recipes.storage.safetensors import read_header
 
-_SHM = Path("/dev/shm")
-_folder: Path | None = None
-
 CONFIG = b'{"model_type":"llama"}'
 
 
-def _place() -> Path:
-    global _folder
-    if _folder is None:
-        _folder = Path(tempfile.mkdtemp(prefix="safemerge-fuzz-", dir=_SHM if _SHM.is_dir() else None))
-        atexit.register(shutil.rmtree, _folder, ignore_errors=True)
-    return _folder
-
-
 def _write(**files: bytes) -> Path:
-    folder = _place()
+    folder = place()
     for name, data in files.items():
         (folder / FILES[name]).write_bytes(data)
     return folder
@@ -57,19 +43,6 @@ FILES = {
     "journal": "safemerge_journal.jsonl",
     "manifest": "safemerge_manifest.json",
 }
-
-
-def stored(header: object, data: bytes) -> bytes:
-    """A safetensors file of a header and data."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def _tensor(begin: int, *shape: int) -> dict[str, object]:
-    size = 4
-    for n in shape:
-        size *= n
-    return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, begin + size]}
 
 
 def header(data: bytes) -> None:
@@ -90,7 +63,7 @@ def header_text(data: bytes) -> None:
     header(stored(data, bytes(16)))
 
 
-_SHARD = stored({"a": _tensor(0, 2), "b": _tensor(8, 2)}, bytes(16))
+_SHARD = stored({"a": tensor(0, 2), "b": tensor(8, 2)}, bytes(16))
 
 
 def index(data: bytes) -> None:
@@ -114,7 +87,7 @@ def config(data: bytes) -> None:
 
 
 _MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
-_LORA = stored({f"{_MODULE}.lora_A.weight": _tensor(0, 2, 3), f"{_MODULE}.lora_B.weight": _tensor(24, 4, 2)}, bytes(56))
+_LORA = stored({f"{_MODULE}.lora_A.weight": tensor(0, 2, 3), f"{_MODULE}.lora_B.weight": tensor(24, 4, 2)}, bytes(56))
 
 
 def adapter(data: bytes) -> None:
@@ -172,7 +145,7 @@ def manifest(data: bytes) -> None:
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (header, header_text, index, config, adapter, recipe, patterns, journal, manifest)
-}
+} | readers.TARGETS
 EXPECTED = SafemergeError
 """What a target may let through to the user; all of them catch their own."""
 
@@ -218,6 +191,7 @@ DICTIONARY: Mapping[str, tuple[bytes, ...]] = {
         b'"file":"../x"', b'"file":"/x"', b'"file":"a/../../x"', b'"tensors":[]', b'"size":-1', b'"outputs":{}', b"1e400",
         b'"\\ud800"', b'"file":""', b'"file":"."',
     ),
+    **readers.DICTIONARY,
 }  # fmt: skip
 
 

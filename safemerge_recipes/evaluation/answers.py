@@ -46,7 +46,7 @@ def read_answers(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"a line of {sorted(row)}")
     except FileNotFoundError:
         raise CheckError(f"{path}: missing; expected the answers that an evaluation keeps, run it first") from None
-    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckError(f"{path}: not a file of answers ({type(error).__name__}: {error})") from None
     return rows
 

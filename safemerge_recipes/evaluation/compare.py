@@ -195,7 +195,7 @@ def read_scores(path: Path) -> dict[str, Scores]:
     try:
         details = json.loads(content_of(path, MAX_BYTES))["details"]
         return {name: Scores.from_json(json.dumps(one)) for name, one in details.items()}
-    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckError(f"{path}: cannot be read as scores ({type(error).__name__}: {error})") from None
 
 

@@ -91,7 +91,7 @@ def _read(path: Path) -> Lock:
             },
             dict(value.get("plugins") or {}),
         )
-    except (OSError, SourceError, ValueError, KeyError, TypeError, AttributeError, YamlError) as error:
+    except (OSError, SourceError, ValueError, OverflowError, KeyError, TypeError, AttributeError, YamlError) as error:
         raise RecipeError(
             f"{path}: not a lock of this program ({type(error).__name__}: {str(error)[:200]}); "
             "say --update-lock to write it anew, or remove it"

@@ -224,13 +224,17 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a JSONL file of evaluation prompts: `prompt` of each row.
 
     Raises:
-        RecipeError: a row has none.
+        RecipeError: a row has none, or the file cannot be read.
     """
     import json
 
     found = []
-    for number, line in enumerate(text_of(path, MAX_BYTES, "any").splitlines(), 1):
-        value = json.loads(line) if line.strip() else {"prompt": ""}
+    try:
+        lines = text_of(path, MAX_BYTES, "any").split("\n")
+        values = [json.loads(line) if line.strip() else {"prompt": ""} for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: {str(error)[:200]}; expected JSONL, an evaluation prompt a line") from None
+    for number, value in enumerate(values, 1):
         prompt = value.get("prompt", value.get("question")) if isinstance(value, dict) else None
         if not isinstance(prompt, str):
             raise RecipeError(f"{path}:{number}: found no `prompt`; expected an evaluation prompt a line")

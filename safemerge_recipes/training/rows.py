@@ -79,10 +79,10 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
         if path.suffix == ".json" or text.lstrip().startswith("["):
             yield from enumerate(json.loads(text), 1)
             return
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield number, json.loads(line)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"{path}: {error}; expected JSONL, a row of training data a line") from None
 
 
@@ -121,6 +121,10 @@ def _of_messages(messages: Any, where: str, kind: Kind | None) -> Row:
 def _checked(row: Row) -> Row:
     if not row.prompt or not row.answer:
         raise ValueError("an empty request or an empty answer")
+    if re.search(
+        r"[\ud800-\udfff]", "".join(text for message in row.messages() for text in message.values()) + row.answer
+    ):
+        raise ValueError("half a surrogate pair, which no file can hold")
     return row
 
 

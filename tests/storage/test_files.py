@@ -6,9 +6,12 @@ Guards `storage.files`.
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import os
 import re
 import socket
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.files import (
     check_file,
     content_of,
+    copy_file,
     inside,
     open_file,
     own_file,
@@ -27,11 +31,24 @@ from safemerge_recipes.storage.files import (
     write_file,
     written,
 )
+from safemerge_recipes.storage.safetensors import read_header
 
 PACKAGE = Path(__file__).parents[2] / "safemerge_recipes"
 OPENING = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "touch", "mknod"}
 """Calls by these names open something by its path, whatever they are called on ..."""
-LOADING = {"safe_open", "load_file", "save_file", "memmap", "fromfile", "tofile", "genfromtxt", "loadtxt"}
+LOADING = {
+    "copyfile",
+    "copy2",
+    "copytree",
+    "safe_open",
+    "load_file",
+    "save_file",
+    "memmap",
+    "fromfile",
+    "tofile",
+    "genfromtxt",
+    "loadtxt",
+}
 """... and so do these."""
 OTHERWISE = {
     ("storage/files.py", "os.open"): "is the one way",
@@ -109,6 +126,43 @@ def test_what_is_no_ordinary_file_is_refused_by_name(tmp_path: Path, kind: str) 
             read(path, 1000)
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_hole_of_a_terabyte_is_refused_at_its_header(tmp_path: Path) -> None:
+    """Its header is sound and declares every byte of it: reading it would take hours."""
+    path, size = tmp_path / "model.safetensors", 2**38
+    text = json.dumps({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + size)
+    if not path.stat().st_blocks:
+        pytest.skip("a file system that does not say what is stored")
+    with pytest.raises(SourceError, match="the rest is a hole"):
+        read_header(path)
+    os.truncate(path, 8 + len(text) + 2**40)
+    with pytest.raises(SourceError, match="the limit is 400000000000"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "README.md"])
+def test_a_small_blob_of_the_hub_is_compared_with_its_name(tmp_path: Path, name: str) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    content = b'{"a": 1}'
+    blob = blobs / hashlib.sha1(b"blob 8\0" + content).hexdigest()
+    blob.write_bytes(content)
+    (snapshot / name).symlink_to(blob)
+    assert content_of(snapshot / name, 100) == content
+    copy_file(snapshot / name, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == content
+    blob.write_bytes(b'{"a": 2}')
+    with pytest.raises(SourceError, match=f"names it {blob.name}; it is damaged or was changed"):
+        content_of(snapshot / name, 100)
+    (tmp_path / name).unlink()
+    with pytest.raises(SourceError, match="download it again"):
+        copy_file(snapshot / name, tmp_path / name)
+    assert not (tmp_path / name).exists()
 
 
 def test_a_device_is_refused_wherever_links_may_lead(tmp_path: Path) -> None:

@@ -103,6 +103,27 @@ def interrupt() -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 
 
+def watch(root: str) -> None:
+    """Tells on standard error of every file below a folder that this package opens with flags that are not its own.
+
+    What the libraries open that run and train models (transformers, torch, datasets) is theirs: they are given folders
+    of the user's own.
+    """
+    import sys
+
+    def see(event: str, arguments: tuple[object, ...]) -> None:
+        if event != "open" or not isinstance(arguments[0], (str, bytes)):
+            return
+        path, flags = os.path.abspath(os.fsdecode(arguments[0])), int(arguments[2])  # type: ignore[call-overload]
+        if not path.startswith(root) or flags & (os.O_NONBLOCK | os.O_EXCL | os.O_DIRECTORY):
+            return
+        frame = sys._getframe(1)
+        if "safemerge_recipes" in frame.f_code.co_filename:
+            os.write(2, f"OPENED {path} {flags:o} {frame.f_code.co_filename}:{frame.f_lineno}\n".encode())
+
+    sys.addaudithook(see)
+
+
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong in a run: its class in the table, and Python that runs ahead of the program."""
@@ -466,6 +487,18 @@ class Bench:
             if problem:
                 row.lost.append(f"{verb.name}, {kind} as {target.relative_to(place)}: {problem}")
             return problem
+        finally:
+            shutil.rmtree(place)
+
+    def opened_otherwise(self, verb: Verb) -> list[str]:
+        """What a verb opens below the bench in another way than `storage.files` does: (path, flags, who)."""
+        place = self._place(verb)
+        try:
+            code, _, err = self._run(
+                verb, place, Fault("", f"from tests.whole.faults import watch; watch('{self.root}')")
+            )
+            told = [line.removeprefix("OPENED ") for line in err.splitlines() if line.startswith("OPENED ")]
+            return told if code == 0 else [f"ended with {code}: {err}"]
         finally:
             shutil.rmtree(place)
 

@@ -51,6 +51,22 @@ def test_a_report_killed_at_every_call_leaves_no_temporary_files(bench: Bench) -
         assert bench.attempt(verb, at_call("kill", at)) == ""
 
 
+def test_every_open_of_every_verb_goes_the_one_way(bench: Bench) -> None:
+    for verb in bench.verbs:
+        assert bench.opened_otherwise(verb) == [], verb.name
+
+
+@pytest.mark.slow
+def test_every_open_of_verbs_that_run_models_is_ours_or_a_library_s(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("lm_eval")
+    made = Bench(tmp_path_factory.mktemp("opened"))
+    try:
+        for verb in made.verbs:
+            assert made.opened_otherwise(verb) == [], verb.name
+    finally:
+        made.close()
+
+
 @pytest.mark.parametrize("how", reliability.ERRORS)
 def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, how: str) -> None:
     dice = random.Random(how)
