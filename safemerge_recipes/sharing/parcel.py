@@ -35,7 +35,7 @@ from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.hub import is_id, open_repository
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.provenance import portable
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, json_text, text_of
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, json_text, text_of, write_file
 
 _NAMES = ("_name_or_path", "name_or_path")
 _CONFIGS = ("config.json", CONFIG_FILE)
@@ -232,7 +232,7 @@ def signed(parcel: Parcel, folder: Path, private_key: Path) -> Parcel:
                 path = Path(place) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(held, bytes):
-                    path.write_bytes(held)
+                    write_file(path, held, durable=False)
                 else:
                     os.link(held, path)
             signature = content_of(sign(Path(place), private_key), MAX_BYTES)

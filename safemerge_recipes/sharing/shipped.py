@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.recipe.composing import Place
+from safemerge_recipes.storage.files import MAX_BYTES, text_of
 
 PREFIX = "safemerge:"
 GROUPS = ("defenses",)
@@ -38,7 +39,7 @@ def shipped_text(name: str) -> str:
         close = difflib.get_close_matches(asked, [*known, *(one.rpartition("/")[2] for one in known)], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`safemerge recipes` lists them"
         raise RecipeError(f"{PREFIX}{asked[:200]}: no recipe of that name is shipped; {hint}")
-    return path.read_text(encoding="utf-8")
+    return text_of(path, MAX_BYTES)
 
 
 def what_it_is(text: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.sharing.templates import EDITOR_LINE, shown_place
+from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.hub import fetch, open_repository
 from safemerge_recipes.sources.peft.config import CONFIG_FILE, read_config
 
@@ -88,7 +89,7 @@ def look(place: str) -> Start:
         return Start(place, name=name)
     try:
         read_config(folder)  # refuses what a merge would
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = read_object(folder / CONFIG_FILE)
     except (SourceError, OSError, ValueError) as error:
         raise RecipeError(f"{place}: {error}") from None
     modules = config.get("target_modules") or []
