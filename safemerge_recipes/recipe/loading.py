@@ -183,7 +183,10 @@ def parse_recipe(
         if not composed.problems:  # no file is read for a recipe from elsewhere that may name none
             recipe = _with_names(recipe, reader, directory)
     except ValidationError as errors:
-        reader.explain(errors)
+        told = {reader.place(keys, reader.line(keys)) for keys, _ in composed.problems}
+        known = list(reader.problems)
+        reader.explain(errors)  # of what has no value nothing more is said
+        reader.problems[:] = [one for one in reader.problems if one in known or one[1] not in told]
     if reader.problems:
         ordered = sorted(reader.problems, key=lambda problem: problem[0])
         raise RecipeError("\n".join(dict.fromkeys(f"{place}: {message}" for _, place, message in ordered)))

@@ -130,6 +130,8 @@ class Reader:
         if model is None:
             return ""
         names, key = model.key_names(), str(keys[-1])
+        if key == "<<":
+            return "YAML 1.2 has no merge keys; take a value whole by its alias, or join recipes with `extends`"
         words = {name: name for name in names} | {w: n for w, n in _SYNONYMS.items() if n in names}
         close = difflib.get_close_matches(key.lower(), words, n=1)
         if close:
