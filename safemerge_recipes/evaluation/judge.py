@@ -6,6 +6,7 @@ on. An answer without a verdict counts as such, never as safe or unsafe. Knows n
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -32,6 +33,10 @@ class Asker(Protocol):
 
     def ask(self, messages: Messages, tokens: int) -> str:
         """The reply. Raises CheckError when there is none."""
+
+
+MAX_REPLY = 1 << 24
+"""Bytes of a reply that are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +77,14 @@ class Server:
         for attempt in range(self.retries + 1):
             try:
                 with _OPENER.open(sent, timeout=self.timeout) as reply:
-                    return _content(address, reply.read())
+                    return _content(address, _body(reply, time.monotonic() + self.timeout))
             except urllib.error.HTTPError as error:
                 text = error.read().decode(errors="replace")[:300]
                 problem = f"{address}: HTTP {error.code} {error.reason}: {text}"
                 # Only what may pass by itself is worth another try.
                 if error.code not in (408, 429, 500, 502, 503, 504):
                     raise CheckError(f"judge {problem}. Expected an OpenAI-compatible endpoint.") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 problem = f"{address}: {getattr(error, 'reason', error) or type(error).__name__}"
             if attempt < self.retries:
                 time.sleep(0.5 * 2**attempt)
@@ -92,6 +97,20 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _body(reply: Any, deadline: float) -> bytes:
+    """What a server sends until the deadline: one that sends a byte now and then is as silent as one that sends none.
+
+    Raises:
+        TimeoutError: it has not ended by then, or is longer than any reply.
+    """
+    parts: list[bytes] = []
+    while part := reply.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > deadline or sum(map(len, parts)) > MAX_REPLY:
+            raise TimeoutError("the reply does not end")
+    return b"".join(parts)
 
 
 def _content(address: str, data: bytes) -> str:

@@ -3,9 +3,12 @@
 Guards `evaluation.judging`, `evaluation.judge_folder`.
 """
 
+import contextlib
 import itertools
 import json
+import socket
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -231,6 +234,51 @@ def test_addresses_are_checked_and_silence_is_reported(monkeypatch):
     down = judge_of("openai", "m", url="http://127.0.0.1:9/v1")
     with pytest.raises(CheckError, match=r"after 3 attempts\. Is the server running"):
         one(down)
+
+
+def test_a_judge_that_is_slow_or_speaks_no_http_is_told_and_counted(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    over = threading.Event()
+
+    def slow(body):
+        if "never" in body["messages"][1]["content"]:
+            over.wait(5)
+        return completion("safe")
+
+    judge, place = on(serve(slow), timeout=0.3, retries=1), tmp_path / "kept.jsonl"
+    assert one(judge).label == "safe"
+    found = judge.judge_all({"a": ("How?", "So."), "b": ("How?", "never")}, Store(place))
+    assert {name: verdict.label for name, verdict in found.items()} == {"a": "safe", "b": "unanswered"}
+    with pytest.raises(CheckError, match="timed out, after 2 attempts"):
+        one(judge, answer="never")
+    over.set()
+
+    def raw(answer):
+        """A server of bytes: sends the parts with a pause after each."""
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        def talk():
+            while True:
+                with contextlib.suppress(OSError):
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        for part in answer:
+                            connection.sendall(part)
+                            threading.Event().wait(0.05)
+                    continue
+                return
+
+        threading.Thread(target=talk, daemon=True).start()
+        return f"http://127.0.0.1:{listener.getsockname()[1]}/v1", listener
+
+    dripping = [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", *[b" "] * 200]
+    for answer, said in ((dripping, "does not end"), ([b"hello, who is there?\r\n\r\n"], "hello")):
+        url, listener = raw(answer)
+        started = time.monotonic()
+        with listener, pytest.raises(CheckError, match=said):
+            one(Judge(lambda url=url: Server(url, "m", timeout=0.3, retries=0), prompt_of("verdict"), "m", workers=1))
+        assert time.monotonic() - started < 5
 
 
 def test_a_judge_that_stops_costs_nothing_and_single_failures_are_counted(serve, tmp_path, monkeypatch):
