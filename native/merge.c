@@ -45,22 +45,24 @@ typedef struct {
     uint32_t first, second, limit;
 } draw;
 
-/* TIES' election. */
+/* TIES' election; `pair` takes the short way for two sides, whose weights sum to `total`. */
 typedef struct {
-    float alpha, beta, total, scale;
-    int32_t normalize;
+    float total, scale;
+    int32_t normalize, pair;
 } consensus;
 
 enum { SUM, BLEND, TIES, DARE_LINEAR, DARE_TIES };
 
-/* One tensor's merge: origin + method(x, y), stored as `dtype`. */
+/* One tensor's merge: origin + method(sides), stored as `dtype`. Arrays have an entry a side, draws one a pair. */
 typedef struct {
-    weight x, y, origin;
+    const weight *sides;
+    int64_t count;
+    weight origin;
     int32_t method, dtype;
-    float a, b; /* of a*x + b*y */
-    trim trims[2];
-    draw draws;
-    float scales[2]; /* DARE's rescaling of x and y */
+    const float *shares; /* of a sum or an election */
+    trim *trims;
+    const draw *draws;
+    const float *scales; /* DARE's rescaling */
     consensus elect;
 } merge;
 
@@ -243,9 +245,10 @@ static void evaluate(const weight *w, int64_t start, int64_t n, float *restrict 
 
 /* Elements of a strip of this merge: whole rows where a weight has a product. */
 int64_t sm_strip(const merge *m) {
-    const weight *all[] = {&m->x, &m->y, &m->origin};
-    for (int i = 0; i < 3; i++)
-        if (all[i]->rank) return (1 + PANEL / (ROWS * all[i]->columns)) * ROWS * all[i]->columns;
+    for (int64_t i = 0; i <= m->count; i++) {
+        const weight *w = i < m->count ? m->sides + i : &m->origin;
+        if (w->rank) return (1 + PANEL / (ROWS * w->columns)) * ROWS * w->columns;
+    }
     return STRIP;
 }
 
@@ -289,8 +292,9 @@ static void trim_strip(trim *t, int64_t n, float *restrict x) {
 }
 
 /* The weighted sum where the signs agree, else the side that has the sign of the sum; into x. */
-static void elect_strip(const consensus *c, int64_t n, float *restrict x, const float *restrict y) {
-    const float alpha = c->alpha, beta = c->beta, scale = c->scale, whole = c->total;
+static void elect_pair(const merge *m, int64_t n, float *restrict x, const float *restrict y) {
+    const consensus *c = &m->elect;
+    const float alpha = m->shares[0], beta = m->shares[1], scale = c->scale, whole = c->total;
     if (c->normalize && (alpha == 0 || beta == 0)) { /* a side without weight neither votes nor counts */
         const float *one = alpha == 0 ? y : x;
         for (int64_t i = 0; i < n; i++) x[i] = one[i] * scale;
@@ -314,6 +318,38 @@ static void elect_strip(const consensus *c, int64_t n, float *restrict x, const 
     }
 }
 
+#define CANCELLED 1e-8f /* weights that sum to less divide nothing */
+
+/* The sum of share*x over what has the sign of the whole sum (0 counts as +), divided by those shares unless they
+ * cancel; into x, the strips of all sides one behind the other, with three more behind them. */
+static void elect_any(const merge *m, int64_t strip, int64_t n, float *x) {
+    const consensus *c = &m->elect;
+    const float scale = c->scale;
+    float *restrict total = x + m->count * strip, *restrict merged = total + strip, *restrict divisor = merged + strip;
+    for (int64_t k = 0; k < m->count; k++) {
+        const float share = m->shares[k];
+        float *restrict side = x + k * strip;
+        for (int64_t i = 0; i < n; i++) side[i] *= share;
+        if (k == 0)
+            for (int64_t i = 0; i < n; i++) total[i] = side[i];
+        else
+            for (int64_t i = 0; i < n; i++) total[i] += side[i];
+    }
+    for (int64_t i = 0; i < n; i++) merged[i] = divisor[i] = 0;
+    for (int64_t k = 0; k < m->count; k++) {
+        const float share = m->shares[k];
+        const float *restrict side = x + k * strip;
+        for (int64_t i = 0; i < n; i++) { /* what is not a number stays, for the caller to refuse */
+            const int agrees = total[i] < 0 ? !(side[i] >= 0) : !(side[i] <= 0);
+            merged[i] += agrees ? side[i] : 0;
+            divisor[i] += agrees ? share : 0;
+        }
+    }
+    if (c->normalize)
+        for (int64_t i = 0; i < n; i++) merged[i] /= fabsf(divisor[i]) < CANCELLED ? 1 : divisor[i];
+    for (int64_t i = 0; i < n; i++) x[i] = merged[i] * scale;
+}
+
 /* Wellons' lowbias32 of an element's counter, keyed. */
 static inline uint32_t hash(const draw *d, uint32_t element) {
     uint32_t h = element * 0x9E3779B9u + d->first;
@@ -322,15 +358,27 @@ static inline uint32_t hash(const draw *d, uint32_t element) {
     return h ^ h >> 16;
 }
 
-/* The upper half of an element's hash decides for x, the lower half for y; limit 65536 keeps all. */
+/* The upper half of an element's hash decides for the first of a pair, the lower half for the second; limit 65536 keeps
+ * all. */
 static inline float kept_x(const draw *d, uint32_t h) { return h >> 16 < d->limit ? 1.0f : 0.0f; }
 static inline float kept_y(const draw *d, uint32_t h) { return (h & 0xffff) < d->limit ? 1.0f : 0.0f; }
 
-static void drop_strip(const draw *d, uint32_t element, int64_t n, float *restrict x, float *restrict y) {
+static void drop_pair(const draw *d, uint32_t element, int64_t n, float *restrict x, float *restrict y) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t h = hash(d, element + (uint32_t)i);
         x[i] *= kept_x(d, h); /* a dropped infinity becomes NaN, for the caller to refuse */
         y[i] *= kept_y(d, h);
+    }
+}
+
+/* Drops elements of every side, whose strips lie one behind the other. */
+static void drop_strip(const merge *m, int64_t strip, uint32_t element, int64_t n, float *x) {
+    for (int64_t k = 0; k + 1 < m->count; k += 2)
+        drop_pair(m->draws + k / 2, element, n, x + k * strip, x + (k + 1) * strip);
+    if (m->count % 2) {
+        const draw *d = m->draws + m->count / 2;
+        float *restrict last = x + (m->count - 1) * strip;
+        for (int64_t i = 0; i < n; i++) last[i] *= kept_x(d, hash(d, element + (uint32_t)i));
     }
 }
 
@@ -356,29 +404,36 @@ static void round_strip(int32_t dtype, int64_t n, const float *restrict x, void 
     bad[1] += infinite - before;
 }
 
-/* Merges a piece of n elements, the tensor's `first` being its first. `scratch` holds three strips. */
+/* Merges a piece of n elements, the tensor's `first` being its first. `scratch` holds a strip a side, and three. */
 void sm_merge(merge *m, int64_t first, int64_t n, void *out, float *scratch, int64_t bad[2]) {
-    const int64_t strip = sm_strip(m), width = m->dtype == F32 ? 4 : 2;
-    float *x = scratch, *y = x + strip, *origin = y + strip;
+    const int64_t strip = sm_strip(m), width = m->dtype == F32 ? 4 : 2, sides = m->count;
+    float *x = scratch, *origin = scratch + sides * strip;
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
-        evaluate(&m->x, at, count, x);
-        if (m->method != SUM) evaluate(&m->y, at, count, y);
-        if (m->method == TIES) {
-            trim_strip(m->trims, count, x);
-            trim_strip(m->trims + 1, count, y);
-        } else if (m->method == DARE_LINEAR || m->method == DARE_TIES)
-            drop_strip(&m->draws, (uint32_t)(first + at), count, x, y);
+        for (int64_t k = 0; k < sides; k++) evaluate(m->sides + k, at, count, x + k * strip);
+        if (m->method == TIES)
+            for (int64_t k = 0; k < sides; k++) trim_strip(m->trims + k, count, x + k * strip);
+        else if (m->method == DARE_LINEAR || m->method == DARE_TIES)
+            drop_strip(m, strip, (uint32_t)(first + at), count, x);
         if (m->method == DARE_TIES)
-            for (int64_t i = 0; i < count; i++) {
-                x[i] *= m->scales[0];
-                y[i] *= m->scales[1];
+            for (int64_t k = 0; k < sides; k++) {
+                float *restrict side = x + k * strip;
+                const float scale = m->scales[k];
+                for (int64_t i = 0; i < count; i++) side[i] *= scale;
             }
-        if (m->method == TIES || m->method == DARE_TIES)
-            elect_strip(&m->elect, count, x, y);
-        else if (m->method != SUM) {
-            const float a = m->a, b = m->b;
-            for (int64_t i = 0; i < count; i++) x[i] = fmaf(b, y[i], a * x[i]);
+        if (m->method == TIES || m->method == DARE_TIES) {
+            if (m->elect.pair)
+                elect_pair(m, count, x, x + strip);
+            else
+                elect_any(m, strip, count, x);
+        } else if (m->method != SUM) {
+            const float share = m->shares[0];
+            for (int64_t i = 0; i < count; i++) x[i] *= share;
+            for (int64_t k = 1; k < sides; k++) {
+                const float *restrict side = x + k * strip;
+                const float next = m->shares[k];
+                for (int64_t i = 0; i < count; i++) x[i] = fmaf(next, side[i], x[i]);
+            }
         }
         if (m->origin.count || m->origin.rank) {
             evaluate(&m->origin, at, count, origin);
@@ -405,14 +460,14 @@ static double dot_strip(int64_t n, const float *x, const float *y) {
     return total_of(lanes);
 }
 
-/* Adds |x|^2, |y|^2 and x.y of a piece to `sums`. */
+/* Adds |x|^2, |y|^2 and x.y of a piece to `sums`, for two sides. */
 void sm_dots(const merge *m, int64_t n, double sums[3], float *scratch) {
     const int64_t strip = sm_strip(m);
     float *x = scratch, *y = x + strip;
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
-        evaluate(&m->x, at, count, x);
-        evaluate(&m->y, at, count, y);
+        evaluate(m->sides, at, count, x);
+        evaluate(m->sides + 1, at, count, y);
         sums[0] += dot_strip(count, x, x);
         sums[1] += dot_strip(count, y, y);
         sums[2] += dot_strip(count, x, y);
@@ -428,19 +483,17 @@ static double size_strip(int64_t n, const float *x) {
     return total_of(lanes);
 }
 
-/* Adds the magnitudes of a piece to `sums`: of x, of what is kept of x, of y, of what is kept of y. */
-void sm_sizes(const merge *m, int64_t first, int64_t n, double sums[4], float *scratch) {
+/* Adds the magnitudes of a piece to `sums`: of each side, and of what is kept of it. */
+void sm_sizes(const merge *m, int64_t first, int64_t n, double *sums, float *scratch) {
     const int64_t strip = sm_strip(m);
-    float *x = scratch, *y = x + strip;
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
-        evaluate(&m->x, at, count, x);
-        evaluate(&m->y, at, count, y);
-        sums[0] += size_strip(count, x);
-        sums[2] += size_strip(count, y);
-        drop_strip(&m->draws, (uint32_t)(first + at), count, x, y);
-        sums[1] += size_strip(count, x);
-        sums[3] += size_strip(count, y);
+        for (int64_t k = 0; k < m->count; k++) {
+            evaluate(m->sides + k, at, count, scratch + k * strip);
+            sums[2 * k] += size_strip(count, scratch + k * strip);
+        }
+        drop_strip(m, strip, (uint32_t)(first + at), count, scratch);
+        for (int64_t k = 0; k < m->count; k++) sums[2 * k + 1] += size_strip(count, scratch + k * strip);
     }
 }
 
@@ -451,7 +504,7 @@ int64_t sm_look(const merge *m, int side, int64_t n, int64_t stride, float *foun
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
         if (next >= at + count) continue;
-        evaluate(side ? &m->y : &m->x, at, count, scratch);
+        evaluate(m->sides + side, at, count, scratch);
         for (; next < at + count; next += stride) found[number++] = fabsf(scratch[next - at]);
     }
     return number;
@@ -467,7 +520,7 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
     int64_t above = 0, inside = 0;
     for (int64_t at = 0; at < n; at += strip) {
         const int64_t count = n - at < strip ? n - at : strip;
-        evaluate(side ? &m->y : &m->x, at, count, scratch);
+        evaluate(m->sides + side, at, count, scratch);
         for (int64_t i = 0; i < count; i++) scratch[i] = fabsf(scratch[i]);
         int32_t more = 0, within = 0;
         for (int64_t i = 0; i < count; i++) {
@@ -499,7 +552,7 @@ void sm_count(const merge *m, int side, int64_t n, float low, float high, int64_
 int64_t sm_size(void) { return sizeof(merge) + sizeof(coded); }
 
 /* Changes whenever a structure or a signature does: an old library is not called by new code. */
-int32_t sm_version(void) { return 5; }
+int32_t sm_version(void) { return 6; }
 
 /* What serves this machine best: 0 this library, 1 the one compiled with -march=x86-64-v3, 2 neither, as without such
  * instructions torch is faster. */

@@ -14,8 +14,9 @@ imported before it is needed. `__init__` offers the promised names; the others s
 from __future__ import annotations
 
 from safemerge_recipes.api.checking import compiled, sign, verify
-from safemerge_recipes.api.experiments import probe, results_of, sweep, write_controls
+from safemerge_recipes.api.experiments import compare_recipes, probe, results_of, sweep, write_controls
 from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
+from safemerge_recipes.api.masks import score
 from safemerge_recipes.api.merging import plan, run
 from safemerge_recipes.api.publishing import publish
 from safemerge_recipes.api.recipes import lock, registered, schema, show
@@ -31,6 +32,7 @@ from safemerge_recipes.api.training import plan_training, train_adapter
 
 __all__ = [
     "compare",
+    "compare_recipes",
     "compiled",
     "evaluate",
     "first_recipe",
@@ -49,6 +51,7 @@ __all__ = [
     "results_of",
     "run",
     "schema",
+    "score",
     "shipped_recipe",
     "shipped_recipes",
     "show",

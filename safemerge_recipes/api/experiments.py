@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,46 @@ def sweep(
     return run_sweep(bench, axes, Path(output), seeds=seeds, allowed_loss=allowed_loss)
 
 
+def compare_recipes(
+    recipes: Sequence[RecipeLike],
+    output: str | Path = "safemerge-recipes",
+    *,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seeds: int = 10,
+    device: str = "auto",
+    on_event: Listener = ignore,
+) -> dict[str, Any]:
+    """Scores several recipes of one family and their controls on the same prompts, without writing models.
+
+    Args:
+        recipes: the recipes, or their files; the first says what is scored, and how.
+        output: the folder for results; finished scores in it are used again.
+        tasks: what is scored; by default the first recipe's `evaluate.tasks`.
+        limit: only the first so many prompts of each task.
+        seeds: random controls of each kind for every recipe; 0: no controls.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        on_event: is told what goes on.
+
+    Returns:
+        The content of safemerge_recipes.json.
+
+    Raises:
+        SafemergeError: the recipes are not of one family, or scoring failed; what was scored is kept.
+    """
+    from safemerge_recipes.evaluation.experiments.recipes import compare, one_family
+
+    if len(recipes) < 2:
+        raise RecipeError("sweep --recipes: found one recipe; expected at least two to compare")
+    joined, family = one_family([loaded_of(one) for one in recipes])
+    asked = joined.recipe.evaluate
+    if limit and asked is not None:
+        evaluate = asked.model_copy(update={"limit": limit})
+        joined = replace(joined, recipe=joined.recipe.model_copy(update={"evaluate": evaluate}))
+    bench = _bench(joined, (), tasks, None, Path(output), device, on_event, None)
+    return compare(bench, family, Path(output), seeds=seeds)
+
+
 def probe(
     recipe: RecipeLike,
     by: str = "type",
@@ -108,10 +149,14 @@ def write_controls(
 
 
 def results_of(kind: str, folder: str | Path) -> tuple[Path, ...]:
-    """The files for people that a `sweep` or `probe` leaves in its folder: its picture, then the recipe it chose."""
-    from safemerge_recipes.evaluation.experiments import probe, sweep
+    """The files for people that an experiment leaves in its folder: its picture first."""
+    from safemerge_recipes.evaluation.experiments import probe, recipes, sweep
 
-    names = (sweep.PICTURE_FILE, sweep.CHOSEN_FILE) if kind == "sweep" else (probe.PICTURE_FILE,)
+    names = {
+        "sweep": (sweep.PICTURE_FILE, sweep.CHOSEN_FILE),
+        "recipes": (recipes.PICTURE_FILE, recipes.RESULT_FILE),
+        "probe": (probe.PICTURE_FILE,),
+    }[kind]
     return tuple(Path(folder) / name for name in names)
 
 
@@ -129,14 +174,15 @@ def _bench(
     folder: Path,
     device: str,
     on_event: Listener,
-    tuning_tasks: Sequence[str] = (),
+    tuning_tasks: Sequence[str] | None = (),
 ) -> Bench:
     from safemerge_recipes.evaluation.experiments.results import STORE_FILE
     from safemerge_recipes.evaluation.experiments.workbench import Bench
     from safemerge_recipes.planning.load import vary
 
     given = [*texts_of(overrides), *([f"evaluate.limit={limit}"] if limit else [])]
-    loaded = load_recipe(recipe, given) if isinstance(recipe, str | Path) else vary(recipe, given)
+    varied = load_recipe(recipe, given) if isinstance(recipe, str | Path) else recipe
+    loaded = vary(varied, given) if given and varied is recipe else varied
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def _stand_ins(sources: Mapping[str, str | Path] | Sequence[str]) -> dict[str, s
     else:
         given = [(role, place) for role, _, place in (text.partition("=") for text in sources)]
     for role, place in given:
-        if role not in ROLES or not place:
+        if not (role in ROLES or re.fullmatch(r"[A-Za-z][\w-]{0,49}", role)) or not place:
             raise RecipeError(f"--source {role}={place}: expected ROLE=PLACE, with a role of {', '.join(ROLES)}")
     return dict(given)
 

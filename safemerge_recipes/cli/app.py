@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from safemerge_recipes.cli import experiments, publish, recipes, run, scores, training, verify
+from safemerge_recipes.cli import experiments, masks, publish, recipes, run, scores, training, verify
 from safemerge_recipes.cli.options import VersionOption
 from safemerge_recipes.cli.program import run_program
 
@@ -30,8 +30,8 @@ def _options(version: VersionOption = False) -> None:
 
 for verb in (
     run.run, run.plan, run.validate, run.lock, experiments.controls, run.plugins, run.schema, scores.evaluate,
-    scores.compare, scores.judge, experiments.sweep, experiments.probe, scores.report, verify.verify, verify.sign,
-    publish.publish, training.train_adapter, training.prepare_safety_data,
+    scores.compare, scores.judge, experiments.sweep, experiments.probe, scores.report, masks.score, verify.verify,
+    verify.sign, publish.publish, training.train_adapter, training.prepare_safety_data,
 ):  # fmt: skip
     app.command()(verb)
 app.command()(recipes.init)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,18 @@ from safemerge_recipes.cli.streams import console, watched, write_json, write_li
 
 
 def sweep(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RECIPE...",
+            help="The recipe: a YAML file, the folder of an output, or - for standard input.",
+            show_default=False,
+            allow_dash=True,
+        ),
+    ],
+    recipes: Annotated[
+        bool, typer.Option("--recipes", help="Compare several recipes of one family, each with its controls.")
+    ] = False,
     tau: Annotated[str | None, typer.Option(metavar="V1,V2", help="The same as --grid gate.tau=V1,V2.")] = None,
     alpha: Annotated[str | None, typer.Option(metavar="V1,V2", help="The same as --grid merge.alpha=V1,V2.")] = None,
     grid: Annotated[
@@ -42,11 +53,21 @@ def sweep(
     json_: JsonOption = False,
     device: DeviceOption = "auto",
 ) -> None:
-    """Try keys of a recipe without writing models; choose on the tuning split, report on the test split."""
+    """Try keys of a recipe without writing models; choose on the tuning split, report on the test split.
+
+    With --recipes compare the recipes that are named instead.
+    """
+    if recipes:
+        if tau or alpha or grid or tuning_tasks:
+            raise typer.BadParameter("--recipes compares recipes as they are; expected no grid and no tuning tasks")
+        loaded = [api.load_recipe(one, set_ or ()) for one in recipe]
+        return _compare(loaded, output, tasks, limit, seeds, json_, device)
+    if len(recipe) > 1:
+        raise typer.BadParameter(f"found {len(recipe)} recipes; expected one, or --recipes to compare them")
     axes = [f"{key}={values}" for key, values in (("gate.tau", tau), ("merge.alpha", alpha)) if values]
     with watched(True) as listener:
         content = api.sweep(
-            recipe, [*axes, *(grid or ())], output, overrides=set_ or (), tasks=tasks_of(tasks),
+            recipe[0], [*axes, *(grid or ())], output, overrides=set_ or (), tasks=tasks_of(tasks),
             tuning_tasks=tasks_of(tuning_tasks), limit=limit, seeds=seeds, allowed_loss=allowed_loss,
             device=device, on_event=listener,
         )  # fmt: skip
@@ -58,6 +79,22 @@ def sweep(
     print_sweep(content, page)
     picture, chosen = api.results_of("sweep", output)
     page.print(f"\nPicture: {picture}\nRecipe of the choice: {chosen}", markup=False)
+
+
+def _compare(
+    recipes: list[Any], output: Path, tasks: list[str] | None, limit: int | None, seeds: int, json_: bool, device: str
+) -> None:
+    from safemerge_recipes.report.terminal_scores import print_recipes
+
+    with watched(True) as listener:
+        content = api.compare_recipes(
+            recipes, output, tasks=tasks_of(tasks), limit=limit, seeds=seeds, device=device, on_event=listener
+        )
+    if json_:
+        write_json(content)
+    page = console(json_)
+    print_recipes(content, page)
+    page.print(f"\nPicture: {api.results_of('recipes', output)[0]}", markup=False)
 
 
 def probe(

@@ -21,7 +21,9 @@ from safemerge_recipes.engine.manifest import make_manifest, manifest_record, re
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.planning.graph import ENGINE
 from safemerge_recipes.planning.prepared import Prepared, recipe_json
+from safemerge_recipes.recipe.mask_files import mask_holders
 from safemerge_recipes.recipe.model import Recipe
+from safemerge_recipes.recipe.source import source_holders
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.sources.masks import mask_path
 from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
@@ -137,10 +139,10 @@ def beside_of(prepared: Prepared) -> Mapping[str, Path]:
 def _stored_recipe(prepared: Prepared, output: Path) -> str:
     """The recipe as it lies in the output: local paths seen from there, hub ids pinned to their commit."""
     values = json.loads(recipe_json(prepared.recipe))
-    for role, model in prepared.family.models.items():
-        source = values["sources"][role]
+    for holder, role in source_holders(values["sources"]):
+        source, model = holder[role], prepared.family.models[role]
         if isinstance(source, str):
-            source = values["sources"][role] = {"location": source}
+            source = holder[role] = {"location": source}
         key = next(key for key in ("model", "adapter", "location") if source.get(key))
         if model.folder.revision is not None:
             source["revision"] = model.folder.revision
@@ -152,8 +154,7 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
             if not source[key].startswith("."):
                 source[key] = f"./{source[key]}"
     for part in (values, *values.get("rules", ())):
-        mask = (part.get("merge") or {}).get("mask")
-        if mask:
+        for mask in mask_holders(part.get("merge")):
             mask["path"] = os.path.relpath(mask_path(prepared.resolved.loaded.directory, mask["path"]), output)
     values.get("output", {}).pop("path", None)
     return dump_recipe(Recipe.model_validate_json(json.dumps(values)))

@@ -177,7 +177,7 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
 
     found: dict[str, Scores] = {}
     for place, name in enumerate(names, 1):
-        graph = prepared.graph if name == MERGED else as_source(prepared, name)  # type: ignore[arg-type]  # a role
+        graph = prepared.graph if name == MERGED else as_source(prepared, name)
         store = Store(scores_folder() / f"{key_of(model_key(graph), beside)}.jsonl")
         found[name] = score_graph(
             live, graph, beside, name, suite, settings, store, rounds.of(place, name), asked.limit, asked.device

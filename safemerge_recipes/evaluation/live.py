@@ -25,7 +25,6 @@ from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.pipeline import as_source
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.prepared import Prepared
-from safemerge_recipes.sources.family import ROLES
 from safemerge_recipes.sources.side_files import copy_side_files, side_files
 from safemerge_recipes.storage.arena import Arena, torch_dtype
 from safemerge_recipes.storage.dtypes import DTYPES
@@ -73,7 +72,7 @@ class LiveModel:
         """Lay out the output's side files around a full source's weights; return that source's graph."""
         models = self.prepared.family.models
         # Every chain of adapters ends in a full model among the roles.
-        role = next(role for role in ROLES if role in models and models[role].adapter is None)
+        role = next(role for role in models if models[role].adapter is None)
         copy_side_files(side_files(self.prepared.family), folder)
         checkpoint = models[role].checkpoint
         for file in checkpoint.files:

@@ -334,7 +334,7 @@ def score_output(
 
     scores: dict[str, Scores] = {}
     for place, name in enumerate(names, 1):
-        graph = prepared.graph if name == MERGED else as_source(prepared, name)  # type: ignore[arg-type]  # a role
+        graph = prepared.graph if name == MERGED else as_source(prepared, name)
         store = Store(scores_folder() / f"{key_of(model_key(graph), beside)}.jsonl")
         tell = rounds.of(place, name)
         scores[name] = score_graph(live, graph, beside, name, suite, settings, store, tell, device=device)

@@ -88,7 +88,7 @@ class Measurer:
         from importlib.metadata import version
 
         roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
-        files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})  # type: ignore[index]
+        files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})
         return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{self.resources.device}|{files}"
 
     def _operands(self, name: str) -> tuple[Weight, Weight]:

@@ -6,7 +6,7 @@ whatever it refuses is refused before anything is measured. One file each holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,16 @@ class Sides:
     def v(self) -> Weight:
         """V = W_a − W_b. Raises RecipeError where the recipe gives no base."""
         return self.aligned - self.need("base")
+
+    def weighed(self, roles: Iterable[Role], space: str) -> tuple[Weight, tuple[Weight, ...]]:
+        """(origin, what a method sees of each role): the deltas of the roles, or their weights with origin 0.
+
+        Raises:
+            RecipeError: the recipe does not give a role.
+        """
+        if space == "weights":
+            return Weight(), tuple(self.need(role) for role in roles)
+        return self.aligned, tuple(self.need(role) - self.aligned for role in roles)
 
     def pair(self, space: str) -> tuple[Weight, Weight, Weight]:
         """(origin, x, y): what a method of two sides adds to, and what it sees, by the space it works in."""

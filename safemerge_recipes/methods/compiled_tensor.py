@@ -55,10 +55,17 @@ class Tensor:
         self.merge.dtype = compiled.DTYPES[dtype]
         self._kept: list[Any] = []  # what the structure points to
         self._left: list[tuple[compiled.Sum, int]] = []
-        for field, weight in zip(("x",) if len(weights) == 1 else ("origin", "x", "y"), weights, strict=True):
-            self._point(getattr(self.merge, field), weight, tools.reader)
-        rows = any(one.rank for one in (self.merge.x, self.merge.y, self.merge.origin))
-        self.scratch = arena.array("strips", 3 * compiled.strip(self.columns if rows else None), np.float32)
+        origin, sides = (None, weights) if len(weights) == 1 else (weights[0], weights[1:])
+        placed = (compiled.Sum * len(sides))()
+        self.merge.sides, self.merge.count = placed, len(sides)
+        for place, weight in zip(placed, sides, strict=True):
+            self._point(place, weight, tools.reader)
+        if origin is not None:
+            self._point(self.merge.origin, origin, tools.reader)
+        self._kept.append(placed)
+        rows = any(one.rank for one in (*placed, self.merge.origin))
+        strip = compiled.strip(self.columns if rows else None)
+        self.scratch = arena.array("strips", compiled.strips(len(sides)) * strip, np.float32)
         self.found = arena.array("found", most if len(weights) > 1 else 0, np.float32)
         self.out = arena.array("out", most * itemsize(dtype), np.uint8)
 
@@ -79,6 +86,28 @@ class Tensor:
             place.right, place.rank, place.columns = tiles.ctypes.data, right.shape[0], self.columns
             self._left.append((place, left.ctypes.data))
 
+    def _held(self, kind: Any, values: Sequence[Any]) -> Any:
+        """An array that the structure may point to."""
+        array = (kind * len(values))(*values)
+        self._kept.append(array)
+        return array
+
+    def share(self, shares: Sequence[float]) -> None:
+        """Sets what each side is multiplied by in a sum or an election."""
+        self.merge.shares = self._held(ctypes.c_float, shares)
+
+    def trim(self, trims: Sequence[compiled.Trim]) -> None:
+        """Sets what trimming keeps of each side."""
+        self.merge.trims = self._held(compiled.Trim, trims)
+
+    def draw(self, draws: Sequence[compiled.Draw]) -> None:
+        """Sets the random choice of each pair of sides."""
+        self.merge.draws = self._held(compiled.Draw, draws)
+
+    def scale(self, scales: Sequence[float]) -> None:
+        """Sets what each side is multiplied by after dropping."""
+        self.merge.scales = self._held(ctypes.c_float, scales)
+
     def __call__(self, every: int = 1) -> Iterator[tuple[int, int]]:
         """Reads piece after piece; (its first element, its number of elements)."""
         for first, last in self.ranges[::every]:
@@ -97,21 +126,21 @@ class Tensor:
             self.compiled.sm_dots(self.merge, count, found, self.scratch.ctypes.data)
         return found[0], found[1], found[2]
 
-    def sizes(self) -> tuple[float, float, float, float]:
-        """Sums of |x|, of the |x| that the draw keeps, of |y|, of the kept |y|, in float64: one pass."""
-        found = (ctypes.c_double * 4)()
+    def sizes(self) -> list[tuple[float, float]]:
+        """(the sum of the magnitudes, that of those which the draw keeps) of each side, in float64: one pass."""
+        found = (ctypes.c_double * (2 * self.merge.count))()
         for first, count in self():
             self.compiled.sm_sizes(self.merge, first, count, found, self.scratch.ctypes.data)
-        return found[0], found[1], found[2], found[3]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def magnitudes(self) -> Magnitudes:
-        """|x| and |y|, for the search of their thresholds."""
+        """The sides' magnitudes, for the search of their thresholds."""
         return _Magnitudes(self)
 
 
 @dataclass(frozen=True, slots=True)
 class _Magnitudes:
-    """|x| and |y| for the search of their thresholds."""
+    """The sides' magnitudes for the search of their thresholds."""
 
     tensor: Tensor
 
@@ -119,7 +148,7 @@ class _Magnitudes:
         """(side, every stride-th magnitude of a piece)."""
         b = self.tensor
         for _, count in b(every):
-            for side in (0, 1):
+            for side in range(b.merge.count):
                 number = b.compiled.sm_look(b.merge, side, count, stride, b.found.ctypes.data, b.scratch.ctypes.data)
                 yield side, b.found[:number].copy()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator
 
@@ -13,11 +14,20 @@ from safemerge_recipes.methods.factors import blend
 from safemerge_recipes.methods.kernel import CompiledKernel, Pieces
 from safemerge_recipes.methods.ties import Consensus, consensus
 from safemerge_recipes.methods.work import Apply, Sum
-from safemerge_recipes.recipe.merge import Merge
-from safemerge_recipes.recipe.merge_keys import Alpha, AnySpace, Density, DrawSeed, Lambda, Normalize, Rescale, Space
+from safemerge_recipes.recipe.merge import Weighted
+from safemerge_recipes.recipe.merge_keys import (
+    Alpha,
+    AnySpace,
+    Density,
+    DrawSeed,
+    Lambda,
+    Normalize,
+    Rescale,
+    Space,
+    SumNormalize,
+)
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import exact
 from safemerge_recipes.weights.draw import Draw
 
 if TYPE_CHECKING:
@@ -26,13 +36,15 @@ if TYPE_CHECKING:
     from safemerge_recipes.methods.compiled_tensor import Tensor
 
 
-class DareLinear(Merge):
+class DareLinear(Weighted):
     """Random elements of each side, then their weighted sum."""
 
     factors: ClassVar[bool] = True
+    divides: ClassVar[bool] = True
     method: Literal["dare_linear"]
     alpha: Alpha = 0.8
     density: Density = 0.5
+    normalize: SumNormalize = None
     rescale: Rescale = "density"
     seed: DrawSeed = 0
     space: AnySpace = "delta"
@@ -45,7 +57,7 @@ class DareLinear(Merge):
         return space
 
 
-class DareTies(Merge):
+class DareTies(Weighted):
     """Random elements of each side, where their signs agree."""
 
     method: Literal["dare_ties"]
@@ -60,73 +72,76 @@ class DareTies(Merge):
 
 @dataclass(frozen=True, slots=True)
 class DareKernel(CompiledKernel):
-    """DARE on both deltas, then their weighted sum (`then` None) or their consensus."""
+    """DARE on all deltas, then their weighted sum (`then` None) or their consensus."""
 
     draw: Draw
     l1: bool
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
     then: Consensus | None
 
-    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[str, float, float]:
-        """(tensor name, rescaling of x, rescaling of y)."""
-        sums = [0.0, 0.0, 0.0, 0.0]
-        if self.l1:
-            for start, *pair in pieces():
-                kept = self.draw.keep(name, start, pair[0].numel(), arena)
-                for side, (piece, keep) in enumerate(zip(pair, kept, strict=True)):
-                    size = piece.abs().double()
-                    sums[2 * side] += float(size.sum())
-                    sums[2 * side + 1] += float(zero_where_dropped(size, keep).sum())
-        return name, *self.rescaling(*sums)
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[str, list[float]]:
+        """(tensor name, what each side is multiplied by)."""
+        sums = [(0.0, 0.0)] * len(self.weights)
+        for start, *sides in pieces() if self.l1 else ():
+            kept = self.draw.keep(name, start, sides[0].numel(), arena, len(sides))
+            for place, (piece, keep) in enumerate(zip(sides, kept, strict=True)):
+                size = piece.abs().double()
+                whole = sums[place][0] + float(size.sum())
+                sums[place] = whole, sums[place][1] + float(zero_where_dropped(size, keep).sum())
+        return name, self.rescaling(sums)
 
-    def rescaling(self, x: float, kept_x: float, y: float, kept_y: float) -> tuple[float, float]:
-        """What x and y are multiplied by, from the sums of all and of the kept magnitudes, where l1 asks for them."""
+    def rescaling(self, sums: Sequence[tuple[float, float]]) -> list[float]:
+        """What each side is multiplied by; where l1 asks for it, from its sums of all and of the kept magnitudes."""
         if not self.l1:
-            return self.draw.rescale, self.draw.rescale
-        return x / kept_x if kept_x else 0.0, y / kept_y if kept_y else 0.0
+            return [self.draw.rescale] * len(self.weights)
+        return [whole / kept if kept else 0.0 for whole, kept in sums]
 
-    def apply(
-        self, state: tuple[str, float, float], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
-    ) -> torch.Tensor:
+    def apply(self, state: tuple[str, list[float]], start: int, *given: Any) -> torch.Tensor:
         """Drop, rescale, merge."""
-        name, scale_x, scale_y = state
-        keep_x, keep_y = self.draw.keep(name, start, x.numel(), arena)
-        zero_where_dropped(x, keep_x)
-        zero_where_dropped(y, keep_y)
-        if self.then is None:
-            return x.mul_(self.weights[0] * scale_x).add_(y, alpha=self.weights[1] * scale_y)
-        return self.then(x.mul_(scale_x), y.mul_(scale_y), arena)
+        *sides, arena = given
+        name, scales = state
+        for x, keep in zip(sides, self.draw.keep(name, start, sides[0].numel(), arena, len(sides)), strict=True):
+            zero_where_dropped(x, keep)
+        if self.then is not None:
+            return self.then([x.mul_(scale) for x, scale in zip(sides, scales, strict=True)], arena)
+        first, *rest = sides
+        merged: torch.Tensor = first.mul_(self.weights[0] * scales[0])
+        for x, weight, scale in zip(rest, self.weights[1:], scales[1:], strict=True):
+            merged.add_(x, alpha=weight * scale)
+        return merged
 
     def set_up(self, tensor: Tensor) -> None:
-        """The draw and the rescaling; a pass over the magnitudes where l1 asks for them."""
-        merge = tensor.merge
-        merge.method = compiled.DARE_LINEAR if self.then is None else compiled.DARE_TIES
-        merge.draw = compiled.Draw(*self.draw.key(tensor.name), self.draw.limit)
-        scales = self.rescaling(*(tensor.sizes() if self.l1 else (0.0, 0.0, 0.0, 0.0)))
+        """The draws and the rescaling; a pass over the magnitudes where l1 asks for them."""
+        sides = len(self.weights)
+        tensor.merge.method = compiled.DARE_LINEAR if self.then is None else compiled.DARE_TIES
+        keys = (self.draw.key(tensor.name, pair) for pair in range((sides + 1) // 2))
+        tensor.draw([compiled.Draw(*key, self.draw.limit) for key in keys])
+        scales = self.rescaling(tensor.sizes() if self.l1 else ())
         if self.then is None:
-            merge.a, merge.b = (weight * scale for weight, scale in zip(self.weights, scales, strict=True))
+            tensor.share([weight * scale for weight, scale in zip(self.weights, scales, strict=True)])
         else:
-            merge.scales[0], merge.scales[1], merge.consensus = *scales, self.then.compiled
+            tensor.share(self.then.weights)
+            tensor.scale(scales)
+            tensor.merge.consensus = self.then.compiled
 
 
 def _kernel(merge: DareLinear | DareTies, then: Consensus | None) -> DareKernel:
-    alpha = exact(merge.alpha)
-    weights = float(alpha), float(1 - alpha)
+    weights = tuple(float(share) for share in merge.shares().values())
     return DareKernel(Draw(merge.density, merge.seed), merge.rescale == "l1", weights, then)
 
 
 def summed(merge: DareLinear, sides: Sides) -> Apply | Sum:
     """The sum of what stays, or that of the products of thinned factors with `space: factors`."""
     if merge.space == "factors":
-        return Sum(sides.aligned + blend(merge.alpha, sides, (merge.density, merge.seed, sides.name)))
-    origin, x, y = sides.pair(merge.space)
-    return Apply(origin, (x, y), _kernel(merge, None))
+        return Sum(sides.aligned + blend(merge.float_shares(), sides, (merge.density, merge.seed, sides.name)))
+    origin, deltas = sides.weighed(merge.shares(), merge.space)
+    return Apply(origin, deltas, _kernel(merge, None))
 
 
 def elected(merge: DareTies, sides: Sides) -> Apply:
     """The consensus of what stays."""
-    origin, x, y = sides.pair(merge.space)
-    return Apply(origin, (x, y), _kernel(merge, consensus(merge.alpha, merge.normalize, merge.lambda_)))
+    origin, deltas = sides.weighed(merge.shares(), merge.space)
+    return Apply(origin, deltas, _kernel(merge, consensus(merge)))
 
 
 DARE_LINEAR = Method(

@@ -43,6 +43,11 @@ class Kernel(ABC):
         return name
 
     @property
+    def whole_rows(self) -> bool:
+        """Whether its pieces must be whole rows."""
+        return False
+
+    @property
     @abstractmethod
     def apply(self) -> Callable[..., torch.Tensor]:
         """(state, first element, a piece of each input…, arena) -> the merged piece.

@@ -120,9 +120,19 @@ def mergekit_method(name: str) -> Method:
     spec = known[name]
     based = spec.contract.base == BasePolicy.REQUIRED
     most = spec.contract.max_inputs
-    roles: tuple[Role, ...] = _PAIR if not based or most == 2 else _BESIDE_BASE
+    pair: tuple[Role, ...] = _PAIR if not based or most == 2 else _BESIDE_BASE
     if most == 1:
-        roles = ("finetuned",)
+        pair = ("finetuned",)
+
+    def inputs_of(merge: Custom) -> tuple[Role, ...]:
+        if merge.weights is None:
+            return pair
+        roles = (*(("aligned",) if based else ()), *merge.weights)
+        if most is not None and len(roles) > most:
+            raise RecipeError(
+                f"merge.weights: found {', '.join(merge.weights)}; expected at most {most - based} for mergekit:{name}"
+            )
+        return roles
 
     def work(merge: Custom, sides: Sides) -> Prepare:
         if merge.space != "weights" and "space" in merge.model_fields_set:
@@ -135,7 +145,14 @@ def mergekit_method(name: str) -> Method:
                 f"expected {', '.join(sorted(allowed)) or 'none'}"
             )
         values: dict[str, Any] = dict(merge.options)
-        shares = {"finetuned": merge.alpha, "safety": 1 - merge.alpha}
+        roles, shares = inputs_of(merge), merge.float_shares()
+        defaults = {parameter.name: getattr(parameter, "default", None) for parameter in spec.parameters}
+        divided = values.get("normalize", defaults.get("normalize"))
+        if merge.weights is not None and divided and not sum(merge.shares().values()):
+            raise RecipeError(
+                f"merge.weights: sum to 0, by which mergekit:{name} divides; expected another sum, or "
+                "merge.options.normalize: false"
+            )
         for parameter in spec.parameters:
             if parameter.name in values or not parameter.required:
                 continue
@@ -153,4 +170,4 @@ def mergekit_method(name: str) -> Method:
         inputs = tuple(sides.need(role) for role in roles)
         return Prepare(Weight(), inputs, Mergekit(name, roles, 0 if based else None, frozen, merge.seed))
 
-    return Method(work, ("safety",) if "safety" in roles else (), spec.reference_url or "")
+    return Method(work, ("safety",) if "safety" in pair else (), spec.reference_url or "")

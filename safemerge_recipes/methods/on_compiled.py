@@ -42,7 +42,8 @@ def memory(work: Work, slot: Slot) -> int:
     operands = [operand for weight in work.weights for _, operand in weight]
     factors = sum(one.memory(piece) * (1 if isinstance(one, Quantised) else 4) for one in operands)
     columns = slot.shape[-1] if slot.shape else 1
-    strips = 3 * 4 * compiled.strip(columns if any(map(has_factors, work.weights)) else None)
+    strip = compiled.strip(columns if any(map(has_factors, work.weights)) else None)
+    strips = 4 * strip * compiled.strips(len(work.weights) - 1)
     found = 4 * piece if len(work.weights) > 1 else 0
     return piece * width + factors + strips + found + work.held(slot)
 

@@ -78,7 +78,7 @@ def _applied(work: Apply, slot: Slot, tools: Tools, stop: threading.Event) -> It
     kernel, arena = work.kernel, tools.arena
     weights = (*work.inputs, work.origin)
     dtype = working_dtype(*weights)
-    cut = list(ranges(slot.shape, any(map(has_factors, weights))))
+    cut = list(ranges(slot.shape, kernel.whole_rows or any(map(has_factors, weights))))
     inputs = Evaluator(work.inputs, tools.reader, arena, "inputs", dtype)
 
     def passes(every: int = 1) -> Iterator[tuple[Any, ...]]:

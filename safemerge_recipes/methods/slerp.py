@@ -11,9 +11,10 @@ from safemerge_recipes.methods.kernel import CompiledKernel, Dot, Pieces
 from safemerge_recipes.methods.work import Apply
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Alpha, Space
+from safemerge_recipes.recipe.numbers import exact
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import Weight, exact
+from safemerge_recipes.weights.algebra import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,8 @@ class SlerpKernel(CompiledKernel):
 
     def set_up(self, tensor: Tensor) -> None:
         """One pass for the dot products; then it is a weighted sum."""
-        merge = tensor.merge
-        merge.method = compiled.BLEND
-        merge.a, merge.b = self.coefficients(*tensor.dots())
+        tensor.merge.method = compiled.BLEND
+        tensor.share(self.coefficients(*tensor.dots()))
 
 
 def work(merge: Slerp, sides: Sides) -> Apply:

@@ -49,7 +49,7 @@ class Trim:
 
 
 class Magnitudes(Protocol):
-    """|x| and |y| of a tensor, piece by piece; the sides are 0 and 1."""
+    """The magnitudes of a tensor's sides, piece by piece; the sides are 0, 1 ..."""
 
     def look(self, every: int, stride: int) -> Iterator[tuple[int, np.ndarray]]:
         """(side, every stride-th magnitude of a piece), of every so-many-th piece."""
@@ -68,11 +68,15 @@ class Selection:
         self.keep, self.numel = keep, numel
         self.low, self.high = 0.0, math.inf
         self.trim: Trim | None = None
+        if keep <= 0:
+            self.trim = Trim(math.inf, 0)
+        elif keep >= numel:
+            self.trim = Trim(0.0, 0)
         self._looked: list[np.ndarray] = []
         self._slack = SLACK
         self._around = (0.0, math.inf)  # the bracket, while `low` = `high` is one value tried inside it
         self._sure = (0.0, math.inf)  # what surely holds the threshold ...
-        self._place = keep / numel  # ... and how much of what lies there is above it
+        self._place = keep / max(numel, 1)  # ... and how much of what lies there is above it
         self._restart()
 
     def _restart(self) -> None:
@@ -171,23 +175,23 @@ class Selection:
         self.trim = Trim(math.nan if threshold == math.inf else threshold, math.inf if ties == equal else ties)
 
 
-def trims(keep: int, numel: int, tensor: Magnitudes) -> tuple[Trim, Trim]:
-    """What keeps the `keep` largest magnitudes of x and of y, each exactly.
+def trims(keeps: Sequence[int], numel: int, tensor: Magnitudes) -> tuple[Trim, ...]:
+    """What keeps the largest magnitudes of each side, exactly.
 
     Args:
-        keep: elements to keep of each, 0 to `numel`.
+        keeps: elements to keep of each side, 0 to `numel`.
         numel: elements of the tensor.
-        tensor: passes over the pair.
+        tensor: passes over the sides.
     """
-    if keep <= 0:
-        return Trim(math.inf, 0), Trim(math.inf, 0)
-    if keep >= numel:
-        return Trim(0.0, 0), Trim(0.0, 0)
-    sides = Selection(keep, numel), Selection(keep, numel)
+    sides = [Selection(keep, numel) for keep in keeps]
+    if all(one.trim for one in sides):
+        return tuple(one.trim for one in sides if one.trim)
     for side, magnitudes in tensor.look(GLANCE, sides[0].stride):
-        sides[side].look(magnitudes)
+        if sides[side].trim is None:
+            sides[side].look(magnitudes)
     for one in sides:
-        one.bracket()
+        if one.trim is None:
+            one.bracket()
     while True:
         brackets = [None if one.trim else (one.low, one.high) for one in sides]
         for side, above, inside, found in tensor.count(brackets):
@@ -195,6 +199,6 @@ def trims(keep: int, numel: int, tensor: Magnitudes) -> tuple[Trim, Trim]:
         for one in sides:
             if one.trim is None:
                 one.settle()
-        first, second = (one.trim for one in sides)
-        if first is not None and second is not None:
-            return first, second
+        found_trims = tuple(one.trim for one in sides if one.trim is not None)
+        if len(found_trims) == len(sides):
+            return found_trims

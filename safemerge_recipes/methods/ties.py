@@ -9,27 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import bits, choose, spread_sign
 from safemerge_recipes.methods.kernel import CompiledKernel, Pieces
 from safemerge_recipes.methods.threshold import HELD, LOOKS, Bracket, Trim, trims
 from safemerge_recipes.methods.work import Apply
-from safemerge_recipes.recipe.merge import Merge
+from safemerge_recipes.recipe.merge import Weighted
 from safemerge_recipes.recipe.merge_keys import Alpha, Density, Lambda, Normalize, Space
+from safemerge_recipes.recipe.numbers import exact
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.algebra import exact
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from safemerge_recipes.methods.compiled_tensor import Tensor
+    from safemerge_recipes.methods.dare import DareTies
 
 
-class Ties(Merge):
+class Ties(Weighted):
     """The largest elements of each side, where their signs agree."""
 
     method: Literal["ties"]
@@ -85,7 +86,7 @@ class Trimmer:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """|x| and |y| of torch pieces, for the search of their thresholds."""
+    """The magnitudes of torch pieces, for the search of their thresholds."""
 
     pieces: Pieces
     arena: Arena
@@ -133,12 +134,41 @@ def _below(value: float, dtype: torch.dtype) -> float:
 class Consensus:
     """TIES after trimming: weighted sum of what agrees with the sign of the weighted sum (0 counts as +)."""
 
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
     normalize: bool
     scale: float
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """Merges two pieces. For two inputs, what agrees is both of them, or the larger or the smaller one."""
+    @property
+    def is_pair(self) -> bool:
+        """Whether it takes the short way for two: what agrees is both, or the larger or the smaller one."""
+        return len(self.weights) == 2 and (not self.normalize or min(self.weights) >= 0)
+
+    def __call__(self, sides: Sequence[torch.Tensor], arena: Arena) -> torch.Tensor:
+        """Merges a piece of each side; overwrites them."""
+        return self._pair(sides[0], sides[1], arena) if self.is_pair else self._any(sides, arena)
+
+    def _any(self, sides: Sequence[torch.Tensor], arena: Arena) -> torch.Tensor:
+        """The sum of weight·x over what has the sign of the whole sum; divided by those weights, unless they cancel."""
+        import torch
+
+        first = sides[0]
+        total, merged, divisor, zero = (
+            arena.take(slot, first.numel(), first.dtype).zero_() for slot in ("total", "merged", "divisor", "zero")
+        )
+        for number, (x, weight) in enumerate(zip(sides, self.weights, strict=True)):
+            x.mul_(weight)
+            total.copy_(x) if number == 0 else total.add_(x)
+        negative = total < 0
+        for x, weight in zip(sides, self.weights, strict=True):
+            agrees = torch.where(negative, ~(x >= 0), ~(x <= 0))  # what is no number stays, for the engine to refuse
+            merged.add_(torch.where(agrees, x, zero))
+            if self.normalize:
+                divisor.add_(agrees, alpha=weight)
+        if self.normalize:
+            merged.div_(divisor.masked_fill_(divisor.abs() < CANCELLED, 1.0))
+        return merged.mul_(self.scale)
+
+    def _pair(self, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
         import torch
 
         alpha, beta = self.weights
@@ -163,44 +193,46 @@ class Consensus:
 
     @property
     def compiled(self) -> compiled.Consensus:
-        """Itself as the twin has it."""
-        alpha, beta = self.weights
-        return compiled.Consensus(alpha, beta, alpha + beta, self.scale, self.normalize)
+        """Itself as the twin has it; the weights are the merge's shares."""
+        total = self.weights[0] + self.weights[1] if self.is_pair else 0.0
+        return compiled.Consensus(total, self.scale, self.normalize, self.is_pair)
+
+
+CANCELLED = 1e-8
+"""Weights that agree and sum to less than this divide nothing, as in mergekit."""
 
 
 @dataclass(frozen=True, slots=True)
 class TiesKernel(CompiledKernel):
-    """TIES over two deltas: trim each to ⌊density·n⌋, elect signs, merge what agrees, times lambda."""
+    """TIES over any number of deltas: trim each to ⌊density·n⌋, elect signs, merge what agrees, times lambda."""
 
     density: float
     consensus: Consensus
 
-    def kept(self, numel: int) -> int:
+    def kept(self, numel: int) -> list[int]:
         """How many elements of each side stay."""
-        return int(exact(self.density) * numel)
+        return [int(exact(self.density) * numel)] * len(self.consensus.weights)
 
-    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> tuple[Trimmer, Trimmer]:
-        """The two trims: exact thresholds, found without sorting the tensor."""
-        first, second = trims(self.kept(numel), numel, Sizes(pieces, arena))
-        return Trimmer(first), Trimmer(second)
+    def scan(self, name: str, numel: int, pieces: Pieces, arena: Arena) -> list[Trimmer]:
+        """The trims: exact thresholds, found without sorting the tensor."""
+        return [Trimmer(trim) for trim in trims(self.kept(numel), numel, Sizes(pieces, arena))]
 
-    def apply(
-        self, state: tuple[Trimmer, Trimmer], start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena
-    ) -> torch.Tensor:
+    def apply(self, state: list[Trimmer], start: int, *given: Any) -> torch.Tensor:
         """Trim, then consensus."""
-        trim_x, trim_y = state
-        return self.consensus(trim_x(x, arena), trim_y(y, arena), arena)
+        *sides, arena = given
+        return self.consensus([trim(x, arena) for trim, x in zip(state, sides, strict=True)], arena)
 
     def held(self, numel: int, piece: int) -> int:
-        """Both sides as collected parts, one of them joined; and what was looked at first."""
-        return 3 * min(HELD + piece, numel) + 4 * min(LOOKS[-1], numel)
+        """All sides as collected parts, one of them joined; and what was looked at first."""
+        sides = len(self.consensus.weights)
+        return (sides + 1) * min(HELD + piece, numel) + 2 * sides * min(LOOKS[-1], numel)
 
     def set_up(self, tensor: Tensor) -> None:
-        """The two thresholds."""
-        merge = tensor.merge
-        merge.method, merge.consensus = compiled.TIES, self.consensus.compiled
-        for side, trim in enumerate(trims(self.kept(tensor.numel), tensor.numel, tensor.magnitudes())):
-            merge.trims[side] = _as_twin(trim)
+        """The thresholds."""
+        tensor.merge.method, tensor.merge.consensus = compiled.TIES, self.consensus.compiled
+        tensor.share(self.consensus.weights)
+        found = trims(self.kept(tensor.numel), tensor.numel, tensor.magnitudes())
+        tensor.trim([_as_twin(trim) for trim in found])
 
 
 def _as_twin(trim: Trim) -> compiled.Trim:
@@ -211,22 +243,22 @@ def _as_twin(trim: Trim) -> compiled.Trim:
     return compiled.Trim(-1 if trim.ties == math.inf else int(trim.ties), trim.threshold, compiled.KEEP_LARGEST)
 
 
-def consensus(alpha: float, normalize: bool, scale: float) -> Consensus:
-    """What is left to do after trimming."""
-    share = exact(alpha)
-    return Consensus((float(share), float(1 - share)), normalize, scale)
+def consensus(merge: Ties | DareTies) -> Consensus:
+    """What is left to do after trimming or dropping."""
+    return Consensus(tuple(float(share) for share in merge.shares().values()), merge.normalize, merge.lambda_)
 
 
 def work(merge: Ties, sides: Sides) -> Apply:
-    """TIES over x and y."""
-    origin, x, y = sides.pair(merge.space)
-    return Apply(origin, (x, y), TiesKernel(merge.density, consensus(merge.alpha, merge.normalize, merge.lambda_)))
+    """TIES over all deltas."""
+    origin, deltas = sides.weighed(merge.shares(), merge.space)
+    return Apply(origin, deltas, TiesKernel(merge.density, consensus(merge)))
 
 
 TIES = Method(
     work,
     keys=Ties,
-    formula="of Δf and Δs the largest ⌊density·n⌋ each, signs elected by α : 1−α, the mean of what agrees, "
+    formula="of Δf and Δs (or all of `weights`) the largest ⌊density·n⌋ each, signs elected by α : 1−α, the mean of "
+    "what agrees, "
     "times lambda",
     needs=("safety",),
     link="https://arxiv.org/abs/2306.01708",

@@ -7,6 +7,7 @@ gated tensors as far as that takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from safemerge_recipes.errors import PlanError, RecipeError
 from safemerge_recipes.gate.decide import candidate, check, decide, unsettled
@@ -21,7 +22,7 @@ from safemerge_recipes.recipe.patterns import Matcher, compile_patterns
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.tensor_names import block_of, is_block_matrix, module_of
+from safemerge_recipes.tensor_names import block_index, block_of, is_block_matrix, module_of, stack_of
 
 AT_ONCE = 8
 """Least number of unsettled tensors that are measured exactly together; beyond that, half of them."""
@@ -110,9 +111,24 @@ def survey(recipe: Recipe, family: Family, metrics: Mapping[str, Metric] = METRI
                 raise RecipeError(
                     f"gate.metric: {policy.gate.metric!r} is not known; expected one of {', '.join(metrics)}"
                 )
-            outlook = Outlook(name, ref.shape, dtype, policy if why is None else None, why or "")
+            gated = _at_depth(policy, name, family) if why is None else None
+            outlook = Outlook(name, ref.shape, dtype, gated, why or "")
         outlooks.append(outlook)
     return tuple(outlooks)
+
+
+def _at_depth(policy: Policy, name: str, family: Family) -> Policy:
+    """The policy with numbers where its merge has gradients over the depth of the model.
+
+    Raises:
+        RecipeError: the tensor is in no block, or there are more values than blocks.
+    """
+    try:
+        merge = policy.merge.at(block_index(name), family.blocks.get(stack_of(name) or "", 0))
+    except ValueError as error:
+        place = "merge" if policy.rule is None else f"rules.{policy.rule}.merge"
+        raise RecipeError(f"{place}: {name}: {error}") from None
+    return policy if merge is policy.merge else replace(policy, merge=merge)
 
 
 def _groups(gate: Gate, names: Sequence[str]) -> dict[str, list[str]]:

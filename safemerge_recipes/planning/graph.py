@@ -107,7 +107,7 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         elif found[merge.method].alike(merge):
             continue
         sides = sides_of(outlook.name, family)
-        for role in found[merge.method].needs:
+        for role in merge.needs() if getattr(merge, "weights", None) else found[merge.method].needs:
             sides.need(role)
         _check_layout(outlook.name, found[merge.method].work(merge, sides), family)
 

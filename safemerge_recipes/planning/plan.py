@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safemerge_recipes.gate.moments import Moments
+from safemerge_recipes.recipe.mask_files import mask_holders
 from safemerge_recipes.recipe.model import Merge, Policy, Recipe, Role
 
 
@@ -29,12 +30,12 @@ class Outlook:
 def told(merge: Merge) -> dict[str, Any]:
     """A merge's parameters as plain values, without those that are null; of a file its name, wherever it lies."""
     values = {
-        key: value.model_dump() if hasattr(value, "model_dump") else value
+        key: value.model_dump(by_alias=True, exclude_none=True) if hasattr(value, "model_dump") else value
         for key, value in merge.parameters().items()
         if value is not None
     }
-    if "mask" in values:
-        values["mask"]["path"] = Path(values["mask"]["path"]).name
+    for mask in mask_holders(values):
+        mask["path"] = Path(mask["path"]).name
     return values
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any
 
-Role = Literal["base", "aligned", "finetuned", "safety"]
-"""What a source is to a recipe."""
-ROLES: tuple[Role, ...] = get_args(Role)
+Role = str
+"""What a source is to a recipe: one of `ROLES`, or the name of one of its `others`."""
+ROLES: tuple[Role, ...] = ("base", "aligned", "finetuned", "safety")
 
 
 class Builtins(Mapping[str, Any]):

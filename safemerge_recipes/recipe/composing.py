@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.builtins import SELECTORS
+from safemerge_recipes.recipe.builtins import ROLES, SELECTORS
 from safemerge_recipes.recipe.fields import ONTO
+from safemerge_recipes.recipe.mask_files import mask_holders
+from safemerge_recipes.recipe.merge_forms import displaced
+from safemerge_recipes.recipe.source import source_holders
 from safemerge_recipes.recipe.yaml_text import Document, Keys, YamlError, describe, read_yaml
 
 MAX_DEPTH = 8
@@ -154,13 +157,15 @@ def _under(child: Any, parent: Any, keys: Keys = ()) -> Any:
     """
     if not isinstance(child, dict) or not isinstance(parent, dict):
         return child
-    if len(keys) == 2 and keys[0] == "sources":
+    if keys[:1] == ("sources",) and len(keys) == (3 if keys[1:2] == ("others",) else 2):
         return child
     kept = dict(parent)
     if keys[-1:] in (("gate",), ("complement",)) and any(key in child for key in SELECTORS):
         kept = {key: value for key, value in kept.items() if key not in (*SELECTORS, "per")}
     if keys[-1:] == ("merge",) and child.get("method", parent.get("method")) != parent.get("method"):
         kept = {}
+    if keys[-1:] == ("merge",):
+        kept = {key: value for key, value in kept.items() if key not in displaced(child)}
     return kept | {key: _under(value, parent.get(key), (*keys, key)) for key, value in child.items()}
 
 
@@ -179,8 +184,7 @@ def _paths(value: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     for part in (value, *(rules if isinstance(rules, list) else ())):
         gate, merge = (_mapping(_mapping(part).get(key)) for key in ("gate", "merge"))
         yield from ((g, "names_file") for g in (gate, _mapping(gate.get("complement"))) if _text(g, "names_file"))
-        if _text(mask := _mapping(merge.get("mask")), "path"):
-            yield mask, "path"
+        yield from ((mask, "path") for mask in mask_holders(merge))
     for owner, key in (("output", "path"), ("evaluate", "task_path")):
         if _text(held := _mapping(value.get(owner)), key):
             yield held, key
@@ -188,8 +192,8 @@ def _paths(value: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _sources(value: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Every place of a recipe's plain values that names a source."""
-    sources = _mapping(value.get("sources"))
-    for role, source in sources.items():
+    for sources, role in source_holders(value.get("sources")):
+        source = sources[role]
         if isinstance(source, str):
             yield sources, role
         held = _mapping(source)
@@ -228,8 +232,8 @@ def _foreign(
     if judge.get("url") is not None or (asked is not None and asked not in _ASKS) or (model and _is_folder(model)):
         message = "names a server, a file or a folder; a recipe from elsewhere may name none: copy it here first"
         found.append((("evaluate", "judge"), message))
-    sources = _mapping(value.get("sources"))
-    for role, source in sources.items():
+    for sources, role in source_holders(value.get("sources")):
+        source = sources[role]
         given = _mapping(source)
         named = [given[k] for k in ("model", "adapter", "location", "train") if _text(given, k)]
         where = source if isinstance(source, str) else next(iter(named), "")
@@ -334,6 +338,8 @@ def _stand_in(value: dict[str, Any], role: str, where: str) -> None:
     sources = value.setdefault("sources", {})
     if not isinstance(sources, dict):
         return
+    if role not in ROLES:
+        sources = _mapping(sources.setdefault("others", {}))
     source = sources.get(role)
     if not isinstance(source, dict):
         sources[role] = where

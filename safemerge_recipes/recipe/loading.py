@@ -22,7 +22,7 @@ from safemerge_recipes.recipe.composing import Place, compose
 from safemerge_recipes.recipe.messages import Reader
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.overrides import override
-from safemerge_recipes.recipe.source import Source
+from safemerge_recipes.recipe.source import Source, source_holders
 from safemerge_recipes.recipe.writing import path_keys, plain_values
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES, Keys, YamlError, describe, read_yaml
 from safemerge_recipes.storage.files import content_of, within
@@ -72,12 +72,14 @@ class LoadedRecipe:
     def _with_paths(self, rewritten: Callable[[str, Path], str]) -> Recipe:
         """The recipe with every local path replaced, given as it is written and in full."""
         values = plain_values(self.recipe)
+        holders = {role: holder for holder, role in source_holders(values["sources"])}
         for role, source in self.recipe.sources.roles().items():
             folder = self.local(source)
             if folder is not None:
                 key = next(key for key in ("model", "adapter", "location", "train") if getattr(source, key) is not None)
-                given, path = values["sources"][role], rewritten(getattr(source, key), folder)
-                values["sources"][role] = {**given, key: path} if isinstance(given, dict) else path
+                holder = holders[role]
+                given, path = holder[role], rewritten(getattr(source, key), folder)
+                holder[role] = {**given, key: path} if isinstance(given, dict) else path
         for owner, key in path_keys(values):
             owner[key] = rewritten(owner[key], self.resolve(owner[key]))
         return Recipe.model_validate(values)

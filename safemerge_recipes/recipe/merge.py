@@ -7,6 +7,7 @@ names the method; methods of mergekit and of plugins share a general form, `Cust
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
@@ -15,9 +16,10 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.fields import Options, Strict, again, check_known
-from safemerge_recipes.recipe.merge_keys import Alpha, AnySpace, DrawSeed
+from safemerge_recipes.recipe.merge_keys import Alpha, AnySpace, DrawSeed, Gradient, Weights
+from safemerge_recipes.recipe.numbers import Rational, exact
 
-NULLABLE = ("dare", "mask", "normalize")
+NULLABLE = ("dare", "mask", "normalize", "weights")
 """Keys that may be written as null, which says nothing."""
 
 
@@ -38,7 +40,8 @@ class Merge(Strict):
         if cls is Merge:
             return form_of(value.get("method", "linear")).model_validate(value, context=info.context)
         value = {key: part for key, part in value.items() if part is not None or key not in NULLABLE}
-        if "normalize" in cls.model_fields:  # its default differs between methods, so it is always told
+        if cls.model_fields.get("normalize") and cls.model_fields["normalize"].default is not None:
+            # Its default differs between methods, so it is always told.
             value.setdefault("normalize", cls.model_fields["normalize"].default)
         try:
             return handler(value)
@@ -76,10 +79,95 @@ class Merge(Strict):
         """The roles it needs besides `aligned` and `finetuned`. Nothing is known of plugins."""
         return tuple(builtins.METHODS[self.method].needs)
 
+    def at(self, block: int | None, blocks: int) -> Merge:
+        """The merge for a tensor of one of so many blocks, with numbers in the place of gradients.
+
+        Raises:
+            ValueError: the tensor is in no block, or there are more values than blocks.
+        """
+        found: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Gradient):
+                found[name] = _at(value, block, blocks)
+            elif isinstance(value, dict) and any(isinstance(one, Gradient) for one in value.values()):
+                found[name] = {key: _at(one, block, blocks) for key, one in value.items()}
+        return self.model_validate({**self.given(), **found}) if found else self
+
     @property
-    def mask_file(self) -> str | None:
-        """The file of a mask that it reads, as the recipe writes it."""
-        return None
+    def mask_files(self) -> tuple[str, ...]:
+        """The score files that it reads, as the recipe writes them."""
+        return ()
+
+
+def _at(value: Any, block: int | None, blocks: int) -> Any:
+    if not isinstance(value, Gradient):
+        return value
+    if block is None:
+        raise ValueError("found a gradient for a tensor in no numbered block; expected a number there, by a rule")
+    return value.at(block, blocks)
+
+
+class Weighted(Merge):
+    """A merge of any number of deltas: `weights` by role and name, or a short form for two."""
+
+    short: ClassVar[tuple[str, ...]] = ("alpha",)
+    """The keys of the short form."""
+    divides: ClassVar[bool] = False
+    """Whether `normalize` divides by the sum of all weights."""
+
+    weights: Weights | None = None
+    """What each delta weighs, used as written: of `finetuned`, `safety` and names of `sources.others`. In the place of
+    alpha, of `task_arithmetic`'s factors, or of a mask's fill; numbers may be gradients."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Weighted:
+        both = [key for key in self.short if key in self.model_fields_set]
+        if self.weights is not None and both:
+            raise ValueError(f"found weights and {both[0]}; expected one of them")
+        numbers = self._written()
+        if getattr(self, "normalize", None) and not sum(numbers.values()) and not _varies(numbers):
+            raise ValueError(
+                "the weights sum to 0, by which normalize divides; expected another sum, or normalize: false"
+            )
+        return self
+
+    def _pair(self) -> tuple[Any, Any]:
+        """The weights of Δf and Δs in the short form."""
+        alpha = getattr(self, "alpha", 1.0)
+        return (alpha, alpha) if isinstance(alpha, Gradient) else (exact(alpha), 1 - exact(alpha))
+
+    def _written(self) -> dict[Role, Any]:
+        if self.weights is not None:
+            return {role: one if isinstance(one, Gradient) else exact(one) for role, one in self.weights.items()}
+        return dict(zip(("finetuned", "safety"), self._pair(), strict=True))
+
+    def shares(self) -> dict[Role, Rational]:
+        """What each delta weighs, by its role, exactly; for merges without gradients."""
+        found = self._written()
+        total = sum(found.values()) if self.divides and getattr(self, "normalize", None) else 1
+        return {role: share if total == 1 else exact(share) / Fraction(total) for role, share in found.items()}
+
+    def float_shares(self) -> dict[Role, float]:
+        """`shares` as the nearest floats; of the short form as PEFT is given them, α and 1 − α."""
+        if self.weights is None and hasattr(self, "alpha"):
+            return {"finetuned": self.alpha, "safety": 1 - self.alpha}
+        return {role: float(share) for role, share in self.shares().items()}
+
+    def needs(self) -> tuple[Role, ...]:
+        """Those that have a weight."""
+        if self.weights is None:
+            return super().needs()
+        return tuple(role for role in self.weights if role != "finetuned")
+
+    def parameters(self) -> dict[str, Any]:
+        """Of `weights` and the short form the one that holds."""
+        left_out = ("weights",) if self.weights is None else self.short
+        return {key: value for key, value in super().parameters().items() if key not in left_out}
+
+
+def _varies(weights: Mapping[Role, Any]) -> bool:
+    return any(isinstance(one, Gradient) for one in weights.values())
 
 
 def _known_method(name: str, info: ValidationInfo) -> str:
@@ -95,7 +183,7 @@ MethodName = Annotated[
 ]
 
 
-class Custom(Merge):
+class Custom(Weighted):
     """A method of mergekit, `mergekit:<name>`, or of a plugin: its own parameters are `options`."""
 
     method: MethodName
@@ -106,7 +194,9 @@ class Custom(Merge):
     """Parameters of `mergekit:*` and of a plugin's method, by name."""
 
     def needs(self) -> tuple[Role, ...]:
-        """Those of mergekit need a safety model."""
+        """Those that have a weight; without weights those of mergekit need a safety model."""
+        if self.weights is not None:
+            return super().needs()
         return ("safety",) if self.method.startswith("mergekit:") else ()
 
 

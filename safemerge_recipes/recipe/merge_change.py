@@ -10,6 +10,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, create_mo
 
 from safemerge_recipes.recipe.fields import Strict
 from safemerge_recipes.recipe.merge import NULLABLE, Merge, MethodName, form_of, forms, method_parameters
+from safemerge_recipes.recipe.merge_forms import displaced
 
 
 class MergeChange(Strict):
@@ -64,4 +65,6 @@ def change_merge(merge: Merge, change: MergeChange | None) -> Merge:
         values = {key: value for key, value in values.items() if key in used}
         if values.get("space") == "factors" and not form_of(method).factors:
             del values["space"]
+    for key in displaced(given):
+        values.pop(key, None)
     return Merge.model_validate({**values, **given})

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from safemerge_recipes.recipe import builtins
-from safemerge_recipes.recipe.builtins import Role
+from safemerge_recipes.recipe.builtins import ROLES, Role
 from safemerge_recipes.recipe.composing import add_to_schema
 from safemerge_recipes.recipe.evaluation import Evaluate, Judge
 from safemerge_recipes.recipe.fields import Problems, Strict, Text, check_text, parse_size
@@ -85,7 +85,8 @@ class Recipe(Strict):
             if policy.keep is not None:
                 needs = [(policy.keep, f"keep: {policy.keep}")]
             else:
-                needs = [] if never else [(r, f"method {policy.merge.method}") for r in policy.merge.needs()]
+                roles = [role for role in policy.merge.needs() if role in ROLES and not never]
+                needs = [(role, f"method {policy.merge.method}") for role in roles]
                 if policy.gate.needs_metric:
                     needs.append(("base", f"metric {policy.gate.metric}"))
             for role, reason in needs:
@@ -99,12 +100,35 @@ class Recipe(Strict):
                     asked.add(("rank", method))
                     message = f"missing; expected a rank because method {method} has no small exact rank{place}"
                     problems.add(("output", "rank"), message)
+        self._check_weights(problems)
         for index, compared in enumerate(self.evaluate.compare if self.evaluate else ()):
             if compared not in given:
                 message = f'found "{compared}"; expected one of the sources given: {", ".join(given)}'
                 problems.add(("evaluate", "compare", index), message, compared)
         problems.check("Recipe")
         return self
+
+    def _check_weights(self, problems: Problems) -> None:
+        """Every weight needs its source, and every other source a merge that weighs it."""
+        weighed: set[str] = set()
+        unknown: set[str] = set()
+        for policy in self.policies():
+            weights = getattr(policy.merge, "weights", None) if policy.keep is None else None
+            place = ("merge",) if policy.rule is None else ("rules", policy.rule, "merge")
+            for role in weights or ():
+                if role not in ("finetuned", "safety", *self.sources.others) and role not in unknown:
+                    unknown.add(role)
+                    expected = ", ".join(("finetuned", "safety", *self.sources.others))
+                    problems.add((*place, "weights", role), f"no source goes by it; expected one of {expected}")
+            weighed |= set(weights or ())
+        known = [name for name, method in builtins.METHODS.items() if "weights" in method.keys.key_names()]
+        for name in self.sources.others if not unknown else ():
+            if name not in weighed:
+                problems.add(
+                    ("sources", "others", name),
+                    f"nothing weighs it; expected it in merge.weights, which {', '.join(known)} and mergekit:* take; "
+                    f"{self.merge.method} has {', '.join(self.merge.parameters()) or 'no keys'}",
+                )
 
     def policies(self) -> tuple[Policy, ...]:
         """What holds for each rule's tensors, in order, and last for all others. The first match wins."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from safemerge_recipes.recipe.gate import SELECTORS
 from safemerge_recipes.recipe.merge import all_keys, method_parameters
+from safemerge_recipes.recipe.merge_forms import displaced
 from safemerge_recipes.recipe.messages import Reader, child, dotted
 from safemerge_recipes.recipe.yaml_text import Keys, YamlError, describe, read_yaml
 
@@ -31,7 +32,7 @@ def override(reader: Reader, text: str) -> None:
     owner = reader.document.value
     for depth, part in enumerate(parts[:-1]):
         inner = child(owner, part)
-        if isinstance(inner, str) and depth == 1 and parts[0] == "sources":
+        if isinstance(inner, str) and parts[0] == "sources" and depth == (2 if parts[1] == "others" else 1):
             inner = owner[part] = {"location": inner}
         elif inner is None and isinstance(owner, dict) and not isinstance(parts[depth + 1], int):
             inner = owner[part] = {}
@@ -59,6 +60,13 @@ def _make_room(reader: Reader, owner: dict[str, Any], parts: Keys, value: object
     """Removes what an override takes the place of: the gate's other selectors, other methods' keys."""
     for depth in range(1, len(parts)):
         holder, key = parts[depth - 1], parts[depth]
+        if holder == "merge":
+            merge = reader.document.value
+            for part in parts[:depth]:
+                merge = child(merge, part)
+            for name in displaced((key,)) if isinstance(merge, dict) else ():
+                if (*parts[:depth], name) not in reader.origins:
+                    merge.pop(name, None)
         if holder not in ("gate", "complement") or key not in SELECTORS:
             continue
         gate = reader.document.value

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, ValidationInfo, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
-from safemerge_recipes.recipe.builtins import Role
+from safemerge_recipes.recipe.builtins import ROLES, Role
 from safemerge_recipes.recipe.fields import Problems, Strict, Text, read_onto, tell_onto
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -90,6 +91,10 @@ class Source(Strict):
         return f"{self.where}@{self.revision}" if self.revision else self.where
 
 
+OtherName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,49}$")]
+"""The name of a source beside the roles."""
+
+
 class Sources(Strict):
     """The models a recipe reads, by role. Two roles may name the same thing."""
 
@@ -101,10 +106,15 @@ class Sources(Strict):
     """The fine-tuned model whose safety is to be restored."""
     safety: Source | None = None
     """The safety model or adapter. Needed where Δs is."""
+    others: Annotated[dict[OtherName, Source], Field(max_length=100)] = Field(default={})
+    """Further models and adapters by names of their own; `merge.weights` says what they weigh."""
 
     @model_validator(mode="after")
     def _check(self) -> Sources:
         problems = Problems([])
+        for name in self.others:
+            if name in ROLES:
+                problems.add(("others", name), "found the name of a role; expected one of its own")
         for role, source in self.roles().items():
             if source.train is not None and role not in ("safety", "finetuned"):
                 problems.add((role, "train"), "is trained on `aligned`; expected `train` only for safety and finetuned")
@@ -121,4 +131,19 @@ class Sources(Strict):
 
     def roles(self) -> dict[Role, Source]:
         """The sources that are given, by role."""
-        return {role: getattr(self, role) for role in get_args(Role) if getattr(self, role) is not None}
+        given = {role: getattr(self, role) for role in ROLES}
+        return {role: source for role, source in given.items() if source is not None} | self.others
+
+    def changed(self, sources: Mapping[Role, Source]) -> Sources:
+        """The same with other sources in some roles."""
+        own = {role: source for role, source in sources.items() if role in ROLES}
+        others = self.others | {name: source for name, source in sources.items() if name not in ROLES}
+        return self.model_copy(update={**own, "others": others})
+
+
+def source_holders(sources: object) -> Iterator[tuple[dict[str, Any], Role]]:
+    """In the plain values of a recipe's `sources`: (the mapping that holds a source, its role there)."""
+    given = sources if isinstance(sources, dict) else {}
+    yield from ((given, role) for role in list(given) if role != "others")
+    others = given.get("others")
+    yield from ((others, name) for name in list(others)) if isinstance(others, dict) else ()

@@ -9,6 +9,8 @@ from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.composing import escaped
 from safemerge_recipes.recipe.fields import Strict
 from safemerge_recipes.recipe.gate import Gate, GateChange
+from safemerge_recipes.recipe.mask_files import mask_holders
+from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_change import MergeChange
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.source import Source
@@ -32,6 +34,8 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, Gate):
         told = value.uses_rank and (value.metric in builtins.METRICS or "rank" in value.model_fields_set)
         used = [key for key in value.key_names() if key != "rank"] + ["rank"] * told
+    elif isinstance(value, Merge):
+        used = ["method", *value.parameters()]
     elif isinstance(value, Strict):
         used = value.key_names()
     elif isinstance(value, (tuple, list)):
@@ -49,9 +53,7 @@ def path_keys(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Every place in a plain recipe, other than its sources, that holds a path."""
     parts = [values, *values.get("rules", ())]
     for part in parts:
-        mask = (part.get("merge") or {}).get("mask") or {}
-        if mask.get("path") is not None:
-            yield mask, "path"
+        yield from ((mask, "path") for mask in mask_holders(part.get("merge")))
     for owner, key in ((values.get("output") or {}, "path"), (values.get("evaluate") or {}, "task_path")):
         if owner.get(key) is not None:
             yield owner, key

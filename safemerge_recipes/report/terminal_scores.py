@@ -120,6 +120,30 @@ def print_sweep(content: Mapping[str, Any], console: Console) -> None:
         )
 
 
+def print_recipes(content: Mapping[str, Any], console: Console) -> None:
+    """Prints recipes of one family beside the models they start from, and how many of their controls reach them."""
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False)
+    grid.add_column("test split")
+    for name in ("merged", content["safety"], "utility"):
+        grid.add_column(clean(name, 40), justify="right")
+    for label, pair in content["values"].items():
+        one = content["recipes"].get(label)
+        merged = "" if one is None else f"{one['merged']} of {one['gated']}"
+        grid.add_row(clean(label, 40), merged, percent(pair["safety"]), percent(pair["utility"]))
+    console.print(grid, markup=False)
+    page = Page(console)
+    page.line()
+    for label, tests in content["control_tests"].items():
+        for one in tests:
+            page.line(
+                f"{label}, {one['quantity']}: {one['reached']} of {len(one['draws'])} {one['control']} draws of as "
+                f"many tensors reach its {percent(one['value'])}, one-sided exact p = {fixed(one['p'])}"
+            )
+    score_lines(page, {"models": {}, "comparisons": content["verdicts"]})
+
+
 def print_probe(content: Mapping[str, Any], console: Console) -> None:
     """Prints the groups from the largest gain in safety to the largest loss, and the correlations."""
     from rich.table import Table

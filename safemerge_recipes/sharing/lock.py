@@ -112,12 +112,12 @@ def pinned(loaded: LoadedRecipe, lock: Lock) -> LoadedRecipe:
     ]
     if changed:
         raise RecipeError("\n".join([f"{lock.label}: the lock of another recipe; say --update-lock", *changed]))
-    pins: dict[str, Any] = {
+    pins = {
         role: source.model_copy(update={"revision": lock.revisions[role]})
         for role, source in given.items()
         if role in lock.revisions and loaded.local(source) is None
     }
-    sources = loaded.recipe.sources.model_copy(update=pins)
+    sources = loaded.recipe.sources.changed(pins)
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"sources": sources}))
 
 

@@ -1,4 +1,4 @@
-"""The four roles of a recipe as symbolic weights over one inventory of tensor names.
+"""The sources of a recipe as symbolic weights over one inventory of tensor names.
 
 The output follows the aligned model: its names, its order, its shapes. Every other role must fit it tensor
 by tensor, and whatever does not is refused by name here, before anything is measured.
@@ -6,16 +6,16 @@ by tensor, and whatever does not is refused by name here, before anything is mea
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.model import Recipe, Role
 from safemerge_recipes.sources.checkpoint import Checkpoint, open_checkpoint, same_bytes
 from safemerge_recipes.sources.locate import Folder, Known, locate
-from safemerge_recipes.sources.masks import open_masks
+from safemerge_recipes.sources.masks import check_masks, open_masks
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
@@ -25,10 +25,9 @@ from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.tensor_names import block_index, stack_of
 from safemerge_recipes.weights.algebra import Operand, Stored, Weight
 from safemerge_recipes.weights.operands import plain_refs
-
-ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,8 @@ class Family:
     config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
     recipe's mask files, by the path it writes and by name; `absent` the tensors for multi-token prediction that a
     role lacks, with that role; `quantised` every tensor that is a part of a quantised weight which is only copied, with
-    its kind; `coded` the quantised weights that can be read, by operand.
+    its kind; `coded` the quantised weights that can be read, by operand;
+    `blocks` the number of blocks of each stack, such as 32 of `model.layers`.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -72,6 +72,7 @@ class Family:
     absent: Mapping[str, Role] = field(default_factory=dict)
     quantised: Mapping[str, str] = field(default_factory=dict)
     coded: Mapping[Operand, Group] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -114,11 +115,30 @@ class Family:
         sizes = {str(one.header): one.size for away in found for one in away}
         return sum(size for header, size in sizes.items() if headers is None or header in headers)
 
+    def is_here(self, role: Role) -> bool:
+        """Whether all weight files that a role's weights come from lie on this machine."""
+        return not set(self.files_behind(role)) & set(self.away)
+
+    def files_behind(self, role: Role) -> tuple[str, ...]:
+        """Every weight file that a role's weights come from: of an adapter its own and the checkpoint's underneath."""
+        model = self.models[role]
+        return tuple(dict.fromkeys((*model.files, *model.checkpoint.files)))
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """Every weight file that may be read, each once, as it is now."""
         files = dict.fromkeys(file for model in self.models.values() for file in model.files)
         files.update(dict.fromkeys(self.mask_files))
         return tuple(FileIdentity.of(file) for file in files)
+
+
+def blocks_of(names: Iterable[str]) -> dict[str, int]:
+    """The number of blocks of each stack."""
+    found: dict[str, int] = {}
+    for name in names:
+        stack, index = stack_of(name), block_index(name)
+        if stack is not None and index is not None:
+            found[stack] = max(found.get(stack, 0), index + 1)
+    return found
 
 
 def tied_pair(checkpoint: Checkpoint) -> tuple[str, str] | None:
@@ -210,7 +230,7 @@ def _check_dtypes(family: Mapping[Role, Model], inventory: Mapping[str, TensorRe
 
 def _check_quantised(models: Mapping[Role, Model], parts: Mapping[str, str]) -> None:
     """Refuses updates of quantised weights, whose tensors are no weights that could be added to or averaged."""
-    for role in ("finetuned", "safety"):
+    for role in (role for role in models if role not in ("base", "aligned")):
         model = models.get(role)
         for name, kind in parts.items():
             if model is not None and not (model.weights[name] - models["aligned"].weights[name]).is_zero:
@@ -222,7 +242,7 @@ def _check_quantised(models: Mapping[Role, Model], parts: Mapping[str, str]) -> 
 
 def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: str) -> str | None:
     named = model.adapter.base if model.adapter else None
-    below = models.get(on)  # type: ignore[call-overload]  # `on` is a role by the recipe's own check
+    below = models.get(on)
     if not named or below is None or below.adapter or below.folder.revision is None:
         return None  # a folder's name says nothing of the model in it; a hub id does
     if Path(named).name == Path(below.folder.label.partition("@")[0]).name:
@@ -231,7 +251,12 @@ def _base_warning(role: Role, model: Model, models: Mapping[Role, Model], on: st
 
 
 def open_family(
-    recipe: Recipe, directory: Path, *, headers: bool = False, folders: Mapping[Role, Folder] | None = None
+    recipe: Recipe,
+    directory: Path,
+    *,
+    headers: bool = False,
+    folders: Mapping[Role, Folder] | None = None,
+    masks: bool = True,
 ) -> Family:
     """Locates and opens every source and checks that they fit together. Reads headers only.
 
@@ -240,6 +265,7 @@ def open_family(
         directory: its folder; relative paths start there.
         headers: of models on the hub fetch the headers alone.
         folders: where the sources lie, if that is known.
+        masks: whether its mask files are opened; they need not be there where one is to be made.
 
     Raises:
         SourceError: a source is missing, unsound, or does not fit the aligned model.
@@ -271,9 +297,13 @@ def open_family(
     found = [_base_warning(role, model, models, sources[role].on) for role, model in models.items()]
     notes = dict.fromkeys((*(note for model in models.values() for note in model.notes), *fitted.notes))
     shapes = {name: ref.shape for name, ref in fitted.inventory.items()}
-    return Family(
+    family = Family(
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
-        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config), open_masks(recipe, directory),
-        fitted.absent, parts, {form.operand: form for form in forms if form.operand is not None},
+        embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config),
+        open_masks(recipe, directory) if masks else {}, fitted.absent, parts,
+        {form.operand: form for form in forms if form.operand is not None}, blocks_of(fitted.inventory),
     )  # fmt: skip
+    if family.masks:
+        check_masks(family.masks, {role: family.files_behind(role) for role in family.models if family.is_here(role)})
+    return family

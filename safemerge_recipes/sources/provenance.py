@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.recipe.mask_files import mask_holders
+from safemerge_recipes.recipe.source import source_holders
 from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
 from safemerge_recipes.sources.checkpoint import inside, read_object
 from safemerge_recipes.sources.family import Family
@@ -119,10 +121,10 @@ def pipeline_tag(config: Mapping[str, Any]) -> str | None:
 def portable(recipe: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
     """A recipe's YAML as anybody may read it: hub ids pinned, of every local path only the last name."""
     values = read_yaml(recipe).value
-    given = values.get("sources") or {}
-    values["sources"] = {role: _portable(source, sources.get(role, {})) for role, source in given.items()}
+    for holder, role in source_holders(values.get("sources")):
+        holder[role] = _portable(holder[role], sources.get(role, {}))
     for part in (values, *(values.get("rules") or ())):
-        if mask := (part.get("merge") or {}).get("mask"):
+        for mask in mask_holders(part.get("merge")):
             mask["path"] = _last(mask["path"])
     if (evaluate := values.get("evaluate") or {}).get("task_path"):
         evaluate["task_path"] = _last(evaluate["task_path"])

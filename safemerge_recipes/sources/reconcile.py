@@ -199,7 +199,7 @@ def _choose_owner(
         shown = "; ".join(changed[:SHOWN]) or "some only append"
         raise SourceError(f"vocabulary: strict, but vocabularies differ: rows: {found}; tokens: {shown}")
     if wanted in ("aligned", "finetuned"):
-        return wanted  # type: ignore[return-value]  # both are roles
+        return wanted
     cut = sizes["finetuned"] < sizes["aligned"] and (after is None or max(after.values()) >= sizes["finetuned"])
     if changed or cut:
         shown = "; ".join(changed[:SHOWN]) or f"{sizes['aligned']} rows before, {sizes['finetuned']} after"

@@ -199,7 +199,7 @@ def settled(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
                 f"sources.{role}: {file.path.name}: its adapter is not trained yet (key {key[:12]}…); run "
                 f"`safemerge train-adapter {file.path}`, or this command with --train"
             )
-        sources = sources.model_copy(update={role: Source(adapter=str(folder))})
+        sources = sources.changed({role: Source(adapter=str(folder))})
         notes += _notes(role, file, folder, key)
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"sources": sources})), tuple(notes)
 

@@ -134,6 +134,15 @@ def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorR
     Raises:
         SourceError: the file is missing, is not safetensors, or its header and size disagree.
     """
+    return read_described(path, whole)[0]
+
+
+def read_described(path: Path | str, whole: int | None = None) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of one safetensors file, as `read_header` gives them, and the texts of its metadata.
+
+    Raises:
+        SourceError: as `read_header`.
+    """
     path = str(path)
     try:
         with reading(path) as file:
@@ -153,7 +162,8 @@ def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorR
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        texts = metadata if isinstance(metadata, dict) else {}
         refs = {name: _ref(path, 8 + length, name, entry) for name, entry in header.items()}
         _check_coverage(refs, 8 + length, size)
     except OSError as error:
@@ -163,16 +173,20 @@ def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorR
             f"{path}: not a sound safetensors file: {str(error)[:900]}; "
             "expected an intact file, download or save it again"
         ) from None
-    return dict(sorted(refs.items(), key=lambda item: item[1].offset))
+    ordered = dict(sorted(refs.items(), key=lambda item: item[1].offset))
+    return ordered, {key: value for key, value in texts.items() if isinstance(value, str)}
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The opening bytes of a safetensors file, length prefix included, padded to a multiple of 8.
 
     Args:
         tensors: name -> (dtype, shape, begin, end); begin and end in bytes from the start of the data.
+        metadata: texts by name that the header also holds.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for name, (dtype, shape, begin, end) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

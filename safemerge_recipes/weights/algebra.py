@@ -9,11 +9,11 @@ of files being read or of torch; `torch_rows` turns sums into numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Protocol
 
+from safemerge_recipes.recipe.numbers import Number, Rational, exact
 from safemerge_recipes.storage.safetensors import TensorRef
 
 Naming = Callable[[TensorRef], str]
@@ -151,19 +151,6 @@ class Blend:
 Factored = (LowRank, Blend)
 """The operands that are products of factors."""
 
-Number = int | float | Fraction
-
-
-Rational = int | Fraction
-"""An exact coefficient; whole ones are plain integers, which are much faster."""
-
-
-def exact(number: Number) -> Rational:
-    """The rational number a recipe's decimal stands for: 0.8 is 4/5, not its nearest binary double."""
-    if isinstance(number, float):
-        return int(number) if number.is_integer() else Fraction(repr(number))
-    return number
-
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -233,6 +220,14 @@ class Weight:
 
 
 ZERO = Weight()
+
+
+def total(shares: Iterable[Rational], weights: Iterable[Weight]) -> Weight:
+    """Σ share · weight, in order."""
+    found = ZERO
+    for share, weight in zip(shares, weights, strict=True):
+        found = found + share * weight
+    return found
 
 
 def describe(weight: Weight, identity: Mapping[str, str]) -> str:

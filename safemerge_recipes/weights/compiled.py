@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 5
+VERSION = 6
 """What `sm_version` must say; changes with every structure, signature and result."""
 STRIP = 1024
 """Elements merged at a time where no weight has a product."""
@@ -58,19 +58,17 @@ class Draw(Structure):
 
 
 class Consensus(Structure):
-    """TIES' election; `total` is alpha + beta."""
+    """TIES' election; `total` is the sum of two weights, where it takes the short way for a pair."""
 
-    _fields_ = (
-        ("alpha", c_float), ("beta", c_float), ("total", c_float), ("scale", c_float), ("normalize", c_int32),
-    )  # fmt: skip
+    _fields_ = (("total", c_float), ("scale", c_float), ("normalize", c_int32), ("pair", c_int32))
 
 
 class Merge(Structure):
-    """One tensor's merge: origin + method(x, y), stored as `dtype`."""
+    """One tensor's merge: origin + method(sides), stored as `dtype`; arrays have an entry a side, draws one a pair."""
 
     _fields_ = (
-        ("x", Sum), ("y", Sum), ("origin", Sum), ("method", c_int32), ("dtype", c_int32),
-        ("a", c_float), ("b", c_float), ("trims", Trim * 2), ("draw", Draw), ("scales", c_float * 2),
+        ("sides", POINTER(Sum)), ("count", c_int64), ("origin", Sum), ("method", c_int32), ("dtype", c_int32),
+        ("shares", POINTER(c_float)), ("trims", POINTER(Trim)), ("draws", POINTER(Draw)), ("scales", POINTER(c_float)),
         ("consensus", Consensus),
     )  # fmt: skip
 
@@ -112,6 +110,11 @@ def terms(stored: Sequence[tuple[float, str, int]]) -> ctypes.Array[Term]:
 def strip(columns: int | None) -> int:
     """Elements merged at a time, as `sm_strip` has it, where a weight has a product of so many columns, or none has."""
     return STRIP if columns is None else (1 + PANEL // (ROWS * columns)) * ROWS * columns
+
+
+def strips(sides: int) -> int:
+    """Strips of scratch memory that a merge of so many sides takes: theirs, the origin's, two of an election."""
+    return max(sides, 1) + 3
 
 
 def tiled(right: np.ndarray) -> np.ndarray:

@@ -27,11 +27,11 @@ def _count(x: torch.Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """DARE's random choice: each element stays with probability `density`, for x and y independently.
+    """DARE's random choice: each element stays with probability `density`, for each side independently.
 
     A counter-based generator: the draw of element i is a hash (Wellons' lowbias32 of the counter, keyed by
-    seed and tensor name) whose upper 16 bits serve x and whose lower 16 bits serve y. So a choice does not
-    depend on pieces, threads, order or device.
+    seed and tensor name) whose upper 16 bits serve one side and whose lower 16 bits serve the next; every two sides
+    have a key of their own. So a choice does not depend on pieces, threads, order or device.
     """
 
     density: float
@@ -47,17 +47,18 @@ class Draw:
         """What makes the expectation whole again: 1 / the probability that an element stays."""
         return LEVELS / self.limit
 
-    def key(self, name: str) -> tuple[int, int]:
-        """Two 32-bit numbers from seed and tensor name."""
-        digest = hashlib.sha256(f"{self.seed}\0{name}".encode()).digest()
+    def key(self, name: str, pair: int = 0) -> tuple[int, int]:
+        """Two 32-bit numbers from seed and tensor name, and from the second pair of sides on from its number."""
+        text = f"{self.seed}\0{name}" + (f"\0{pair}" if pair else "")
+        digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
-    def hashes(self, name: str, start: int, count: int, arena: Arena) -> Any:
+    def hashes(self, name: str, start: int, count: int, arena: Arena, pair: int = 0) -> Any:
         """uint32 array `(count,)` for the elements from `start` on."""
         import numpy as np
         import torch
 
-        first, second = self.key(name)
+        first, second = self.key(name, pair)
         x, shifted = (
             arena.take(slot, count, torch.int32, device="cpu").numpy().view(np.uint32) for slot in ("hash", "shifted")
         )
@@ -71,16 +72,18 @@ class Draw:
         x ^= np.right_shift(x, np.uint32(16), out=shifted)
         return x
 
-    def keep(self, name: str, start: int, count: int, arena: Arena) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two bool tensors `(count,)`: which of the elements of x and of y from `start` on stay."""
+    def keep(self, name: str, start: int, count: int, arena: Arena, sides: int = 2) -> tuple[torch.Tensor, ...]:
+        """A bool tensor `(count,)` for each side: which of its elements from `start` on stay."""
         import numpy as np
         import torch
 
-        kept = [arena.take(f"kept {side}", count, torch.bool, device="cpu") for side in ("x", "y")]
+        kept = [arena.take(f"kept {side}", count, torch.bool, device="cpu") for side in range(sides)]
         if self.limit == LEVELS:
-            return kept[0].fill_(True), kept[1].fill_(True)
-        x = self.hashes(name, start, count, arena)
-        np.less(x, np.uint32(self.limit << 16), out=kept[0].numpy())
-        x &= np.uint32(LEVELS - 1)
-        np.less(x, np.uint32(self.limit), out=kept[1].numpy())
-        return kept[0].to(arena.device), kept[1].to(arena.device)
+            return tuple(one.fill_(True) for one in kept)
+        for pair in range(0, sides, 2):
+            x = self.hashes(name, start, count, arena, pair // 2)
+            np.less(x, np.uint32(self.limit << 16), out=kept[pair].numpy())
+            if pair + 1 < sides:
+                x &= np.uint32(LEVELS - 1)
+                np.less(x, np.uint32(self.limit), out=kept[pair + 1].numpy())
+        return tuple(one.to(arena.device) for one in kept)

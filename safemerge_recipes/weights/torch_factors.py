@@ -86,7 +86,8 @@ def blended(operand: Blend, reader: Reader, dtype: torch.dtype, device: str) -> 
             if operand.draw is not None:
                 density, seed, name = operand.draw
                 draw = Draw(density, seed)
-                kept = draw.keep(f"{name}:lora_{factor.upper()}", 0, one.numel(), Arena(device))[side]
+                sides = len(operand.parts)
+                kept = draw.keep(f"{name}:lora_{factor.upper()}", 0, one.numel(), Arena(device), sides)[side]
                 one = one * kept.view(one.shape) * draw.rescale
             total = one if total is None else total + one
         assert total is not None  # a blend has parts

@@ -1,6 +1,6 @@
 """Merge methods of the neighbouring defenses against dense references, and the published procedure itself.
 
-Guards `methods.mask`, `sources.masks`, `methods.vectors`, `methods.products`.
+Guards `methods.mask`, `methods.top`, `recipe.mask_files`, `sources.masks`, `methods.vectors`, `methods.products`.
 """
 
 from __future__ import annotations
@@ -597,3 +597,93 @@ def test_negative_scales_keep_their_sign(tmp_path):
         a_s, b_s = (x.double() for x in family.safety_factors[name.removesuffix(".weight")])
         delta = (root_f * b + root_s * b_s) @ (root_f * a - root_s * a_s)
         close(written[name], family.aligned[name].double() + delta)
+
+
+# What is on top of a score
+
+
+def on_top(scores: torch.Tensor, part: float, per: str) -> torch.Tensor:
+    """By sorting: the ⌊part·n⌋ highest of the tensor, of each row or of each column; ties by position."""
+
+    def line(values: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(len(values), dtype=torch.bool)
+        chosen[values.argsort(descending=True, stable=True)[: math.floor(part * len(values) + 1e-9)]] = True
+        return chosen
+
+    if per == "tensor":
+        return line(scores.flatten()).view(scores.shape)
+    rows = scores if per == "row" else scores.T
+    chosen = torch.stack([line(row) for row in rows])
+    return chosen if per == "row" else chosen.T
+
+
+@pytest.fixture(scope="module")
+def ranked(family) -> dict[str, dict[str, torch.Tensor]]:
+    """Two score files with many equal scores."""
+    found = {}
+    for seed, file in enumerate(("harmful", "utility")):
+        draw = torch.Generator().manual_seed(seed)
+        found[file] = {n: torch.randint(0, 9, family.aligned[n].shape, generator=draw).float() for n in GATED}
+        save_file(found[file], family.root / f"{file}.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("per", ["tensor", "row", "column"])
+@pytest.mark.parametrize("part", [0.05, 0.3, 1.0])
+def test_the_highest_scores_are_replaced(family, ranked, per, part, monkeypatch):
+    from safemerge_recipes.methods import top
+    from safemerge_recipes.storage import cut
+
+    monkeypatch.setattr(top, "HELD", 200)  # several panels of columns
+    monkeypatch.setattr(cut, "PIECE", 100)  # several pieces
+    mask = f"{{path: harmful.safetensors, top: {part}, per: {per}}}"
+    _, written = run_recipe(family.root, recipe_text(FULL, ALWAYS, f"{{method: mask, mask: {mask}}}"))
+    for name in GATED:
+        chosen = on_top(ranked["harmful"][name], part, per)
+        assert torch.equal(written[name], torch.where(chosen, family.safety[name], family.finetuned[name]))
+
+
+@pytest.mark.parametrize("how", ["minus", "and", "or"])
+def test_two_scores_combine(family, ranked, how):
+    other = "{path: utility.safetensors, top: 0.5, per: row}"
+    mask = f"{{path: harmful.safetensors, threshold: 5, {how}: {other}, fill: zero}}"
+    prepared, written = run_recipe(family.root, recipe_text(FULL, ALWAYS, f"{{method: mask, mask: {mask}}}"))
+    for name in GATED:
+        one, two = ranked["harmful"][name] > 5, on_top(ranked["utility"][name], 0.5, "row")
+        chosen = one & ~two if how == "minus" else one & two if how == "and" else one | two
+        assert torch.equal(written[name], torch.where(chosen, 0.0, family.finetuned[name]))
+    assert {Path(path).name for path in prepared.family.mask_files} == {"harmful.safetensors", "utility.safetensors"}
+
+
+def test_shares_combine_as_probabilities_do(family):
+    mask = "{path: scores.safetensors, minus: {path: halves.safetensors}, fill: aligned}"
+    _, written = run_recipe(family.root, recipe_text(FULL, ALWAYS, f"{{method: mask, mask: {mask}}}"))
+    from safetensors.torch import load_file
+
+    one, two = (load_file(family.root / f"{file}.safetensors") for file in ("scores", "halves"))
+    for name in GATED:
+        share = one[name].double() * (1 - two[name].double())
+        close(written[name], (1 - share) * family.finetuned[name].double() + share * family.aligned[name].double())
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("top: 0.1, threshold: 1", "found threshold and top; expected one of them"),
+        ("per: row", "found `per` without `top`"),
+        ("minus: {path: a}, or: {path: b}", "found `minus` and `or`; expected at most one"),
+        ("top: 0", "merge.mask.top"),
+    ],
+)
+def test_a_mask_that_says_two_things_is_refused(family, mask, message):
+    with pytest.raises(RecipeError, match=message):
+        prepare_recipe(
+            family.root, recipe_text(FULL, ALWAYS, f"{{method: mask, mask: {{path: scores.safetensors, {mask}}}}}")
+        )
+
+
+def test_negative_scores_of_a_whole_tensor_have_no_top(family, ranked):
+    save_file({n: -s for n, s in ranked["harmful"].items()}, family.root / "negative.safetensors")
+    text = recipe_text(FULL, ALWAYS, "{method: mask, mask: {path: negative.safetensors, top: 0.1}}")
+    with pytest.raises(SourceError, match="negative scores or NaN"):
+        run_recipe(family.root, text)

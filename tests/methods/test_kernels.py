@@ -19,9 +19,10 @@ from safemerge_recipes.methods import threshold
 from safemerge_recipes.methods.slerp import SlerpKernel as Slerp
 from safemerge_recipes.methods.threshold import trims
 from safemerge_recipes.methods.ties import Consensus, Sizes, Trimmer
+from safemerge_recipes.recipe.numbers import exact
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.algebra import Stored, Weight, exact
+from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.draw import Draw
 from tests.fixtures import reference
 
@@ -38,7 +39,7 @@ def _pieces(x: Tensor, y: Tensor, size: int) -> Any:
 
 
 def _trimmed(x: Tensor, keep: int, size: int) -> Tensor:
-    first, _ = trims(keep, len(x), Sizes(_pieces(x, x.flip(0), size), Arena()))
+    first, _ = trims([keep, keep], len(x), Sizes(_pieces(x, x.flip(0), size), Arena()))
     trim = Trimmer(first)
     return torch.cat([trim(x[start : start + size].clone(), Arena()) for start in range(0, len(x), size)])
 

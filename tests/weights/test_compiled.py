@@ -64,6 +64,15 @@ KERNELS: dict[str, Kernel] = {
     "dare, ties": Dare(Draw(0.5, 3), True, (0.7, 0.3), EVEN),
     "dare, all": Dare(Draw(1.0, 3), False, (0.7, 0.3), EVEN),
 }
+SHARES = (0.5, -0.3, 0.25, 0.8, 0.1)
+MANY: dict[str, Callable[[int], Kernel]] = {
+    "ties": lambda n: Ties(0.3, Consensus(SHARES[:n], True, 0.9)),
+    "ties, plain sum": lambda n: Ties(0.7, Consensus(SHARES[:n], False, 1.0)),
+    "dare": lambda n: Dare(Draw(0.4, 1), False, SHARES[:n], None),
+    "dare, l1": lambda n: Dare(Draw(0.4, 2), True, SHARES[:n], None),
+    "dare, ties": lambda n: Dare(Draw(0.5, 3), True, SHARES[:n], Consensus(SHARES[:n], True, 1.0)),
+}
+"""Kernels of any number of sides; two with a negative weight go the general way, too."""
 
 
 def _store(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Weight]:
@@ -118,6 +127,19 @@ def test_methods_give_the_bytes_of_torch(
     for work in (Apply(a, (f - a, s - a), KERNELS[method]), Apply(Weight(), (f, s), KERNELS[method])):
         expected = _bytes(on_torch.rounded, work, dtype, shape)
         assert _merged(work, dtype, shape, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("method", MANY)
+@pytest.mark.parametrize("sides", [1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 1025), (3, PIECE // 2 + 7)])
+def test_any_number_of_sides_gives_the_bytes_of_torch(
+    method: str, sides: int, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = _models(tmp_path, shape, {"aligned": "BF16", **{f"side {n}": ("BF16", "F16")[n % 2] for n in range(sides)}})
+    a = w["aligned"]
+    deltas = tuple(w[f"side {n}"] - a for n in range(sides))
+    work = Apply(a, deltas, MANY[method](sides))
+    assert _merged(work, "BF16", shape, monkeypatch) == _bytes(on_torch.rounded, work, "BF16", shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -284,11 +306,12 @@ def test_structures_are_laid_out_as_in_c() -> None:
     """The sizes that the compiler sees, by way of a field behind all others."""
     assert compiled.LIBRARY is not None
     merge = compiled.Merge()
-    merge.x.rank = 2
-    merge.x.columns = 11
+    sides = (compiled.Sum * 3)()
+    merge.sides, merge.count = sides, 3
+    sides[2].rank, sides[2].columns = 2, 11
     compiled.LIBRARY.sm_strip.restype = ctypes.c_int64
     assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(11)
-    merge.x.rank = 0
+    sides[2].rank = 0
     assert compiled.LIBRARY.sm_strip(ctypes.byref(merge)) == compiled.strip(None)
     for columns in (1, 5, 4096, 8192, 8193, 100_000):
         merge.origin.rank, merge.origin.columns = 1, columns

@@ -118,10 +118,10 @@ def sweep(
     plans: dict[str, tuple[tuple[str, ...], Plan]] = {}
     for overrides in parse_grid(axes):
         plans[", ".join(overrides)] = (overrides, bench.plan(overrides))
-    sources = {role: bench.role(role) for role in SOURCES}  # type: ignore[arg-type]  # roles
+    sources = {role: bench.role(role) for role in SOURCES}
     tried = {**sources, **{label: bench.graph(plan) for label, (_, plan) in plans.items()}}
     bench.on_event(Note(f"{len(plans)} points on the tuning split: {', '.join(first)}"))
-    on_tuning = _scored(bench, tried, first)
+    on_tuning = scored(bench, tried, first)
     by = measures(bench.suite(first).better, first)
     counts = {label: len(controls.merged(one)) for label, (_, one) in plans.items()}
     best = choose({label: on_tuning[label] for label in plans}, on_tuning["finetuned"], by, allowed_loss, counts)
@@ -131,7 +131,7 @@ def sweep(
     kinds = {one.label: one for one in (controls.controls(seeds) if seeds else ())}
     drawn = {label: bench.graph(bench.control(plan, one)) for label, one in kinds.items()}
     bench.on_event(Note(f"{len(drawn)} controls on the test split: {', '.join(second)}"))
-    on_test = _scored(bench, {**reported, **drawn}, second)
+    on_test = scored(bench, {**reported, **drawn}, second)
     content = {
         "axes": list(axes),
         "safety": by.words,
@@ -151,7 +151,8 @@ def sweep(
     return write_results(folder, SWEEP_FILE, content, beside)
 
 
-def _scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
+def scored(bench: Bench, graphs: Mapping[str, Graph], tasks: Sequence[str]) -> dict[str, Scores]:
+    """The scores of models on tasks, by their labels; what was scored before is found again."""
     rounds = Rounds(bench.on_event, len(graphs), bench.suite(tasks), bench.settings.limit)
     return {
         label: bench.score(graph, label, tasks, len(graphs) - place, tell=rounds.of(place, label))

@@ -29,6 +29,7 @@ from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
+from safemerge_recipes.sources.masks import check_masks, open_masks
 from safemerge_recipes.storage.workers import Resources
 
 
@@ -98,14 +99,25 @@ class Bench:
             RecipeError: an override is wrong, or changes the sources.
             PlanError: the selector cannot be satisfied.
         """
-        return self._decided(self.load(overrides), ", ".join(overrides))
+        return self.decided(self.load(overrides), ", ".join(overrides))
 
     def control(self, plan: Plan, control: Control) -> Plan:
         """The plan of a plan's control."""
-        return self._decided(replace(self.loaded, recipe=control.recipe(plan)), control.label)
+        return self.decided(replace(self.loaded, recipe=control.recipe(plan)), control.label)
 
-    def _decided(self, loaded: LoadedRecipe, label: str) -> Plan:
-        if loaded.recipe.sources != self.prepared.recipe.sources:
+    def share_masks(self, recipes: Sequence[LoadedRecipe]) -> None:
+        """Opens the mask files of further recipes of the family, whose paths are absolute. Raises SourceError."""
+        family = self.prepared.family
+        masks = {path: tensors for one in recipes for path, tensors in open_masks(one.recipe, one.directory).items()}
+        check_masks(masks, {role: family.files_behind(role) for role in family.models})
+        family = replace(family, masks={**family.masks, **masks})
+        resolved = replace(self.prepared.resolved, family=family, identities=family.identities())
+        self.prepared = replace(self.prepared, resolved=resolved)
+
+    def decided(self, loaded: LoadedRecipe, label: str) -> Plan:
+        """The plan of another recipe of the family; `label` names it in a refusal."""
+        known = self.prepared.recipe.sources.roles()
+        if any(known.get(role) != source for role, source in loaded.recipe.sources.roles().items()):
             raise RecipeError(f"{label}: changes the sources; expected one family in one sweep")
         return decide(resolve(loaded, self.prepared.family), self.measurer)
 

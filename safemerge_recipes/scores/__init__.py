@@ -1,0 +1,1 @@
+"""Scores: a value for every element of the gated tensors, from weights or activations, for masks."""
