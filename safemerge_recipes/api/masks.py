@@ -33,7 +33,7 @@ def score(
 
     Args:
         recipe: the recipe; its merge is not looked at.
-        by: `magnitude`, `drift`, `wanda`, `snip` or `safe-delta`.
+        by: `magnitude`, `drift`, `opposed`, `wanda`, `snip`, `fisher` or `safe-delta`.
         of: the source that is scored.
         prompts: files of rows (JSONL) or of lines (.txt), for scores that look at activations.
         tokens: which tokens count: `all` or `answer`; by default as the kind of score has it.

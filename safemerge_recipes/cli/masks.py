@@ -14,7 +14,9 @@ from safemerge_recipes.cli.streams import watched, write_json, write_line
 
 def score(
     recipe: RecipeArgument,
-    by: Annotated[str, typer.Option(metavar="KIND", help="magnitude, drift, wanda, snip or safe-delta.")],
+    by: Annotated[
+        str, typer.Option(metavar="KIND", help="magnitude, drift, opposed, wanda, snip, fisher or safe-delta.")
+    ],
     of: Annotated[str, typer.Option(metavar="ROLE", help="The source that is scored.")] = "finetuned",
     prompts: Annotated[
         list[Path] | None,

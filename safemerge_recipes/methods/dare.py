@@ -141,7 +141,7 @@ def summed(merge: DareLinear, sides: Sides) -> Apply | Sum:
 def elected(merge: DareTies, sides: Sides) -> Apply:
     """The consensus of what stays."""
     origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Apply(origin, deltas, _kernel(merge, consensus(merge)))
+    return Apply(origin, deltas, _kernel(merge, consensus(merge, merge.normalize, merge.lambda_)))
 
 
 DARE_LINEAR = Method(

@@ -127,10 +127,11 @@ def mergekit_method(name: str) -> Method:
     def inputs_of(merge: Custom) -> tuple[Role, ...]:
         if merge.weights is None:
             return pair
-        roles = (*(("aligned",) if based else ()), *merge.weights)
+        beside = based and most != 2  # of two inputs the first is what it calls the base
+        roles = (*(("aligned",) if beside else ()), *merge.weights)
         if most is not None and len(roles) > most:
             raise RecipeError(
-                f"merge.weights: found {', '.join(merge.weights)}; expected at most {most - based} for mergekit:{name}"
+                f"merge.weights: found {', '.join(merge.weights)}; expected at most {most - beside} for mergekit:{name}"
             )
         return roles
 

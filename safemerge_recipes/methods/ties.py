@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.methods.compiled_tensor import Tensor
-    from safemerge_recipes.methods.dare import DareTies
 
 
 class Ties(Weighted):
@@ -243,15 +242,15 @@ def _as_twin(trim: Trim) -> compiled.Trim:
     return compiled.Trim(-1 if trim.ties == math.inf else int(trim.ties), trim.threshold, compiled.KEEP_LARGEST)
 
 
-def consensus(merge: Ties | DareTies) -> Consensus:
+def consensus(merge: Weighted, normalize: bool, scale: float) -> Consensus:
     """What is left to do after trimming or dropping."""
-    return Consensus(tuple(float(share) for share in merge.shares().values()), merge.normalize, merge.lambda_)
+    return Consensus(tuple(float(share) for share in merge.shares().values()), normalize, scale)
 
 
 def work(merge: Ties, sides: Sides) -> Apply:
     """TIES over all deltas."""
     origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Apply(origin, deltas, TiesKernel(merge.density, consensus(merge)))
+    return Apply(origin, deltas, TiesKernel(merge.density, consensus(merge, merge.normalize, merge.lambda_)))
 
 
 TIES = Method(

@@ -22,6 +22,7 @@ class Kind:
         formula: the score of an element.
         link: where it comes from.
         sees: what it looks at.
+        opposed: whether it counts elements alone whose update has another sign than the safety model's.
         delta: whether it is a score of the update δ, which the aligned model has none of.
         aligned: whether it is the aligned model that runs on the prompts.
         tokens: which tokens count unless said.
@@ -33,14 +34,22 @@ class Kind:
     delta: bool = False
     aligned: bool = False
     tokens: Literal["all", "answer"] = "all"
+    opposed: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
     "magnitude": Kind("|W|", "https://arxiv.org/abs/1506.02626"),
     "drift": Kind("|δ|", "https://arxiv.org/abs/2306.01708", delta=True),
+    "opposed": Kind(
+        "|δ| where sign δ ≠ sign (W_safety − W_aligned), else 0", "https://arxiv.org/abs/2412.11041", delta=True,
+        opposed=True,
+    ),
     "wanda": Kind("|W|·‖X_j‖₂, column j", "https://arxiv.org/abs/2306.11695", "norms"),
     "snip": Kind(
         "the mean over prompts of |W ⊙ ∂L/∂W|", "https://arxiv.org/abs/2402.05162", "gradients", tokens="answer"
+    ),
+    "fisher": Kind(
+        "the mean over prompts of (∂L/∂W)²", "https://arxiv.org/abs/2412.11041", "gradients", tokens="answer"
     ),
     "safe-delta": Kind(
         "δ²/(2·[H⁻¹]_jj), H = 2/N·XᵀX + 0.01·mean(diag)·I over N prompts, X of the aligned model",

@@ -85,15 +85,18 @@ def _versions() -> dict[str, str]:
 
 
 def _of_weights(subject: Subject, out: ScoreFile, reader: Reader, device: str, on_event: Listener) -> None:
-    """|W| or |δ|, piece by piece."""
+    """|W| or |δ|, piece by piece; of |δ| perhaps what is opposed to the safety model's."""
     from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
 
     arena = Arena(device)
     for name in subject.names:
-        weight, shape = subject.weight(name), subject.shape(name)
-        evaluate = Evaluator((weight,), reader, arena, "scored", working_dtype(weight))
+        weights, shape = (subject.weight(name), *subject.opposed_to(name)), subject.shape(name)
+        evaluate = Evaluator(weights, reader, arena, "scored", working_dtype(*weights))
         for first, last in ranges(shape, True):
-            scores = evaluate(first, last)[0].abs_()
+            own, *other = evaluate(first, last)
+            for one in other:
+                own = own.masked_fill_(own.sign() == one.sign(), 0.0)
+            scores = own.abs_()
             if not bool(scores.isfinite().all()):
                 raise SourceError(f"sources.{subject.role}: {name} holds values that are not finite")
             out.put(name, first, scores)
@@ -137,7 +140,7 @@ def _of_activations(
 def _gradients(
     subject: Subject, skeleton: Skeleton, passes: Passes, place: int, out: ScoreFile, on_event: Listener
 ) -> None:
-    """The mean over prompts of |W ⊙ ∂L/∂W| for one block."""
+    """The mean over prompts of |W ⊙ ∂L/∂W|, or of (∂L/∂W)², for one block."""
     import torch
 
     inside = skeleton.inside(skeleton.blocks[place])
@@ -146,10 +149,12 @@ def _gradients(
     own = {name: skeleton.places[name] for name in inside if name in scored}
     sums = {name: torch.zeros(subject.shape(name), device=skeleton.device) for name in own}
 
+    squared = subject.by == "fisher"
+
     def each(number: int) -> None:
         for name, (module, attribute) in own.items():
             weight = module._parameters[attribute]
-            sums[name] += (weight.detach() * weight.grad).abs_()
+            sums[name] += weight.grad.square() if squared else (weight.detach() * weight.grad).abs_()
             weight.grad = None
 
     passes.backward(place, each)

@@ -38,6 +38,10 @@ class Subject:
         """What is scored of a tensor: the weight, or the update."""
         return self.family.delta(self.role, name) if self.kind.delta else self.family.weight(self.role, name)
 
+    def opposed_to(self, name: str) -> tuple[Weight, ...]:
+        """The safety model's update, where the kind looks at it."""
+        return (self.family.delta("safety", name),) if self.kind.opposed else ()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape."""
         return self.family.inventory[name].shape
@@ -45,7 +49,8 @@ class Subject:
     @property
     def roles(self) -> tuple[Role, ...]:
         """The roles that the scores depend on."""
-        return tuple(dict.fromkeys((self.role, *(("aligned",) if self.kind.delta else ()))))
+        others = ("aligned",) * self.kind.delta + ("safety",) * self.kind.opposed
+        return tuple(dict.fromkeys((self.role, *others)))
 
 
 def subject_of(loaded: LoadedRecipe, by: str, role: str) -> Subject:
@@ -64,6 +69,8 @@ def subject_of(loaded: LoadedRecipe, by: str, role: str) -> Subject:
         raise RecipeError(f"--of {role}: the recipe has no such source; expected one of {', '.join(family.models)}")
     if KINDS[by].delta and role == "aligned":
         raise RecipeError(f"--by {by}: is a score of an update, and the aligned model has none; try --of finetuned")
+    if KINDS[by].opposed and ("safety" not in family.models or role == "safety"):
+        raise RecipeError(f"--by {by}: compares with sources.safety; expected it in the recipe, and another --of")
     outlooks = survey(loaded.recipe, family, read_registry().metrics)
     names = tuple(outlook.name for outlook in outlooks if outlook.policy is not None)
     if not names:

@@ -1,6 +1,6 @@
 """Sweeps and probes: grids, choices, controls, the bench and what is drawn of them.
 
-Guards `cli.experiments`.
+Guards `cli.experiments`, `evaluation.experiments.recipes`.
 """
 
 import io
@@ -274,6 +274,53 @@ def test_sweep_end_to_end(recipe, tmp_path, capsys):
     # The same command again scores nothing.
     run(*arguments, "--output", tmp_path / "s", "--device", "cpu")
     assert "scored (" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_recipes_of_one_family_are_compared_with_their_controls(recipe, tmp_path, capsys):
+    """Two recipes, one of which reads no base and takes a mask that is made here."""
+    text = recipe.read_text()
+    folder = recipe.parent
+    (folder / "masked.yaml").write_text(
+        text.replace("gate: {metric: rho, fraction: 0.5}", "gate: {always: true}").replace(
+            "merge: {method: linear, alpha: 0.5}",
+            "merge: {method: mask, mask: {path: drift.safetensors, top: 0.2, fill: aligned}}",
+        )
+    )
+    run("score", recipe, "--by", "drift", "-o", folder / "drift.safetensors")
+    capsys.readouterr()
+    arguments = ("sweep", "--recipes", recipe, folder / "masked.yaml", "--seeds", 1, "--limit", 2)
+    run(*arguments, "--output", tmp_path / "s", "--json", "--device", "cpu")
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads((tmp_path / "s" / "safemerge_recipes.json").read_text())
+    assert list(content["values"]) == ["finetuned", "aligned", "recipe", "masked"]
+    assert content["recipes"]["recipe"] == {"method": "linear", "merged": 3, "gated": 6}
+    assert content["recipes"]["masked"] == {"method": "mask", "merged": 6, "gated": 6}
+    assert {test["control"] for test in content["control_tests"]["recipe"]} == {"random per module", "random"}
+    assert "recipe: merge none" in content["models"]
+    assert ET.parse(tmp_path / "s" / "safemerge_recipes.svg").getroot().tag.endswith("svg")
+    run(*arguments, "--output", tmp_path / "s", "--device", "cpu")
+    told = capsys.readouterr()
+    assert "scored (" not in told.err
+    assert "masked" in told.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipes", "{recipe}"), "found one recipe; expected at least two"),
+        (("--recipes", "{recipe}", "{recipe}"), "a second recipe that goes by recipe"),
+        (("{recipe}", "{other}"), "found 2 recipes; expected one, or --recipes"),
+        (("--recipes", "{recipe}", "{other}", "--tau", "0.1"), "expected no grid"),
+        (("--recipes", "{recipe}", "{other}"), "sources.finetuned: is .*safety.*, in recipe it is .*task"),
+    ],
+)
+def test_recipes_that_cannot_be_compared_are_named(recipe, tmp_path, capsys, arguments, message):
+    other = recipe.parent / "elsewhere.yaml"
+    other.write_text(recipe.read_text().replace("finetuned: {adapter: ./task}", "finetuned: {adapter: ./safety}"))
+    given = [one.format(recipe=recipe, other=other) for one in arguments]
+    run("sweep", *given, "--output", tmp_path / "s", code=2)
+    assert re.search(message, " ".join(capsys.readouterr().err.replace("│", " ").split()))
 
 
 def test_what_cannot_be_swept_is_said(recipe, tmp_path, capsys):

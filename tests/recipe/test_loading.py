@@ -286,8 +286,8 @@ def test_words_for_values_of_several_kinds():
         ("{method: mask}", "merge.mask: missing; expected a mapping with `path` for method mask"),
         ("{method: 5}", "merge.method: found 5; expected text; put it in quotes"),
         ("{densty: 1}", 'merge.densty: unknown key; did you mean "density"?'),
-        ("{linear: {}, alpha: 0.7}", "merge.linear: unknown key; expected one of method, alpha, space, density, "
-         "lambda, normalize, rescale, seed, lambda_finetuned, lambda_safety, gamma, dare, rank, mask, options"),
+        ("{linear: {}, alpha: 0.7}", "merge.linear: unknown key; expected one of method, weights, alpha, normalize, "
+         "space, density, lambda, rescale, seed, lambda_finetuned, lambda_safety, gamma, dare, rank, mask, options"),
         ("3", "merge: found 3; expected a mapping"),
     ],
 )  # fmt: skip

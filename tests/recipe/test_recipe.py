@@ -169,6 +169,7 @@ def test_gates_within_bounds_are_taken(gate):
 @pytest.mark.parametrize("method", builtins.METHODS)
 def test_a_method_takes_what_it_uses_and_nothing_else(method):
     examples = {
+        "weights": {"finetuned": 0.5},
         "alpha": 0.5,
         "density": 0.3,
         "lambda": 2,
@@ -185,10 +186,16 @@ def test_a_method_takes_what_it_uses_and_nothing_else(method):
         "normalize": "spectral" if method == "project" else False,
     }
     assert set(examples) == set(any_change().key_names()) - {"method"}
-    used = {key: examples[key] for key in method_parameters(method)}
+    known = method_parameters(method)
+    short = [key for key in known if key not in ("weights", "fill")]
+    used = {key: examples[key] for key in short}
     made = Merge.model_validate({"method": method, **used})
-    assert list(made.parameters()) == list(method_parameters(method))
-    for key in examples.keys() - used.keys():
+    assert list(made.parameters()) == short
+    if "weights" in known:
+        long = [key for key in known if key not in ("alpha", "lambda_finetuned", "lambda_safety")]
+        made = Merge.model_validate({"method": method, **{key: examples[key] for key in long}})
+        assert list(made.parameters()) == long
+    for key in examples.keys() - set(known):
         found = problems(Merge.model_validate, {"method": method, **used, key: examples[key]})
         assert found[key].startswith(f"{key} is not used by method {method}; it uses")
 
@@ -198,7 +205,7 @@ def test_merge_messages():
         "alpha": "alpha is not used by method drop; it uses no other key"
     }
     assert problems(Merge.model_validate, {"density": 0.5}) == {
-        "density": "density is not used by method linear; it uses: alpha, space"
+        "density": "density is not used by method linear; it uses: weights, alpha, normalize, space"
     }
     assert "normalize" in problems(Merge.model_validate, {"method": "ties", "normalize": "spectral"})
     assert "normalize" in problems(Merge.model_validate, {"method": "project", "normalize": True})
@@ -326,4 +333,6 @@ def test_other_parts():
 
 
 def test_keys_of_unknown_methods_are_those_of_plugins():
-    assert method_parameters("mergekit:slerp") == method_parameters("soup") == ("alpha", "seed", "space", "options")
+    assert method_parameters("mergekit:slerp") == method_parameters("soup") == (
+        "weights", "alpha", "seed", "space", "options",
+    )  # fmt: skip

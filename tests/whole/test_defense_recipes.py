@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights.draw import Draw
-from tests.fixtures.plain_family import GATED, Family, make_family, prepare_recipe, run_recipe
+from tests.fixtures.plain_family import (
+    GATED,
+    Family,
+    make_family,
+    prepare_recipe,
+    random_model,
+    run_recipe,
+    write_model,
+)
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes" / "defenses").glob("*.yaml"))}
@@ -29,8 +37,11 @@ PLACES = {
     "./safety": "safety",
     "./domain": "finetuned",
     "./sft": "base",
+    "./harmful": "harmful",
 }
 """What stands for each source of the recipes in the tiny family."""
+SCORES = ("harm-drift", "fisher", "opposed", "safe-delta", "safety-wanda", "safety-snip", "utility-snip")
+"""Score files of the recipes; drawn at random but for those of weights alone, which are what they say."""
 
 
 class Parts:
@@ -40,6 +51,8 @@ class Parts:
         self.name, self.family = name, family
         self.base, self.aligned = family.base[name].double(), family.aligned[name].double()
         self.finetuned, self.safety = family.finetuned[name].double(), family.safety[name].double()
+        self.harmful = load_file(family.root / "harmful" / "model.safetensors")[name].double()
+        self.scores = {file: load_file(family.root / f"{file}.safetensors")[name] for file in SCORES}
         self.v, self.mask = self.aligned - self.base, masks[name].double()
         self.lora_f, self.lora_s = family.lora("finetuned", name), family.lora("safety", name)
         self.factors = [
@@ -57,6 +70,19 @@ class Parts:
         """cos(CΔf, Δf) of the adapter."""
         image = self.c @ self.lora_f
         return float((image * self.lora_f).sum() / image.norm() / self.lora_f.norm())
+
+    def entropy_rank(self, part: float) -> int:
+        """The fewest directions of V that hold this part of the entropy of its squared singular values."""
+        shares = torch.linalg.svdvals(self.v) ** 2 / self.v.norm() ** 2
+        held = (-(shares * shares.log()).nan_to_num()).cumsum(0)
+        return 1 + int((held < part * held[-1] - 1e-12).sum())
+
+    def top(self, file: str, part: float, rows: bool = False) -> torch.Tensor:
+        """The highest scores of a file, of the tensor or of each row, by sorting."""
+        scores = self.scores[file] if rows else self.scores[file].reshape(1, -1)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : int(part * scores.shape[1] + 1e-9)]
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+        return chosen.view(self.v.shape)
 
     def leading(self, k: int) -> torch.Tensor:
         """The projection on the k leading left directions of V."""
@@ -127,12 +153,21 @@ FORMULAS: dict[str, Callable[[Parts], torch.Tensor]] = {
     "model_soup": lambda p: (p.finetuned + p.safety) / 2,
     "expo": lambda p: p.aligned + 0.3 * (p.aligned - p.base),
     "lox": lambda p: p.aligned + 1.25 * p.leading(6) @ p.v,
-    "lssf": lambda p: p.aligned + p.lora_f + 0.5 * p.leading(16) @ p.v,
+    "lssf": lambda p: p.aligned + p.lora_f + 0.5 * p.leading(p.entropy_rank(0.9)) @ p.v,
     "splora": lambda p: p.aligned,
     "mergealign": lambda p: p.base + 0.5 * (p.finetuned - p.base) + 0.5 * (p.aligned - p.base),
     "led_merging": lambda p: torch.where(p.mask > 0.5, p.safety, p.finetuned),
     "antidote": lambda p: torch.where(p.mask > 0.9, 0.0, p.finetuned),
     "somf": lambda p: p.aligned + p.mask * (p.finetuned - p.aligned),
+    "safety_arithmetic": lambda p: p.finetuned - 0.5 * (p.harmful - p.aligned) * p.top("harm-drift", 0.1),
+    "irr": lambda p: torch.where(p.top("fisher", 0.2) & (p.scores["opposed"] > 0), p.aligned, p.finetuned),
+    "safe_delta": lambda p: torch.where(p.top("safe-delta", 0.1), p.aligned, p.finetuned),
+    "nlsr": lambda p: torch.where(p.top("safety-wanda", 0.2, rows=True), p.safety, p.finetuned),
+    "safety_minus_utility": lambda p: torch.where(
+        p.top("safety-snip", 0.1, rows=True) & ~p.top("utility-snip", 0.2, rows=True), p.aligned, p.finetuned
+    ),
+    "model_soup_many": lambda p: (p.finetuned + p.safety + p.harmful) / 3,
+    "harm_negation": lambda p: p.finetuned - 0.3 * (p.harmful - p.aligned),
 }  # fmt: skip
 """What a merged tensor must be."""
 
@@ -177,13 +212,22 @@ def family(tmp_path_factory) -> Family:
     scores = {name: torch.rand(made.aligned[name].shape, generator=draw) for name in GATED}
     save_file(scores, made.root / "harm-scores.safetensors")
     save_file(scores, made.root / "keep-mask.safetensors")
+    harmful = random_model(40, made.aligned)
+    write_model(made.root / "harmful", harmful)
+    for file in SCORES:
+        drawn = {name: torch.rand(made.aligned[name].shape, generator=draw) for name in GATED}
+        if file == "harm-drift":
+            drawn = {name: (harmful[name] - made.aligned[name]).abs() for name in GATED}
+        if file == "opposed":
+            for name in GATED:
+                own, other = (model[name] - made.aligned[name] for model in (made.finetuned, made.safety))
+                drawn[name] = own.abs() * (own.sign() != other.sign())
+        save_file(drawn, made.root / f"{file}.safetensors")
     save_file({name: (score > 0.5) for name, score in scores.items()}, made.root / "safety-mask.safetensors")
     return made
 
 
 def scores(family: Family) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(family.root / "harm-scores.safetensors")
 
 
@@ -196,7 +240,7 @@ def local(text: str) -> str:
 
 def test_there_are_formulas_for_all_of_them():
     assert set(FORMULAS) == set(RECIPES)
-    assert len(RECIPES) == 21
+    assert len(RECIPES) == 28
 
 
 @pytest.mark.parametrize("stem", RECIPES)
@@ -260,18 +304,23 @@ def test_it_runs_on_the_demo_family(stem, tmp_path):
         "finetuned": f"{{adapter: {DEMO}/task-arithmetic}}",
         "safety": f"{{adapter: {DEMO}/safety}}",
     }
-    roles = {role: folders[role] for role in ("base", *load_recipe(RECIPES[stem]).recipe.sources.roles())}
+    roles = {role: folders.get(role, "") for role in ("base", *load_recipe(RECIPES[stem]).recipe.sources.roles())}
     if stem in ("expo", "lox"):
         roles["finetuned"] = folders["aligned"]
     if stem == "mergealign":  # the unaligned model in the role of the aligned one
         roles = {"aligned": folders["base"], "finetuned": f"{{adapter: {DEMO}/alignment}}", "safety": folders["base"]}
+    others = {role: folders["safety"] for role in roles if role not in folders}
+    roles = {role: source for role, source in roles.items() if role in folders}
     sources = ", ".join(f"{role}: {source}" for role, source in roles.items())
+    sources += f", others: {{{', '.join(f'{role}: {source}' for role, source in others.items())}}}" if others else ""
     overrides = [f"sources={{{sources}}}"]
     loaded = parse_recipe(RECIPES[stem].read_text(), tmp_path / "recipe.yaml", overrides)
-    if loaded.recipe.merge.mask is not None:
+    for path in loaded.recipe.merge.mask_files:
         inventory = read_header(DEMO / "base" / "model.safetensors")
-        masks = {name: torch.rand(ref.shape) > 0.9 for name, ref in inventory.items() if "_proj" in name}
-        save_file(masks, tmp_path / loaded.recipe.merge.mask.path)
+        masks = {name: torch.rand(ref.shape) for name, ref in inventory.items() if "_proj" in name}
+        if "top" not in RECIPES[stem].read_text() and "threshold" not in RECIPES[stem].read_text():
+            masks = {name: scores > 0.9 for name, scores in masks.items()}
+        save_file(masks, tmp_path / path)
     prepared = prepare(resolve(loaded), Resources(2, 2_000_000_000), ignore)
     assert prepared.plan.gated
     output = tmp_path / "out"
