@@ -36,6 +36,7 @@ from safemerge_recipes.pipeline import open_sources, prepare
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.planning.prepared import Prepared
+from safemerge_recipes.sources.architecture import Loaded, disagreements, loads
 from safemerge_recipes.sources.checkpoint import open_checkpoint, read_object
 from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
@@ -83,14 +84,18 @@ def verify(
     on_event(PhaseStarted("verify", sum(stamp.size for stamp in manifest.outputs.values())))
     problems = [*_files(folder, manifest, on_event), *_inventory(folder, manifest)]
     refuse(folder, problems)
+    found = _loaded(folder) if deep else Loaded(unchecked=("whether transformers loads it as what it is: --deep",))
+    refuse(folder, list(found.problems))
     result: dict[str, Any] = {
         "checked": [
             "every file of the manifest, and the manifest itself: size and sha256",
             "headers, index, config and plan against each other",
+            *found.checked,
         ],
         "unchecked": [
             "who wrote the manifest: a stranger can make an output whose parts agree",
             *([] if deep else ["whether the sources give these bytes: --deep"]),
+            *found.unchecked,
         ],
         "files": len(manifest.outputs),
         "bytes": sum(stamp.size for stamp in manifest.outputs.values()),
@@ -111,6 +116,11 @@ def verify(
         if sample is not None:
             result["unchecked"].append("tensors outside the sample")
     return result
+
+
+def _loaded(folder: Path) -> Loaded:
+    """What transformers makes of the output; of an adapter nothing, as its base model lies elsewhere."""
+    return Loaded(unchecked=("whether it loads with its base model",)) if is_adapter(folder) else loads(folder)
 
 
 def unfinished(manifest: Manifest) -> bool:
@@ -240,6 +250,7 @@ def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     except SourceError as error:
         yield str(error)
         return
+    yield from disagreements(checkpoint)
     listed = {name for name in manifest.outputs if name.endswith(".safetensors")}
     used = {Path(file).name for file in checkpoint.files}
     if listed != used:

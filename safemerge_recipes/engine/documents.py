@@ -132,7 +132,7 @@ def rendered(folder: Path, scores: dict[str, Any] | None) -> dict[str, str]:
 
 def beside_of(prepared: Prepared) -> Mapping[str, Path]:
     """Relative name -> source of the files that lie beside the weights; of an adapter, the tokenizer alone."""
-    files = prepared.resolved.side_files
+    files = {name: path for name, path in prepared.resolved.side_files.items() if name not in prepared.stale_files}
     return only_tokenizer(files) if prepared.recipe.output.format == "adapter" else files
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.plan import Outlook, Plan
 from safemerge_recipes.planning.plugins import Registry
-from safemerge_recipes.planning.stored import side_edits
+from safemerge_recipes.planning.stored import side_edits, stale_files
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.sources.family import Family
@@ -69,6 +69,11 @@ class Prepared:
     def side_edits(self) -> Mapping[str, Mapping[str, Any]]:
         """File beside the weights -> what it must say otherwise than the source's."""
         return side_edits(self.plan.tensors, self.family)
+
+    @property
+    def stale_files(self) -> frozenset[str]:
+        """Side files of the sources that would be untrue beside these weights."""
+        return stale_files(self.plan.tensors, self.family)
 
     def plan_json(self) -> dict[str, Any]:
         """The content of safemerge_plan.json."""

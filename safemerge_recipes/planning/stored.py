@@ -7,7 +7,9 @@ alike, as no loader takes half of them quantised.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.output import Output
 from safemerge_recipes.sources.family import Family
-from safemerge_recipes.sources.model_config import REMOVED, Added
+from safemerge_recipes.sources.model_config import REMOVED, Added, dtype_edits
 from safemerge_recipes.sources.quantised import Group
 from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME
@@ -123,6 +125,13 @@ def _said(family: Family) -> Mapping[str, Any] | None:
     return next((found for config in configs if (found := _quantization(config)) is not None), None)
 
 
+def stale_files(tensors: Sequence[TensorPlan], family: Family) -> frozenset[str]:
+    """Files beside the weights that would be untrue: ModelOpt's own config, where nothing is quantised any more."""
+    forms = family.models["aligned"].forms
+    left = any(tensor.of for tensor in tensors) or any(form.operand is None for form in forms.values())
+    return frozenset() if left else frozenset((_HF_QUANT,))
+
+
 def side_edits(tensors: Sequence[TensorPlan], family: Family) -> dict[str, Mapping[str, Any]]:
     """File beside the weights -> what it must say otherwise than the source's: config.json, and ModelOpt's own.
 
@@ -132,6 +141,10 @@ def side_edits(tensors: Sequence[TensorPlan], family: Family) -> dict[str, Mappi
     forms = family.models["aligned"].forms
     if not forms:
         return {"config.json": edits}
+    numbers: Counter[str] = Counter()
+    for tensor in tensors:
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    edits |= dtype_edits(family.models[family.owner].checkpoint.config, numbers)
     lines = {tensor.weight for tensor in tensors if not tensor.of}
     plain = [name for name in forms if name in lines and family.form(name) is not None]
     left = len(plain) < len(forms)

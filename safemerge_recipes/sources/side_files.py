@@ -7,7 +7,7 @@ tokenizer_config.json) lies over it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,11 @@ def _tokenizer_of(chain: Sequence[Path]) -> dict[str, Path]:
     for files in reversed(found[: owner + 1]):
         chosen.update(files)
     return chosen
+
+
+def holds_vocabulary(names: Iterable[str]) -> bool:
+    """Whether one of some files is a tokenizer's vocabulary."""
+    return any(map(_is_vocabulary, names))
 
 
 def no_tokenizer(files: Mapping[str, Path]) -> str | None:

@@ -1,0 +1,136 @@
+"""Does a model folder load as what it is? Its config against its tensors, and its tensors against the architecture.
+
+The first asks nothing of transformers. The second builds the architecture without weights and lets transformers look
+for every tensor by name and shape; no tensor's bytes are read, nothing is fetched and no code of the folder runs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safemerge_recipes.sources.checkpoint import Checkpoint, read_object, same_bytes
+from safemerge_recipes.sources.model_config import dtype_edits, setting
+from safemerge_recipes.sources.quantised import quantised
+from safemerge_recipes.sources.side_files import holds_vocabulary
+from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+
+SHOWN = 3
+"""Names of a kind that are told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What transformers made of a folder.
+
+    Attributes:
+        problems: what keeps it from loading as it was meant.
+        checked: what was looked at, in words.
+        unchecked: what could not be, and why.
+    """
+
+    problems: tuple[str, ...] = ()
+    checked: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+
+def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
+    """What config.json says of the tensors that they do not bear out: dtype, ties, vocabulary, quantisation."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    numbers: Counter[str] = Counter()
+    for ref in tensors.values():
+        numbers[ref.dtype] += ref.numel
+    for key, value in dtype_edits(config, numbers).items():
+        yield f"config.json: {key} is {setting(config, key)!r}; most weights are {value}"
+    if "quantization_config" in config and not quantised(tensors):
+        yield "config.json: has a quantization_config; no weight is quantised"
+    embedding = embedding_of(tensors, config)
+    head = next((name for name in tensors if is_head(name) and name.endswith(".weight")), None)
+    tied = setting(config, "tie_word_embeddings") is True and head is not None and embedding is not None
+    if tied and head and embedding and not same_bytes(tensors[head], tensors[embedding]):
+        yield f"config.json: tie_word_embeddings is true; {head} and {embedding} differ"
+    rows = {ref.shape[0] for name, ref in tensors.items() if name.endswith("embed_tokens.weight") and ref.shape}
+    size = setting(config, "vocab_size")
+    if len(rows) == 1 and type(size) is int and size not in rows:
+        yield f"config.json: vocab_size is {size}; the embedding has {rows.pop()} rows"
+
+
+def loads(folder: Path) -> Loaded:
+    """Loads config and tokenizer, and compares the inventory with what transformers' architecture expects.
+
+    Takes seconds, most of them for loading transformers. Reads headers only.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError:
+        return Loaded(unchecked=("whether transformers loads it: transformers is not installed",))
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _loads(folder, transformers)
+    finally:
+        logging.set_verbosity(before)
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _loads(folder: Path, transformers: Any) -> Loaded:
+    said = read_object(folder / "config.json")
+    known = said.get("model_type") in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    named = next(iter(said.get("architectures") or ()), "")
+    owned = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
+    if not known or owned is None or said.get("auto_map"):
+        what = named or said.get("model_type") or "an architecture without a name"
+        return Loaded(unchecked=(f"its names and shapes: transformers {transformers.__version__} has no {what}",))
+    options = {"local_files_only": True, "trust_remote_code": False}
+    checked, problems, unchecked = [], [], []
+    try:
+        transformers.AutoConfig.from_pretrained(folder, **options)
+        checked.append("config: loaded by transformers, offline")
+    except Exception as error:
+        return Loaded(problems=(f"config.json: transformers cannot load it ({_reason(error)})",))
+    if holds_vocabulary(path.name for path in folder.iterdir()):
+        try:
+            transformers.AutoTokenizer.from_pretrained(folder, **options)
+            checked.append("tokenizer: loaded by transformers, offline")
+        except Exception as error:
+            problems.append(f"tokenizer: transformers cannot load it ({_reason(error)})")
+    else:
+        unchecked.append("tokenizer: there is none")
+    try:
+        _, found = owned.from_pretrained(
+            folder, output_loading_info=True, device_map="meta", ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:
+        if "quantization_config" in said or isinstance(error, ImportError):
+            unchecked.append(f"its names and shapes: transformers needs more to load it ({_reason(error)})")
+        else:
+            problems.append(f"transformers cannot load it as {named} ({_reason(error)})")
+        return Loaded(tuple(problems), tuple(checked), tuple(unchecked))
+    problems += _inventory(named, found)
+    left = sorted(map(str, found["unexpected_keys"]))
+    checked.append(
+        f"tensors: names and shapes are those of transformers' {named}"
+        + (f", which leaves out {len(left)}, first {left[0]}" if left else "")
+    )
+    return Loaded(tuple(problems), tuple(checked), tuple(unchecked))
+
+
+def _inventory(named: str, found: dict[str, Any]) -> Iterator[str]:
+    missing = sorted(map(str, found["missing_keys"]))
+    if missing:
+        left = sorted(map(str, found["unexpected_keys"]))
+        instead = f"; it has {', '.join(left[:SHOWN])} instead" if left else ""
+        yield f"transformers' {named} lacks {len(missing)} tensors, first {', '.join(missing[:SHOWN])}{instead}"
+    for name, own, wanted in sorted(found["mismatched_keys"])[:SHOWN]:
+        yield f"{name}: is {tuple(own)}; transformers' {named} expects {tuple(wanted)}"

@@ -1,0 +1,115 @@
+"""Whether a folder loads as what it is: config against tensors, tensors against transformers' architecture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safemerge_recipes.errors import CheckError
+from safemerge_recipes.events import ignore
+from safemerge_recipes.sources.architecture import disagreements, loads
+from safemerge_recipes.sources.checkpoint import open_checkpoint
+from safemerge_recipes.storage.workers import Resources
+from safemerge_recipes.verification import verify
+from tests.fixtures import peft_families
+from tests.fixtures.plain_family import make_family, run_recipe
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return peft_families.save_model("llama", tmp_path_factory.mktemp("families") / "llama")
+
+
+@pytest.fixture
+def changed(llama: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the model whose tensors or config were changed."""
+
+    def make(change: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None, **config: Any) -> Path:
+        shutil.copytree(llama, tmp_path / "model")
+        path = tmp_path / "model"
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        found = json.loads((path / "config.json").read_text()) | config
+        (path / "config.json").write_text(json.dumps(found))
+        return path
+
+    return make
+
+
+def test_a_sound_model_loads(llama: Path) -> None:
+    found = loads(llama)
+    assert found.problems == ()
+    assert any("names and shapes are those of transformers' LlamaForCausalLM" in line for line in found.checked)
+    assert found.unchecked == ("tokenizer: there is none",)
+    assert not list(disagreements(open_checkpoint(llama)))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def test_names_and_shapes_that_the_architecture_does_not_have_are_told(changed: Callable[..., Path]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up.weight"] = tensors.pop(UP)
+        tensors["model.norm.weight"] = torch.ones(17)
+
+    problems = " ".join(loads(changed(change)).problems)
+    assert f"lacks 1 tensors, first {UP}; it has model.layers.1.mlp.up.weight instead" in problems
+    assert "model.norm.weight: is (17,); transformers' LlamaForCausalLM expects (16,)" in problems
+
+
+def test_a_tokenizer_that_does_not_load_is_told(changed: Callable[..., Path]) -> None:
+    folder = changed()
+    (folder / "tokenizer.json").write_text("{}")
+    assert any(line.startswith("tokenizer: transformers cannot load it") for line in loads(folder).problems)
+
+
+@pytest.mark.parametrize(
+    "config", [{"architectures": ["NobodysModel"]}, {"model_type": "nobodys"}, {"auto_map": {"AutoConfig": "x.Y"}}]
+)
+def test_an_architecture_that_transformers_does_not_know_is_not_checked(
+    changed: Callable[..., Path], config: dict[str, Any]
+) -> None:
+    found = loads(changed(**config))
+    assert not found.problems
+    assert not found.checked
+    assert "transformers" in found.unchecked[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'; most weights are float32"),
+        ({"tie_word_embeddings": True}, "lm_head.weight and model.embed_tokens.weight differ"),
+        ({"vocab_size": 41}, "vocab_size is 41; the embedding has 40 rows"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "no weight is quantised"),
+    ],
+)
+def test_a_config_that_its_tensors_do_not_bear_out_is_told(
+    changed: Callable[..., Path], config: dict[str, Any], told: str
+) -> None:
+    assert [told in line for line in disagreements(open_checkpoint(changed(**config)))] == [True]
+
+
+def test_verify_deep_says_what_transformers_makes_of_an_output(tmp_path: Path) -> None:
+    family = make_family(tmp_path / "family")
+    text = "sources: {aligned: family/aligned, finetuned: family/finetuned}\ngate: {never: true}\n"
+    run_recipe(tmp_path, text)
+    resources = Resources(1, 1 << 30, "cpu")
+    assert any("--deep" in line for line in verify(tmp_path / "out0", resources, ignore)["unchecked"])
+    result = verify(tmp_path / "out0", resources, ignore, deep=True)
+    assert any("LlamaForCausalLM" in line for line in result["checked"])
+    config = family.root / "aligned" / "config.json"
+    finetuned = family.root / "finetuned" / "config.json"
+    for path in (config, finetuned):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 44}))
+    run_recipe(tmp_path, text)
+    with pytest.raises(CheckError, match=r"is \(40, 24\); transformers' LlamaForCausalLM expects \(44, 24\)"):
+        verify(tmp_path / "out1", resources, ignore, deep=True)
