@@ -86,13 +86,13 @@ def _weight_files(directory: Path, away: Mapping[str, Away]) -> tuple[list[str],
     raise SourceError(f"{directory}: {instead(directory, sorted(path.name for path in directory.iterdir()))}")
 
 
-def named_files(directory: Path) -> list[str]:
+def named_files(directory: Path, index: str = INDEX_FILE) -> list[str]:
     """The weight files that a folder's index names. Raises SourceError where it is not usable."""
-    return sorted(set(_weight_map(directory).values()))
+    return sorted(set(_weight_map(directory, index).values()))
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    index = directory / INDEX_FILE
+def _weight_map(directory: Path, name: str = INDEX_FILE) -> dict[str, str]:
+    index = directory / name
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise SourceError(f"{index}: has no usable weight_map; expected tensor names mapped to file names")

@@ -288,6 +288,39 @@ def test_wrappers_in_an_adapters_names_change_nothing(tmp_path, family, wrapped)
         torch.testing.assert_close(written[name].double(), wanted, rtol=0, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("fault", ["", "a shard", "a name", "another"])
+def test_an_adapter_in_shards_with_an_index(tmp_path, family, fault):
+    write_adapter(tmp_path / "adapter", family.finetuned_factors, 8)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    listed = {}
+    for number in range(3):
+        file = f"adapter_model-{number + 1:05d}-of-00003.safetensors"
+        part = {name: tensor for place, (name, tensor) in enumerate(tensors.items()) if place % 3 == number}
+        listed |= dict.fromkeys(part, file)
+        save_file(part, tmp_path / "adapter" / file)
+    if fault == "a shard":
+        (tmp_path / "adapter" / file).unlink()
+    if fault == "a name":
+        del listed[next(iter(listed))]
+    if fault == "another":
+        listed["another.lora_A.weight"] = file
+    (tmp_path / "adapter" / f"{path.name}.index.json").write_text(json.dumps({"weight_map": listed}))
+    text = f"sources: {{aligned: {family.root}/aligned, finetuned: adapter}}\ngate: {{never: true}}\n"
+    if fault:
+        with pytest.raises(SourceError, match=r"index\.json: (names|does not name)|00003.*cannot be read"):
+            prepare_recipe(tmp_path, text)
+        return
+    prepared, written = run_recipe(tmp_path, text)
+    for name in written:
+        wanted = family.aligned[name].double()
+        if name.removesuffix(".weight") in family.finetuned_factors:
+            wanted = wanted + family.lora("finetuned", name)
+        torch.testing.assert_close(written[name].double(), wanted, rtol=0, atol=1e-6, msg=name)
+    assert sum("adapter_model-0" in one.path for one in prepared.identities) == 3
+
+
 def test_two_adapters_in_one_file_are_refused_by_their_names(tmp_path, family):
     def both(tensors):
         return {

@@ -54,7 +54,7 @@ KINDS: Mapping[str, Lora] = {
     "DoRA": lambda f: {"target_modules": [*peft_families.attention(f)], "use_dora": True},
     "experts": lambda f: {
         "target_modules": peft_families.attention(f), "rank_pattern": {"gate_up_proj": 2},
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "target_parameters": [f"{_ROUTED.get(f, 'mlp')}.experts.{p}" for p in ("gate_up_proj", "down_proj")],
     },
     "PiSSA": _plain(init_lora_weights="pissa"),
     "OLoRA": _plain(init_lora_weights="olora"),
@@ -62,11 +62,20 @@ KINDS: Mapping[str, Lora] = {
 """Adapter kinds: family -> arguments of PEFT's LoraConfig."""
 
 MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+FULL = "full checkpoints"
+"""The kind without an adapter: the fine-tuned and the safety side are models of their own."""
+_ROUTED = {
+    "glm4_moe": "mlp", "llama4": "feed_forward", "qwen3_next": "mlp", "ernie4_5_moe": "mlp", "hunyuan_moe": "mlp",
+    "minimax": "mlp", "minimax_m2": "mlp", "deepseek_v3": "mlp", "phimoe": "mlp",
+}  # fmt: skip
+"""Mixtures among the wider families, and the module that holds their experts."""
 
 
 def cases() -> list[tuple[str, str]]:
-    """Every (family, kind) that PEFT can make."""
-    return [(f, k) for f in peft_families.FAMILIES for k in KINDS if k != "experts" or f in MIXTURES]
+    """Every (family, kind) that PEFT can make, and full checkpoints of the wider families."""
+    wide = ("LoRA", "all-linear, exclude_modules", "experts", FULL)
+    found = [(f, k) for f in peft_families.FAMILIES for k in KINDS if k != "experts" or f in MIXTURES]
+    return found + [(f, k) for f in peft_families.WIDER for k in wide if k != "experts" or f in _ROUTED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +106,8 @@ class Bench:
 
     def outcome(self, family: str, kind: str) -> Outcome:
         """Runs one case: kept as it is, merged with a safety adapter, and that once more as an adapter."""
+        if kind == FULL:
+            return self.full(family)
         base, safety = self.model(family), self.safety(family)
         work = self.folder / f"{family} {kind}".replace(" ", "-").replace(":", "").replace(",", "")
         adapter = peft_families.save_adapter(base, work / "adapter", **KINDS[kind](family))
@@ -122,6 +133,31 @@ class Bench:
             return _error(peft_families.tensors(work / "merged"), _oracle(base, work / "out", work / "again"))
 
         return Outcome(_tried(kept, self.folder), _tried(merged, self.folder), _tried(as_adapter, self.folder))
+
+    def full(self, family: str) -> Outcome:
+        """The same of full checkpoints, against a formula in float64."""
+        work = self.folder / f"{family}-full"
+        models = {
+            name: peft_families.save_model(family, work / name, seed) for seed, name in enumerate(("tuned", "safe"), 5)
+        }
+        sources = {"aligned": str(self.model(family)), "finetuned": str(models["tuned"]), "safety": str(models["safe"])}
+        tuned, safe = (peft_families.tensors(folder) for folder in models.values())
+
+        def kept() -> float:
+            peft_families.run({"sources": sources, "gate": {"never": True}}, work / "kept")
+            return _error(peft_families.tensors(work / "kept"), tuned)
+
+        def merged() -> float:
+            recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": "linear", "alpha": 0.75}}
+            plan = peft_families.run(recipe, work / "merged")
+            wanted = dict(tuned)
+            for line in plan["tensors"]:
+                if line["action"] == "merge":
+                    name = line["name"]
+                    wanted[name] = 0.75 * tuned[name].double() + 0.25 * safe[name].double()
+            return _error(peft_families.tensors(work / "merged"), wanted)
+
+        return Outcome(_tried(kept, self.folder), _tried(merged, self.folder), "–")
 
 
 def _oracle(base: Path, adapter: Path, folder: Path) -> dict[str, Any]:
@@ -150,6 +186,8 @@ def _tried(run: Callable[[], float], folder: Path) -> float | str:
 def _shown(value: float | str, notes: dict[str, int]) -> str:
     if isinstance(value, float):
         return f"{value:.0e}"
+    if value == "–":
+        return value
     text = re.sub(r"^\S*/(adapter_config\.json|adapter_model\.safetensors|adapter): ", "", value)
     text = re.sub(r"\S*\.(h|layers)\.0\.[\w.]+", "<tensor>", text)
     return f"refused [{notes.setdefault(text, len(notes) + 1)}]"
@@ -208,6 +246,9 @@ Made by `make fidelity`: tiny random models of real families and adapters on the
 PEFT, are merged here and by PEFT's `merge_and_unload` in float32. A cell shows the largest difference of any
 element of any tensor, or the refusal. *Kept*: everything is the fine-tuned side's. *Merged*: every gated tensor
 is 0.75 fine-tuned + 0.25 safety. *Adapter*: the same with `output.format: adapter`, loaded and merged by PEFT.
+
+*full checkpoints*: fine-tuned and safety side are models of their own, saved by transformers, against a formula in
+float64; the families from Gemma 3n on are tried with fewer kinds of adapters.
 
 (t) The head or the embedding of a tied model was trained alone. PEFT merges that into both; here the output has
 both, untied, as the model was trained, and the two are compared by what the models compute.

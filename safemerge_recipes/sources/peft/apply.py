@@ -45,7 +45,7 @@ class Adapter:
     @property
     def files(self) -> tuple[str, ...]:
         """Weights and config."""
-        return (str(self.keys.path), str(self.config.path))
+        return (*map(str, self.keys.files), str(self.config.path))
 
 
 def is_adapter(directory: Path) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.checkpoint import named_files, read_object
 from safemerge_recipes.sources.parts import unwrapped
 from safemerge_recipes.sources.peft.config import AdapterConfig
 from safemerge_recipes.sources.vocabulary import is_head
@@ -21,6 +22,8 @@ from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.tensor_names import block_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS_FILE}.index.json"
+"""Names the files of an adapter that was saved in pieces."""
 KEY_PREFIX = "base_model.model."
 
 _PARTS = (
@@ -65,6 +68,7 @@ class Keys:
     """
 
     path: Path
+    files: tuple[Path, ...] = ()
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     whole: dict[str, TensorRef] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
@@ -105,6 +109,18 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
         SourceError: the file is missing or unsound, or holds a key that the config does not account for.
     """
     path = inside(directory, WEIGHTS_FILE)
+    if not path.exists() and (directory / INDEX).exists():
+        files = named_files(directory, INDEX)
+        keys = Keys(inside(directory, INDEX), tuple(inside(directory, file) for file in files))
+        tensors = {name: ref for file in reversed(keys.files) for name, ref in read_header(file).items()}
+        listed = read_object(keys.path)["weight_map"]
+        wrong = next((name for name in {**listed, **tensors} if name not in tensors or name not in listed), None)
+        if wrong is not None:
+            where = "names" if wrong in listed else "does not name"
+            raise SourceError(
+                f"{keys.path}: {where} {wrong[:200]!r}, unlike the files; expected both to agree, is it complete?"
+            )
+        return _read(keys, tensors, config)
     if not path.exists():
         old = (directory / "adapter_model.bin").exists()
         raise SourceError(
@@ -117,10 +133,15 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
                 else "expected a PEFT adapter folder"
             )
         )
-    keys = Keys(path)
+    return _read(Keys(path, (path,)), read_header(path), config)
+
+
+def _read(keys: Keys, tensors: Mapping[str, TensorRef], config: AdapterConfig) -> Keys:
+    """Takes the tensors of an adapter apart."""
+    path = keys.path
     saved = config.names("modules_to_save")
     adapters: dict[str | None, str] = {}
-    for key, ref in read_header(path).items():
+    for key, ref in tensors.items():
         if key.endswith(".original_module.weight") or key.endswith(".original_module.bias"):
             continue  # the model's own, before training
         name, adapter = plain_key(key)
