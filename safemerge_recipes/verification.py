@@ -120,7 +120,11 @@ def verify(
 
 def _loaded(folder: Path) -> Loaded:
     """What transformers makes of the output; of an adapter nothing, as its base model lies elsewhere."""
-    return Loaded(unchecked=("whether it loads with its base model",)) if is_adapter(folder) else loads(folder)
+    return (
+        Loaded(unchecked=("whether it loads with its base model",))
+        if is_adapter(folder)
+        else loads(open_checkpoint(folder))
+    )
 
 
 def unfinished(manifest: Manifest) -> bool:

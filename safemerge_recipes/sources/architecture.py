@@ -1,11 +1,13 @@
 """Does a model folder load as what it is? Its config against its tensors, and its tensors against the architecture.
 
 The first asks nothing of transformers. The second builds the architecture without weights and lets transformers look
-for every tensor by name and shape; no tensor's bytes are read, nothing is fetched and no code of the folder runs.
+for every tensor by name and shape, in a likeness of the folder: its config and tokenizer, and a file with its headers
+and nothing behind them. So transformers opens no file of a stranger, nothing is fetched, and no code runs.
 """
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -16,8 +18,10 @@ from typing import Any
 from safemerge_recipes.sources.checkpoint import Checkpoint, read_object, same_bytes
 from safemerge_recipes.sources.model_config import dtype_edits, setting
 from safemerge_recipes.sources.quantised import quantised
-from safemerge_recipes.sources.side_files import holds_vocabulary
+from safemerge_recipes.sources.side_files import CONFIG_FILES, copy_side_files, holds_vocabulary, tokenizer_files
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.storage.files import written
+from safemerge_recipes.storage.layout import SINGLE_FILE, lay_out
 
 SHOWN = 3
 """Names of a kind that are told."""
@@ -59,24 +63,39 @@ def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"config.json: vocab_size is {size}; the embedding has {rows.pop()} rows"
 
 
-def loads(folder: Path) -> Loaded:
+def loads(checkpoint: Checkpoint) -> Loaded:
     """Loads config and tokenizer, and compares the inventory with what transformers' architecture expects.
 
-    Takes seconds, most of them for loading transformers. Reads headers only.
+    Takes seconds, most of them for loading transformers. Reads no weight.
     """
     try:
         import transformers
         from transformers.utils import logging
     except ImportError:
         return Loaded(unchecked=("whether transformers loads it: transformers is not installed",))
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="safemerge-") as place:
             warnings.simplefilter("ignore")
-            return _loads(folder, transformers)
+            _likeness(checkpoint, Path(place))
+            return _loads(Path(place), transformers)
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _likeness(checkpoint: Checkpoint, place: Path) -> None:
+    """A folder with the same config, tokenizer and headers, and holes for weights."""
+    own = {name: checkpoint.directory / name for name in CONFIG_FILES if (checkpoint.directory / name).is_file()}
+    copy_side_files({**own, **tokenizer_files(checkpoint.directory)}, place)
+    tensors = {name: (ref.dtype, ref.shape, SINGLE_FILE) for name, ref in checkpoint.tensors.items()}
+    layout = lay_out(tensors, sum(ref.nbytes for ref in checkpoint.tensors.values()) + 1)
+    with written(place / SINGLE_FILE, durable=False) as file:
+        file.write(layout.headers[0])
+        file.truncate(layout.sizes[0])
 
 
 def _reason(error: Exception) -> str:
@@ -104,7 +123,7 @@ def _loads(folder: Path, transformers: Any) -> Loaded:
             transformers.AutoTokenizer.from_pretrained(folder, **options)
             checked.append("tokenizer: loaded by transformers, offline")
         except Exception as error:
-            problems.append(f"tokenizer: transformers cannot load it ({_reason(error)})")
+            unchecked.append(f"tokenizer: transformers cannot load it ({_reason(error)})")
     else:
         unchecked.append("tokenizer: there is none")
     try:

@@ -45,7 +45,7 @@ def changed(llama: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_sound_model_loads(llama: Path) -> None:
-    found = loads(llama)
+    found = loads(open_checkpoint(llama))
     assert found.problems == ()
     assert any("names and shapes are those of transformers' LlamaForCausalLM" in line for line in found.checked)
     assert found.unchecked == ("tokenizer: there is none",)
@@ -60,7 +60,7 @@ def test_names_and_shapes_that_the_architecture_does_not_have_are_told(changed: 
         tensors["model.layers.1.mlp.up.weight"] = tensors.pop(UP)
         tensors["model.norm.weight"] = torch.ones(17)
 
-    problems = " ".join(loads(changed(change)).problems)
+    problems = " ".join(loads(open_checkpoint(changed(change))).problems)
     assert f"lacks 1 tensors, first {UP}; it has model.layers.1.mlp.up.weight instead" in problems
     assert "model.norm.weight: is (17,); transformers' LlamaForCausalLM expects (16,)" in problems
 
@@ -68,7 +68,9 @@ def test_names_and_shapes_that_the_architecture_does_not_have_are_told(changed: 
 def test_a_tokenizer_that_does_not_load_is_told(changed: Callable[..., Path]) -> None:
     folder = changed()
     (folder / "tokenizer.json").write_text("{}")
-    assert any(line.startswith("tokenizer: transformers cannot load it") for line in loads(folder).problems)
+    assert any(
+        line.startswith("tokenizer: transformers cannot load it") for line in loads(open_checkpoint(folder)).unchecked
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_tokenizer_that_does_not_load_is_told(changed: Callable[..., Path]) ->
 def test_an_architecture_that_transformers_does_not_know_is_not_checked(
     changed: Callable[..., Path], config: dict[str, Any]
 ) -> None:
-    found = loads(changed(**config))
+    found = loads(open_checkpoint(changed(**config)))
     assert not found.problems
     assert not found.checked
     assert "transformers" in found.unchecked[0]

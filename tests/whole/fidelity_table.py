@@ -189,7 +189,7 @@ def _shown(value: float | str, notes: dict[str, int]) -> str:
     if value == "–":
         return value
     text = re.sub(r"^\S*/(adapter_config\.json|adapter_model\.safetensors|adapter): ", "", value)
-    text = re.sub(r"\S*\.(h|layers)\.0\.[\w.]+", "<tensor>", text)
+    text = re.sub(r"\S*\.(h|layers)\.\d+\.[\w.]+", "<tensor>", text)
     return f"refused [{notes.setdefault(text, len(notes) + 1)}]"
 
 
@@ -204,7 +204,8 @@ looked for under the same name. Where there is none, what training wrappers add 
 `base_model.model.` in front of them), and then the one tensor is taken that has the same block number, the same end of
 its path and the most of the rest in common, *within the same part of the model* (text, vision, audio, draft head,
 projector, encoder, decoder, told by the path). A full checkpoint is renamed only if that is one to one, leaves nothing
-over and fits in shape; an adapter's name that fits two places is refused with both. Renamings are noted in the plan.
+over and fits in shape; an adapter's name that fits two places is refused with both. The router of a mixture may be
+called `router` or `gate`, where it stands beside experts. Renamings are noted in the plan.
 
 **Experts** fused in one tensor or lying one by one are the same weights: a source is brought into the aligned model's
 form, and adapters of either form fit either.

@@ -34,6 +34,10 @@ def different_starts(one: str, other: str) -> tuple[str, str]:
     return ".".join(one.split(".")[:-count]), ".".join(other.split(".")[:-count])
 
 
+_ROUTERS = {"router": "gate", "gate": "router"}
+"""What models call the layer that chooses experts: in memory one way, on disk it may be the other (PhiMoE)."""
+
+
 class DiskNames:
     """Finds tensors of one inventory by their names in memory."""
 
@@ -48,8 +52,20 @@ class DiskNames:
         """The tensor's name on disk: the same, or the only one that is most like it; None without one."""
         if name in self._names:
             return name
-        found = self.candidates(name)
+        found = self.candidates(name) or self._router(name)
         return found[0] if len(found) == 1 else None
+
+    def _router(self, name: str) -> tuple[str, ...]:
+        """The other name of a mixture's router, `router` or `gate`, where it stands beside experts."""
+        parts = name.split(".")
+        if len(parts) < 3 or parts[-2] not in _ROUTERS:
+            return ()
+        other = ".".join((*parts[:-2], _ROUTERS[parts[-2]], parts[-1]))
+        found = (other,) if other in self._names else self.candidates(other)
+        return tuple(one for one in found if self._has_experts(one.rsplit(".", 2)[0]))
+
+    def _has_experts(self, parent: str) -> bool:
+        return f"{parent}.experts" in self._groups or any(one.startswith(f"{parent}.experts.") for one in self._names)
 
     def candidates(self, name: str) -> tuple[str, ...]:
         """The tensors on disk that are as much like a name in memory as each other: more than one is ambiguous."""
