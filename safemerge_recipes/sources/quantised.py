@@ -166,6 +166,11 @@ def _check_alone(tensors: Mapping[str, TensorRef], grouped: set[str], config: Ma
                 f"{name.removesuffix('.weight')}.weight_scale_inv), so nobody knows what it is worth; expected both, "
                 "is a shard missing?"
             )
+        codes = name.removesuffix("_scale_inv")
+        if codes != name and codes not in tensors:
+            raise SourceError(
+                f"{ref.path}: {name} is the scale of {codes}, which is not there; expected both, is a shard missing?"
+            )
         orphan = (
             name.endswith("_blocks") and ref.dtype == "U8" and f"{name.removesuffix('blocks')}scales" not in tensors
         )

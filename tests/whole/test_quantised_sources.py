@@ -324,6 +324,14 @@ def test_codes_without_their_scale_are_refused(tmp_path: Path, family: Family) -
         )
 
 
+def test_scales_without_their_codes_are_refused(tmp_path: Path, family: Family) -> None:
+    tensors = quantised(family.aligned)
+    del tensors[UP]
+    save(tmp_path / "aligned", tensors)
+    with pytest.raises(SourceError, match=rf"is the scale of {UP}, which is not there"):
+        prepare_recipe(tmp_path, "sources: {aligned: aligned, finetuned: aligned}\ngate: {never: true}\n")
+
+
 CLOSED = {
     "GPTQ": {"qweight": torch.ones(3, 40, dtype=torch.int32), "qzeros": torch.ones(1, 5, dtype=torch.int32),
              "scales": torch.ones(1, 40), "g_idx": torch.ones(24, dtype=torch.int32)},
