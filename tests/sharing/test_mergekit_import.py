@@ -80,6 +80,23 @@ EXAMPLES = {
         parameters: {normalize: true, int8_mask: true}
         dtype: float32
     """,
+    "linear": """
+        models:
+          - {model: aligned, parameters: {weight: 1.0}}
+          - {model: finetuned, parameters: {weight: 0.3}}
+          - {model: safety, parameters: {weight: 0.5}}
+        merge_method: linear
+        dtype: float32
+    """,
+    "ties, of three by gradients": """
+        models:
+          - {model: finetuned, parameters: {density: [0.8, 0.3, 0.1], weight: [1.0, 0.8, 0.5]}}
+          - {model: safety, parameters: {density: [0.1, 0.4, 0.1], weight: [0.2, 0.8, 0.1]}}
+          - {model: base, parameters: {density: [0.1, 0.2, 0.6], weight: [0.5, 0.8, 1.0]}}
+        merge_method: ties
+        base_model: aligned
+        dtype: float32
+    """,
     "arcee_fusion": """
         models: [{model: aligned}, {model: finetuned}]
         merge_method: arcee_fusion
@@ -140,6 +157,28 @@ FORMS = {
         merge_method: dare_ties
         base_model: aligned
         parameters: {density: 1.0}
+    """,
+    "ties of three": """
+        models: [{model: finetuned}, {model: safety}, {model: base, parameters: {weight: 0.2}}]
+        merge_method: ties
+        base_model: aligned
+        parameters: {density: 0.4, weight: 0.7, normalize: false, lambda: 0.9}
+    """,
+    "task_arithmetic of three": """
+        models: [{model: finetuned}, {model: safety}, {model: base, parameters: {weight: -0.2}}]
+        merge_method: task_arithmetic
+        base_model: aligned
+        parameters: {weight: [0.7, 0.2]}
+    """,
+    "linear of three, not divided": """
+        models: [{model: finetuned}, {model: safety}, {model: base}]
+        merge_method: linear
+        parameters: {weight: 0.5, normalize: false}
+    """,
+    "model_stock": """
+        models: [{model: finetuned}, {model: safety}, {model: base}]
+        merge_method: model_stock
+        base_model: aligned
     """,
     "passthrough": "{slices: [{sources: [{model: finetuned, layer_range: [0, 5]}]}], merge_method: passthrough}",
     "passthrough, scaled": """

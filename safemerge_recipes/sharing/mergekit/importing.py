@@ -1,8 +1,9 @@
 """`safemerge import`: a mergekit file becomes a recipe with the same tensors.
 
-Roles: a base that deltas are taken from is `aligned`, the first other model `finetuned`, the second `safety`; without
-a base, the first model is both `aligned` and `finetuned`. The gate takes every tensor, vectors too. Settings that
-differ between tensors become rules; for those the names of the tensors are read from the models' headers.
+Roles: a base that deltas are taken from is `aligned`, the first other model `finetuned`, the second `safety`, further
+ones stand under `others`; without a base, the first model is both `aligned` and `finetuned`. The gate takes every
+tensor, vectors too. Settings that differ between tensors become rules; for those the names of the tensors are read from
+the models' headers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from safemerge_recipes.errors import RecipeError, SafemergeError
 from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.yaml_text import Keys, write_yaml
-from safemerge_recipes.sharing.mergekit.methods import NATIVE, ROLES, Native, called
+from safemerge_recipes.sharing.mergekit.methods import MAX_INPUTS, NATIVE, Native, called, role_of
 from safemerge_recipes.sharing.mergekit.reading import Input, MergeFile, Segment, read_file
 from safemerge_recipes.sharing.mergekit.settings import filters, grouped, is_plain, patterns, place_of, values_of
 from safemerge_recipes.sharing.templates import EDITOR_LINE, shown_place
@@ -39,18 +40,20 @@ def import_mergekit(path: Path, folder: Path, like: Path | None = None) -> str:
     file.check()
     native = NATIVE.get(file.method)
     try:
-        method = native or called(file.method)
+        method = native or called(file.method)  # with as many inputs as there are, below
     except RecipeError as error:
         raise RecipeError(f"{file.label}:{file.line(('merge_method',))} {error}") from None
     inputs = _order(file, method)
     file.check()
+    if native is None:
+        method = called(file.method, len(inputs) - 1)
     merge, rules = _merges(file, method, inputs, like)
     file.check()
-    sources = {
-        role: _source(file, one, inputs["aligned"], folder)
-        for role, one in inputs.items()
-        if role != "safety" or any(_reads_safety(one) for one in (merge, *(rule["merge"] for rule in rules)))
-    }
+    sources: dict[str, Any] = {}
+    for role, one in inputs.items():
+        if role != "safety" or any(_reads_safety(one) for one in (merge, *(rule["merge"] for rule in rules))):
+            holder = sources if role in ("aligned", "finetuned", "safety") else sources.setdefault("others", {})
+            holder[role] = _source(file, one, inputs["aligned"], folder)
     file.check()
     recipe: dict[str, Any] = {
         "name": path.stem, "sources": sources, "gate": {"names": "*", "scope": "*"}, "merge": merge,
@@ -94,15 +97,17 @@ def _order(file: MergeFile, method: Native) -> dict[str, Input]:
         if method.kind == "pair":
             others = [file.base, *others]
     least = 2 if method.kind == "pair" else 1
-    for one in others[len(ROLES) :]:
-        message = f"a further model; expected at most {len(ROLES)}" + (" beside base_model" if file.base else "")
+    most = 2 if method.kind == "pair" else MAX_INPUTS
+    for one in others[most:]:
+        message = f"a further model; expected at most {most} for {file.method}"
         file.problems.append((one.keys[:-1] or one.keys, message))
     if file.method == "passthrough" and len(others) > 1:
         file.problems.append((others[1].keys[:-1], "a second model; expected one for passthrough"))
     if len(others) < least:
         file.problems.append((file.segments[0].keys, f"found {len(others)} models; expected {least} for {file.method}"))
         return {}
-    return {"aligned": first, "finetuned": others[0], "safety": others[1] if len(others) > 1 else first}
+    named = {role_of(place): one for place, one in enumerate(others)}
+    return {"aligned": first, "finetuned": others[0], "safety": first} | named
 
 
 def _merges(
@@ -139,13 +144,13 @@ def _merge(
     file: MergeFile, method: Native, inputs: Mapping[str, Input], segment: Segment, name: str, at: float
 ) -> Merge:
     """The `merge` of one tensor."""
-    wanted = [one.model for role, one in inputs.items() if role in ROLES]
+    wanted = [one.model for role, one in inputs.items() if role != "aligned"]
     given = {one.model: one for one in segment.inputs}
     owners = [given.get(model, inputs["finetuned"]) for model in wanted]
     single = len(given) == 1 or (method.kind == "based" and len(set(given) - {inputs["aligned"].model}) == 1)
     if file.method == "passthrough" or (single and method.kind != "pair"):
         owners = owners[:1]
-    for form in (method, called(file.method)) if file.method in NATIVE else (method,):
+    for form in (method, called(file.method, len(owners))) if file.method in NATIVE else (method,):
         try:
             merge = form.merge(values_of(file, form.parameters, owners, name, segment, at))
         except LookupError as missing:

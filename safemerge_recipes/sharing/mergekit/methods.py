@@ -1,7 +1,7 @@
 """mergekit's methods in a recipe's words: a function each, from the values of its parameters to a `merge`.
 
 Where a method of ours gives the same tensors it is taken; else `mergekit:<method>`, which calls mergekit itself. To add
-one: a `Native` in `NATIVE`. Numbers of inputs beyond two come in with the recipe's roles, `ROLES`.
+one: a `Native` in `NATIVE`. Two inputs get the short form, `alpha`; more of them `weights` by role and name.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from typing import Any, Literal
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.sharing.mergekit.settings import MISSING, Parameter
 
-ROLES = ("finetuned", "safety")
-"""The roles that mergekit's inputs other than its base get, in order: no more than these can be merged."""
+MAX_INPUTS = 100
+"""Models that are merged at most, as many as `sources.others` holds."""
+
+
+def role_of(place: int) -> str:
+    """The role, or the name among `sources.others`, of mergekit's inputs other than its base, in order."""
+    return ("finetuned", "safety")[place] if place < 2 else f"model{place + 1}"
+
 
 Kind = Literal["based", "pair", "free"]
 """`based`: deltas from a base model, which is `aligned`; `pair`: the base and one other, on whole weights; `free`:
@@ -39,6 +45,9 @@ def _linear(values: Values) -> Merge | None:
         if not total:
             return None
         weights = [weight / total for weight in weights]
+    if len(weights) > 2:
+        whole = {} if abs(sum(weights) - 1) < 1e-12 else {"space": "weights"}
+        return {"method": "linear", **_weights(weights), **whole}
     if abs(sum(weights) - 1) < 1e-12 and min(weights) >= 0:
         return {"method": "linear", "alpha": tidy(weights[0])}
     return {
@@ -56,6 +65,8 @@ def _slerp(values: Values) -> Merge | None:
 def _task_arithmetic(values: Values) -> Merge | None:
     weights = _pair(values["weight"])
     scale = values["lambda"] / (sum(weights) or 1) if values["normalize"] else values["lambda"]
+    if len(weights) > 2:
+        return {"method": "task_arithmetic", **_weights([scale * weight for weight in weights])}
     return {
         "method": "task_arithmetic", "lambda_finetuned": tidy(scale * weights[0]),
         "lambda_safety": tidy(scale * weights[1]),
@@ -70,6 +81,11 @@ def _elected(method: str, values: Values) -> Merge | None:
         return None
     if not total or not density:
         return {"method": "drop"}
+    if len(weights) > 2:
+        return {
+            "method": method, **_weights(weights), "density": tidy(density), "lambda": tidy(values["lambda"]),
+            "normalize": bool(values["normalize"]),
+        }  # fmt: skip
     factor = values["lambda"] * (1 if values["normalize"] else total)
     return {
         "method": method, "alpha": tidy(weights[0] / total), "density": tidy(density), "lambda": tidy(factor),
@@ -94,8 +110,12 @@ def _dare_linear(values: Values) -> Merge | None:
     scale = values["lambda"] * (1 if values["normalize"] else total)
     if density == 1:
         return _task_arithmetic(values)
-    if not density or not values["rescale"] or not total or abs(scale - 1) > 1e-12 or min(weights) < 0:
+    if not density or not values["rescale"] or not total:
         return None
+    if len(weights) > 2 or abs(scale - 1) > 1e-12 or min(weights) < 0:
+        factor = values["lambda"] / (total if values["normalize"] else 1)
+        shares = _weights([factor * weight for weight in weights])
+        return {"method": "dare_linear", **shares, "density": tidy(density), "rescale": "l1"}
     return {"method": "dare_linear", "alpha": tidy(weights[0] / total), "density": tidy(density), "rescale": "l1"}
 
 
@@ -108,6 +128,11 @@ def _passthrough(values: Values) -> Merge | None:
 
 def _pair(values: Sequence[float]) -> list[float]:
     return [*map(float, values), *[0.0] * (2 - len(values))]
+
+
+def _weights(weights: Sequence[float]) -> Merge:
+    """`weights` of those inputs that have one."""
+    return {"weights": {role_of(place): tidy(weight) for place, weight in enumerate(weights) if weight}}
 
 
 def _density(values: Values) -> float | None:
@@ -141,8 +166,8 @@ NATIVE: Mapping[str, Native] = {
 """mergekit's methods that are also ours."""
 
 
-def called(method: str) -> Native:
-    """A method as mergekit itself computes it, by what its registry says of it.
+def called(method: str, inputs: int = 2) -> Native:
+    """A method as mergekit itself computes it for so many inputs beside a base, by what its registry says of it.
 
     Raises:
         RecipeError: mergekit is not installed, or has no such method.
@@ -172,7 +197,10 @@ def called(method: str) -> Native:
                 options |= {p.name: given} if given != p.default else {}
             elif set(given) != {p.default}:
                 beside = {"safety": 0.0 if p.name == "weight" else given[0]} if kind == "based" else {}
-                options[p.name] = beside | dict(zip(ROLES, given, strict=False))
-        return {"method": f"mergekit:{method}", **({"options": options} if options else {})}
+                options[p.name] = beside | {role_of(place): one for place, one in enumerate(given)}
+        merge: Merge = {"method": f"mergekit:{method}"}
+        if inputs > 2:  # which models are read; what they weigh stands in the options
+            merge["weights"] = {role_of(place): 1.0 for place in range(inputs)}
+        return {**merge, **({"options": options} if options else {})}
 
     return Native(kind, parameters, merge)
