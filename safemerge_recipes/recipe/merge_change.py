@@ -11,6 +11,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationInfo, create_mo
 from safemerge_recipes.recipe.fields import Strict
 from safemerge_recipes.recipe.merge import NULLABLE, Merge, MethodName, form_of, forms, method_parameters
 from safemerge_recipes.recipe.merge_forms import displaced
+from safemerge_recipes.recipe.merge_keys import COMMON
 
 
 class MergeChange(Strict):
@@ -20,13 +21,22 @@ class MergeChange(Strict):
     @classmethod
     def _read(cls, value: Any, handler: ModelWrapValidatorHandler[MergeChange], info: ValidationInfo) -> MergeChange:
         if cls is MergeChange and isinstance(value, dict):
-            return any_change().model_validate(value, context=info.context)
+            form = common_change()
+            form = form if set(value) <= set(form.key_names()) else any_change()
+            return form.model_validate(value, context=info.context)
         return handler(value)
 
 
 @cache
+def common_change() -> type[MergeChange]:
+    """`MergeChange` with the keys that are the same to all methods, so that most rules import none of them."""
+    fields: dict[str, Any] = {"method": (MethodName, "linear")} | {name: (kind, None) for name, kind in COMMON.items()}
+    return create_model("MergeChange", __base__=MergeChange, **fields)
+
+
+@cache
 def any_change() -> type[MergeChange]:
-    """`MergeChange` with the keys of all methods; made when a rule changes a merge, as it imports every method."""
+    """`MergeChange` with the keys of all methods; made when a rule needs it, as it imports them."""
     found = list(forms().values())
     names = dict.fromkeys(name for form in found for name in form.model_fields if name != "method")
     about = "The merge method: one of those below, `mergekit:<name>`, or a plugin's."

@@ -113,3 +113,9 @@ Space = Annotated[
     AnySpace, AfterValidator(_no_factors), WithJsonSchema({"enum": ["delta", "weights"], "type": "string"})
 ]
 """For those that do not."""
+
+COMMON = {
+    "alpha": Alpha, "density": Density, "lambda_": Lambda, "rescale": Rescale, "seed": DrawSeed, "gamma": Gamma,
+    "space": AnySpace,
+}  # fmt: skip
+"""The keys that are the same to every method that uses them, at their most general."""

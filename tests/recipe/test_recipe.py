@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from safemerge_recipes.recipe import builtins
-from safemerge_recipes.recipe.merge_change import any_change
+from safemerge_recipes.recipe.merge_change import any_change, common_change
 from safemerge_recipes.recipe.model import (
     Gate,
     Merge,
@@ -269,6 +269,23 @@ def test_a_rule_is_checked_as_resolved():
     assert "changes nothing" in problems(recipe, rules=[{"tensors": "a"}])["rules.0"]
     both = {"tensors": "a", "keep": "safety", "gate": {"tau": 0.1}}
     assert "found keep and gate" in problems(recipe, rules=[both])["rules.0"]
+
+
+def test_the_common_keys_are_what_every_method_makes_of_them():
+    few, all_ = common_change(), any_change()
+    assert set(few.key_names()) < set(all_.key_names())
+    samples = (None, True, 0, 1, -1, 0.5, 3.0, 1e9, "density", "l1", "factors", "delta", "x", [], {})
+    for key in few.key_names():
+        for value in samples:
+            if key == "method":
+                continue
+            told = []
+            for form in (few, all_):
+                try:
+                    told.append(form.model_validate({key: value}).given())
+                except ValidationError as error:
+                    told.append([(one["type"], one["msg"]) for one in error.errors()])
+            assert told[0] == told[1], (key, value)
 
 
 def without(*roles):
