@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,16 +228,40 @@ def signed(parcel: Parcel, folder: Path, private_key: Path) -> Parcel:
     from safemerge_recipes.signing import sign
 
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name[:50]}.", dir=folder.absolute().parent) as place:
+        with _beside(folder, set(parcel.files)) as place:
             for name, held in parcel.files.items():
-                path = Path(place) / name
+                path = place / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if isinstance(held, bytes):
                     write_file(path, held, durable=False)
                 else:
                     os.link(held, path)
-            signature = content_of(sign(Path(place), private_key), MAX_BYTES)
+            signature = content_of(sign(place, private_key), MAX_BYTES)
     except OSError as error:
         raise PlanError(f"{folder}: cannot be signed: {error.strerror}; expected to write beside it") from None
     notes = tuple(note for note in parcel.notes if not note.startswith(SIGNATURE_FILE))
     return replace(parcel, files={**parcel.files, SIGNATURE_FILE: signature}, notes=notes)
+
+
+@contextmanager
+def _beside(folder: Path, names: set[str]) -> Iterator[Path]:
+    """A folder beside an output for links to its files; what a killed run left of it is removed.
+
+    Raises:
+        PlanError: something else lies there.
+    """
+    place = folder.absolute().with_name(f".{folder.name[:50]}.safemerge-signing")
+    if place.is_symlink() or place.exists():
+        found = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()}
+        if place.is_symlink() or not place.is_dir() or not all(_ours(name, names) for name in found):
+            raise PlanError(f"{place}: is in the way and holds what safemerge did not put there; move it away")
+        shutil.rmtree(place)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _ours(name: str, names: set[str]) -> bool:
+    return name in names or name == SIGNATURE_FILE or Path(name).suffix == ".tmp"

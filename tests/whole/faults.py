@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from pathlib import Path
 from safemerge_recipes.engine.folder import MANIFEST_FILE
 from safemerge_recipes.evaluation.experiments.results import is_results
 from tests.fixtures.chat_family import RECIPE, make_family
+from tests.fixtures.hub_server import TOKEN, environment, serve
 from tests.fixtures.program import WarmProgram, digests, run, snapshot
 
 KILL = "SIGKILL at a call"
@@ -87,6 +89,13 @@ def strike(how: str, at: int, counter: str = "", calls: tuple[str, ...] = CALLS)
     for name in calls:
         setattr(os, name, wrapped(name))
     opened, counted = builtins.open, wrapped("fspath")
+    sending = socket.socket.send
+
+    def send(self: socket.socket, *args: object) -> int:
+        counted(str(self.fileno()))  # what a server is told
+        return sending(self, *args)  # type: ignore[arg-type]
+
+    socket.socket.send = send  # type: ignore[method-assign, assignment]
 
     def opening(file: object, mode: str = "r", *args: object, **kwargs: object) -> object:
         if isinstance(file, (str, Path)) and set(mode) & set("wax+"):  # of a library: it writes in its own way
@@ -203,6 +212,8 @@ class Verb:
     """Whether it writes beside its recipe, and so gets one of its own."""
     scores: bool = False
     """Whether it runs models, which takes seconds."""
+    hub: bool = False
+    """Whether it talks to the hub: in a process that has not looked yet where that is."""
 
 
 SMALL = ("--set", "output.max_shard_size=40KB", "--no-evaluate")
@@ -234,6 +245,8 @@ def verbs(judge: str, key: Path) -> tuple[Verb, ...]:
         Verb("verify --deep", lambda at, recipe: ("verify", "--deep", at / "out"), "full"),
         Verb("report", lambda at, recipe: ("report", at / "out"), "scored"),
         Verb("sign", lambda at, recipe: ("sign", at / "out", "--private-key", key), "full"),
+        Verb("publish", lambda at, recipe: ("publish", at / "out", "--repo", f"ann/{at.name}", "--branch", "main",
+                                            "--private-key", key, "--upload"), "full", hub=True),
         Verb("judge", lambda at, recipe: ("judge", at / "out", *judged), "scored", scores=True),
         Verb("evaluate", lambda at, recipe: ("evaluate", at / "out", *SCORED), "full", scores=True),
         Verb("compare", lambda at, recipe: ("compare", recipe.parent / "base", at / "out", *SCORED), "full",
@@ -361,6 +374,9 @@ class Bench:
         (root / "family" / "rows.jsonl").write_text(_rows())
         self._judge = ThreadingHTTPServer(("127.0.0.1", 0), _Judge)
         threading.Thread(target=self._judge.serve_forever, daemon=True).start()
+        self._serving = serve()
+        self.hub = self._serving.__enter__()
+        self.plain = WarmProgram(root)
         self.warm = WarmProgram(root, *(HEAVY if scoring else LIGHT))
         known = verbs(f"http://127.0.0.1:{self._judge.server_port}/v1", _key(root / "key.pem"))
         self.verbs = tuple(verb for verb in known if scoring or not verb.scores)
@@ -378,6 +394,8 @@ class Bench:
     def close(self) -> None:
         """Ends the warm program and the judge."""
         self.warm.close()
+        self.plain.close()
+        self._serving.__exit__(None, None, None)
         self._judge.shutdown()
         self._judge.server_close()
 
@@ -404,14 +422,25 @@ class Bench:
             place = self._place(verb)
             code, _, err = self._run(verb, place, at_call("kill", 0, self.root / "calls"))
             assert code == 0, f"{verb.name}: {err}"
-            self._expected[verb.name] = code, left_in(place), int((self.root / "calls").read_text())
+            left = left_in(place) | self._on_the_hub(place)
+            self._expected[verb.name] = code, left, int((self.root / "calls").read_text())
             shutil.rmtree(place)
         return self._expected[verb.name]
 
     def _run(self, verb: Verb, place: Path, fault: Fault | None = None) -> tuple[int, str, str]:
         with _environment(SAFEMERGE_CACHE=str(place / "cache")):
-            recipe = place / "recipe.yaml" if verb.own else self.recipe
-            return self.warm(*verb.arguments(place, recipe), before=fault.before if fault else "")
+            recipe, before = place / "recipe.yaml" if verb.own else self.recipe, fault.before if fault else ""
+            if not verb.hub:
+                return self.warm(*verb.arguments(place, recipe), before=before)
+            given = environment(self.hub, place / "cache", TOKEN)
+            setting = f"import os, time; os.environ.update({given!r}); time.sleep = lambda seconds: None\n{before}"
+            return self.plain(*verb.arguments(place, recipe), before=setting)
+
+    def _on_the_hub(self, place: Path) -> dict[str, str]:
+        """Files of a trial's repository."""
+        repository = self.hub.repositories.get(f"ann/{place.name}")
+        found = repository.tree("main") if repository is not None and repository.at("main") else {}
+        return {f"hub/{name}": "" for name in found if name != ".gitattributes"}
 
     def attempt(self, verb: Verb, *faults: Fault) -> str:
         """Runs a verb under faults, one run for each, and then undisturbed; returns what was lost, or nothing."""
@@ -425,12 +454,16 @@ class Bench:
                 code, _, err = self._run(verb, place, fault)
                 row.struck += code != 0
                 problem = problem or _untold(code, err) or self._harmed(place)
+                half = self._on_the_hub(place).keys()
+                if half and half != {name for name in files if name.startswith("hub/")}:
+                    problem = problem or f"half an output on the hub: {sorted(half)}"
             if not problem:
                 code, _, err = self._run(verb, place)
                 over = code == 4 and "holds a finished output" in err  # the fault came after the end
                 if code and not over:
                     problem = f"the same command ended with {code}: {err}"
-                problem = problem or self._harmed(place) or _differing(left_in(place), files)
+                left = left_in(place) | self._on_the_hub(place)
+                problem = problem or self._harmed(place) or _differing(left, files)
             if problem:
                 row.lost.append(f"{verb.name}, {[fault.before[-60:] for fault in faults]}: {problem}")
             return problem
@@ -477,7 +510,8 @@ class Bench:
             limits = Fault("", "import signal; signal.alarm(20)")
             with _environment(SAFEMERGE_CACHE=str(place / "cache")):
                 arguments = verb.arguments(place, place / "family" / "recipe.yaml")
-                code, _, err = self.warm(*arguments, before=limits.before)
+                program = self.plain if verb.hub else self.warm
+                code, _, err = program(*arguments, before=limits.before)
             row.struck += code != 0
             problem = _untold(code, err)
             if verb.name == "verify" and target.parent.name == "out" and code != 6:

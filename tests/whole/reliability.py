@@ -29,7 +29,7 @@ from tests.whole.faults import KILL, Bench, Row, Rows, Verb, at_call, table
 
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 ERRORS = ("EIO", "ENOSPC", "EINTR")
-FIFTY = ("evaluate", "sweep", "report")
+FIFTY = ("evaluate", "sweep", "report", "publish")
 """Verbs that are killed fifty times at least: what they write is shown to others."""
 SLOW = ("train-adapter", "probe", "compare")
 """Verbs that take seconds, and are killed less often."""
@@ -176,13 +176,16 @@ def main() -> int:
     parser.add_argument("page", type=Path, nargs="?", help="page whose table is written anew")
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--results", type=Path, help="file of what is done; a campaign goes on from there")
+    parser.add_argument("--only", help="of one verb alone")
+    parser.add_argument("--with", type=Path, nargs="*", default=[], dest="others", help="further files of results")
     parser.add_argument("--minutes", type=float, help="go on for so long instead")
     parser.add_argument("--seed", type=int, default=2026)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place))
+        bench = Bench(Path(place), scoring=not asked.only)
+        bench.verbs = tuple(verb for verb in bench.verbs if asked.only in (None, verb.name))
         try:
             if asked.minutes:
                 soak(bench, asked.minutes, random.Random(time.time()))
@@ -191,6 +194,8 @@ def main() -> int:
                 rows = campaign(bench, asked.kills, asked.results or Path(place) / "results.jsonl", asked.seed)
         finally:
             bench.close()
+    for other in asked.others:
+        rows = summed(read_results(other), rows)
     print(table(rows), table(rows, 1), *losses(rows), sep="\n", flush=True)
     if asked.page:
         told = (
