@@ -452,7 +452,7 @@ class Bench:
             problem = ""
             for fault in faults:
                 code, _, err = self._run(verb, place, fault)
-                row.struck += code != 0
+                row.struck += code == -signal.SIGKILL if fault.kind == KILL else code != 0
                 problem = problem or _untold(code, err) or self._harmed(place)
                 half = self._on_the_hub(place).keys()
                 if half and half != {name for name in files if name.startswith("hub/")}:
