@@ -122,7 +122,10 @@ def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digest
 
 
 def _header(prepared: Prepared) -> dict[str, Any]:
-    return {"format": 1, "engine": ENGINE, "inputs": {one.path: one.key for one in prepared.identities}}
+    """What a journal says of the inputs: what holds on every machine, and what this one sees besides."""
+    inputs = {one.path: one.key for one in prepared.identities}
+    here = {one.path: one.here for one in prepared.identities}
+    return {"format": 1, "engine": ENGINE, "inputs": inputs, "here": here}
 
 
 def check_apart(prepared: Prepared, output: Path) -> None:

@@ -23,6 +23,7 @@ from safemerge_recipes.errors import CheckError, SourceError, WriteError
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import ENGINE, Graph, Task
 from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.identity import differs_here
 from safemerge_recipes.storage.reader import Reader
 
 
@@ -42,14 +43,22 @@ def finished(part: Path, store: Store, graph: Graph, header: Mapping[str, Any], 
     earlier, entries = read_journal(part / JOURNAL_FILE)
     if earlier is None:
         return _from_manifest(part, store, graph)
-    before, now = earlier.get("inputs"), header["inputs"]
-    for path in now:
-        if not force and isinstance(before, dict) and path in before and before[path] != now[path]:
+    for path in header["inputs"]:
+        if not force and _changed(path, earlier, header):
             raise SourceError(
                 f"{path}: changed since the run into {part} was interrupted; expected the same inputs. "
                 "Put the old file back, or say --force to write again what depends on it"
             )
     return _compared(store, graph, entries) if earlier.get("engine") == ENGINE else {}
+
+
+def _changed(path: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an input of an interrupted run is another file now, as far as both could see."""
+    before, seen = earlier.get("inputs"), earlier.get("here")
+    if isinstance(before, dict) and path in before and before[path] != now["inputs"][path]:
+        return True
+    known = seen.get(path) if isinstance(seen, dict) else None
+    return isinstance(known, str) and differs_here(known, now.get("here", {}).get(path, known))
 
 
 def reusable(folder: Path, graph: Graph) -> bool:

@@ -22,6 +22,7 @@ from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cache import recall, remember
+from safemerge_recipes.storage.machine import instruction_set
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.workers import SLACK, Resources, StoppedError, fit_workers, run_parallel
 from safemerge_recipes.weights.algebra import Weight, describe
@@ -89,7 +90,8 @@ class Measurer:
 
         roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
         files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})
-        return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{self.resources.device}|{files}"
+        where = f"{self.resources.device}|{instruction_set()}"
+        return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{where}|{files}"
 
     def _operands(self, name: str) -> tuple[Weight, Weight]:
         v = self.family.v(name)

@@ -21,6 +21,7 @@ from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
+from safemerge_recipes.storage.machine import instruction_set
 from safemerge_recipes.weights.algebra import describe
 from safemerge_recipes.weights.operands import plain_refs
 
@@ -222,7 +223,10 @@ def build_graph(
             decided = replace(lines[form.codes], dtype=tensor.dtype, shape=tensor.shape) if form else tensor
         origin = origin_of(decided.policy.merge.method) if decided.policy and decided.action == "merge" else ""
         native = device == "cpu" and _fits(work, tensor.dtype)
-        key = _key(decided, work, identity, origin, "cpu" if native else device.partition(":")[0])
+        where = "cpu" if native else device.partition(":")[0]
+        if where == "cpu" and work.matrices:
+            where = f"cpu {instruction_set()}"  # whole matrices: their products are rounded as the processor likes
+        key = _key(decided, work, identity, origin, where)
         tasks.append(Task(layout.slots[tensor.name], work, key, native))
     return Graph(layout, tuple(tasks), plan.recipe.output.allow_overflow)
 

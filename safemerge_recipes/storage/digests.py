@@ -68,7 +68,8 @@ def file_digest(
 
 
 def _digest_key(identity: FileIdentity) -> str:
-    return f"{os.path.realpath(identity.path)}:{identity.key}"
+    times = f"{identity.mtime_ns}:{identity.ctime_ns}:{identity.inode}"
+    return f"{os.path.realpath(identity.path)}:{identity.size}:{times}"
 
 
 def remember_digest(identity: FileIdentity, digest: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.module_names import DiskNames, different_starts
-from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
+from safemerge_recipes.storage.identity import FileIdentity, check_unchanged, differs_here
 
 
 def test_a_file_that_was_written_again_is_another_even_with_its_old_times(tmp_path: Path) -> None:
@@ -33,6 +34,21 @@ def test_a_renamed_or_linked_file_keeps_its_key(tmp_path: Path) -> None:
     file.write_bytes(b"x")
     (tmp_path / "b").symlink_to(file)
     assert FileIdentity.of(file).key == FileIdentity.of(tmp_path / "b").key
+
+
+def test_a_file_seen_through_another_mount_keeps_its_key_and_another_training_has_another(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    content = bytearray(os.urandom(1 << 20))
+    first.write_bytes(content)
+    shutil.copy2(first, second)  # another inode and time of change, as another mount would show
+    one, other = FileIdentity.of(first), FileIdentity.of(second)
+    assert one.key == other.key
+    assert differs_here(one.here, other.here)
+    assert not differs_here(one.here, "elsewhere:7:1:2")  # another machine has nothing to say
+    stat = first.stat()
+    second.write_bytes(content[: 1 << 18] + os.urandom(1 << 19) + content[-(1 << 18) :])
+    os.utime(second, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert FileIdentity.of(second).key != one.key
 
 
 def test_names_in_memory_find_the_only_tensor_that_is_most_like_them() -> None:

@@ -1,0 +1,86 @@
+"""A Ray cluster that loses a node, a worker or its driver in the middle of a run: the same bytes, later.
+
+Apart from `test_ray`, whose cluster this process stays connected to. Guards `engine.executors.ray_cluster`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import safemerge_recipes as sm
+from safemerge_recipes.events import Event, PhaseStarted, TensorDone
+from tests.fixtures import sharded_family
+from tests.fixtures.program import digests, run, spawn
+from tests.fixtures.ray_cluster import cluster
+from tests.fixtures.sharded_family import make_family, write_recipe
+
+LARGE = {"self_attn.q_proj": (1024, 2048), "self_attn.k_proj": (512, 2048), "mlp.gate_proj": (2048, 1024),
+         "mlp.up_proj": (2048, 1024), "mlp.down_proj": (1024, 2048)}  # fmt: skip
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A family whose merge takes some seconds, into ten files."""
+    monkeypatch.setattr(sharded_family, "SHAPES", LARGE)
+    path: Path = make_family(tmp_path)
+    write_recipe(tmp_path, merge={"method": "ties", "density": 0.5}, output={"path": "out", "max_shard_size": "5MB"})
+    return path
+
+
+def _expected(recipe: Path) -> dict[str, str]:
+    assert run("run", recipe, "--output", recipe.parent / "expected")[0] == 0
+    found: dict[str, str] = digests(recipe.parent / "expected")
+    assert len(list((recipe.parent / "expected").glob("*.safetensors"))) >= 10
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["node", "worker"])
+def test_a_lost_node_or_worker_costs_time_and_no_byte(large: Path, what: str) -> None:
+    import psutil
+
+    expected, struck = _expected(large), []
+    with cluster(nodes=2) as made:
+
+        def kill_worker() -> None:
+            until = time.monotonic() + 60
+            while not struck and time.monotonic() < until:
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if not struck and process.cmdline()[:1] == ["ray::write"]:
+                            process.kill()
+                            struck.append(process)
+
+        def strike(event: Event) -> None:
+            if isinstance(event, PhaseStarted) and event.name == "write" and what == "worker":
+                threading.Thread(target=kill_worker).start()
+            if isinstance(event, TensorDone) and what == "node" and not struck:
+                struck.append(next(iter(made.worker_nodes)))
+                made.remove_node(struck[0], allow_graceful=False)
+
+        result = sm.run(large, large.parent / "out", executor="ray", on_event=strike)
+    assert struck
+    assert digests(result.output) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_followed_by_a_local_run(large: Path) -> None:
+    expected, out = _expected(large), large.parent / "out"
+    with cluster(nodes=2, connect=False) as made:
+        child = spawn("run", large, "--output", out, "--executor", "ray", "--ray-address", made.address)
+        journal = Path(f"{out}.part") / "safemerge_journal.jsonl"
+        while not (journal.exists() and len(journal.read_bytes().splitlines()) > 2):
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.01)
+        child.kill()
+        child.communicate()
+        code, printed, err = run("run", large, "--output", out, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["resumed"] > 0
+    assert digests(out) == expected
