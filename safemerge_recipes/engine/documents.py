@@ -26,6 +26,7 @@ from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.source import source_holders
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.sources.masks import mask_path
+from safemerge_recipes.sources.mirror import origin_url
 from safemerge_recipes.sources.provenance import origin, pipeline_tag, portable, sources_of
 from safemerge_recipes.sources.side_files import copy_side_files, only_tokenizer
 from safemerge_recipes.storage.digests import InputDigest
@@ -144,6 +145,8 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
         if isinstance(source, str):
             source = holder[role] = {"location": source}
         key = next(key for key in ("model", "adapter", "location") if source.get(key))
+        if origin_url(model.folder.path) is not None:
+            continue
         if model.folder.revision is not None:
             source["revision"] = model.folder.revision
         else:

@@ -49,7 +49,7 @@ def write_files(
     tensors: dict[str, str] = {}
     store.open()
     try:
-        with Reader() as reader:
+        with Reader(resources.workers) as reader:
 
             def work(one: tuple[int, tuple[Task, ...]], arena: Arena) -> None:
                 shard, tasks = one

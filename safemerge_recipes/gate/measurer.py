@@ -24,6 +24,7 @@ from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cache import recall, remember
 from safemerge_recipes.storage.machine import instruction_set
 from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.remote import read_ahead_of
 from safemerge_recipes.storage.workers import SLACK, Resources, StoppedError, fit_workers, run_parallel
 from safemerge_recipes.weights.algebra import Weight, describe
 from safemerge_recipes.weights.numpy_rows import one_blas_thread
@@ -41,16 +42,23 @@ class Asked:
         name: the tensor.
         matrices: (name, (V, Δ)) of each matrix `(d_out, d_in)` that it is, one or those of a fused tensor's experts.
         nbytes: bytes of what is read.
+        key: names what is found: equal keys, equal moments.
     """
 
     name: str
     matrices: tuple[tuple[str, tuple[Weight, Weight]], ...]
     nbytes: int
+    key: str = ""
 
     @property
     def numel(self) -> int:
         """Elements of V."""
         return sum(math.prod(v.shape) if v.terms else 1 for _, (v, _) in self.matrices)
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The files that are read."""
+        return frozenset(ref.path for _, pair in self.matrices for weight in pair for ref in weight.refs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,10 @@ class Measurer:
         return {name: found[name] for name in names}
 
     def _measure(self, names: Sequence[str], effort: Effort, rank: int, null: bool) -> Mapping[str, Moments]:
-        asked = [Asked(name, tuple(self._matrices(name)), self._nbytes(name)) for name in names]
+        asked = [
+            Asked(name, tuple(self._matrices(name)), self._nbytes(name), self._key(name, effort, rank, null))
+            for name in names
+        ]
         found = self.by(asked, effort, rank, null, self.resources, self.on_event)
         self.peak = max(self.peak, found.peak)
         return found.moments
@@ -164,14 +175,15 @@ def measure_all(
         SourceError: a source failed or holds values that are not finite.
     """
     needs = {
-        one.name: max(measure_memory(v, delta, rank, effort == "exact", null) for _, (v, delta) in one.matrices)
+        one.name: read_ahead_of(one.paths)
+        + max(measure_memory(v, delta, rank, effort == "exact", null) for _, (v, delta) in one.matrices)
         for one in asked
     }
     workers = fit_workers(needs.items(), resources.workers, resources.memory)
     share = (resources.memory - SLACK) // workers
     found: dict[str, Moments] = {}
     stop = threading.Event()
-    with Reader() as reader:
+    with Reader(workers) as reader:
 
         def work(one: Asked, arena: Arena) -> None:
             room = share - needs[one.name]

@@ -22,6 +22,7 @@ from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
 from safemerge_recipes.storage.machine import instruction_set
+from safemerge_recipes.storage.remote import read_ahead_of
 from safemerge_recipes.weights.algebra import describe
 from safemerge_recipes.weights.operands import plain_refs
 
@@ -239,5 +240,7 @@ def _fits(work: Work, dtype: str) -> bool:
 def task_memory(task: Task) -> int:
     """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
     if isinstance(task.work, Requantise) and task.native:
-        return memory(task.work.inner, task.work.values(task.slot)) + task.work.held_scales(task.slot)
-    return memory(task.work, task.slot) if task.native else task.work.memory(task.slot)
+        own = memory(task.work.inner, task.work.values(task.slot)) + task.work.held_scales(task.slot)
+    else:
+        own = memory(task.work, task.slot) if task.native else task.work.memory(task.slot)
+    return own + read_ahead_of(ref.path for ref in task.work.refs)

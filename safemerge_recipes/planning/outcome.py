@@ -146,18 +146,18 @@ def _safety_alike(plan: Plan, family: Family) -> str | None:
     same = [Path(file).resolve() for file in safety.files] == [Path(file).resolve() for file in finetuned.files]
     if not same and safety.adapter and finetuned.adapter:  # small, so that their bytes can be looked at as well
         same = len(safety.files) == len(finetuned.files)
-        same = same and all(_alike(Path(a), Path(b)) for a, b in zip(safety.files, finetuned.files, strict=True))
+        same = same and all(_alike(a, b) for a, b in zip(safety.files, finetuned.files, strict=True))
     if not same:
         return None
     return "sources.safety and sources.finetuned are the same files: a merge of the two changes nothing; check both"
 
 
-def _alike(first: Path, second: Path) -> bool:
+def _alike(first: str, second: str) -> bool:
     """Whether two files hold the same, as far as evenly spread pieces of them show."""
-    size = first.stat().st_size
-    if size != second.stat().st_size:
-        return False
     with reading(first) as one, reading(second) as two:
+        size = one.seek(0, 2)
+        if size != two.seek(0, 2):
+            return False
         for piece in range(PIECES):
             at = max(0, size - SAMPLE) * piece // (PIECES - 1)
             one.seek(at)

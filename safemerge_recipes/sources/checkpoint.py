@@ -15,8 +15,9 @@ from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.hub import Away
+from safemerge_recipes.sources.mirror import is_there, weight_path
 from safemerge_recipes.sources.model_config import setting
-from safemerge_recipes.storage.files import content_of, inside, reading
+from safemerge_recipes.storage.files import content_of, reading
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
 
@@ -78,7 +79,7 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
 
 
 def _weight_files(directory: Path, away: Mapping[str, Away]) -> tuple[list[str], Mapping[str, str] | None]:
-    if SINGLE_FILE in away or (directory / SINGLE_FILE).exists():
+    if SINGLE_FILE in away or is_there(weight_path(directory, SINGLE_FILE)):
         return [SINGLE_FILE], None
     if (directory / INDEX_FILE).exists():
         weight_map = _weight_map(directory)
@@ -154,8 +155,8 @@ def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> 
     names, weight_map = _weight_files(directory, away)
     tensors: dict[str, TensorRef] = {}
     for file in names:
-        path = away[file].header if file in away else inside(directory, file)
-        if not path.exists():
+        path = away[file].header if file in away else weight_path(directory, file)
+        if not is_there(path):
             raise SourceError(f"{directory}: {INDEX_FILE} names {file[:200]!r}, which is missing; download it again")
         for name, ref in read_header(path, away[file].size if file in away else None).items():
             if name in tensors:
@@ -170,5 +171,5 @@ def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> 
         )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
-    files = tuple(str(away[file].header if file in away else directory / file) for file in names)
+    files = tuple(str(away[file].header if file in away else weight_path(directory, file)) for file in names)
     return Checkpoint(directory, tensors, config, files)

@@ -1,4 +1,4 @@
-"""From a recipe's source to a local folder: a path as given, or a hub id fetched into the hub's own cache.
+"""From a recipe's source to a local folder: a path, a hub id fetched into the hub's cache, a URL's mirror.
 
 Only the files a merge needs are fetched: configs, tokenizer and licence, and the weight files that the index names. Of
 a model's weights the headers alone can be had first (`Folder.away`), and the rest later (`complete`). No pickle is
@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from safemerge_recipes.errors import SourceError
@@ -20,10 +20,12 @@ from safemerge_recipes.recipe.builtins import ROLES
 from safemerge_recipes.recipe.model import Source
 from safemerge_recipes.sources.checkpoint import instead, named_files
 from safemerge_recipes.sources.hub import TEMPLATES, Away, Repository, fetch, head, open_repository
+from safemerge_recipes.sources.mirror import mirror
 from safemerge_recipes.sources.peft.apply import is_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
+from safemerge_recipes.storage.remote import is_url
 
 CONFIGS = ("config.json", CONFIG_FILE, INDEX_FILE)
 """Files that say what else is needed."""
@@ -152,13 +154,18 @@ def locate(source: Source, role: str, directory: Path, *, headers: bool = False,
     name = source.adapter or source.model or source.location or ""
     label = f"sources.{role}: {name}"
     repository = None
+    if source.subfolder and (Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts):
+        raise SourceError(f"{label}: subfolder {source.subfolder[:80]!r} leads out of it; expected one inside")
+    if is_url(name):
+        if source.revision:
+            raise SourceError(f"{label}: a URL has no revision here; remove `revision: {source.revision}`")
+        url = "/".join((name.rstrip("/"), *PurePosixPath(source.subfolder or "").parts))
+        return _of_kind(source, label, Folder(name, mirror(url, label, SIDE_FILES), "model", None))
     try:
         local = Path(os.path.normpath(directory / Path(name).expanduser())) if name else directory
         exists = local.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a zero byte
         raise SourceError(f"{label[:300]}: no path: {error}; expected a folder or a hub id") from None
-    if source.subfolder and (Path(source.subfolder).is_absolute() or ".." in Path(source.subfolder).parts):
-        raise SourceError(f"{label}: subfolder {source.subfolder[:80]!r} leads out of it; expected one inside")
     if local.is_dir():
         path = local / (source.subfolder or "")
         if source.revision:
@@ -172,10 +179,17 @@ def locate(source: Source, role: str, directory: Path, *, headers: bool = False,
         repository, path = _repository(source, name, label, {} if known is None else known)
     if source.subfolder and not path.is_dir():
         raise SourceError(f"{label}: has no folder {source.subfolder!r}; check `subfolder`")
+    found = Folder(name, path, "model", repository.commit if repository else None, repository)
+    return _fetched(_of_kind(source, label, found), headers)
+
+
+def _of_kind(source: Source, label: str, folder: Folder) -> Folder:
+    """The folder as a model or an adapter, whichever it is. Raises SourceError where the recipe says the other."""
+    path = folder.path
     adapter = is_adapter(path)
     if source.adapter and not adapter:
         raise SourceError(f"{label}: has no adapter_config.json; expected a PEFT adapter, or say `model:`")
     if source.model and adapter and not (path / "config.json").exists():
         raise SourceError(f"{label}: is a PEFT adapter; say `adapter:` instead of `model:`")
     kind: Literal["model", "adapter"] = "adapter" if adapter and not source.model else "model"
-    return _fetched(Folder(name, path, kind, repository.commit if repository else None, repository), headers)
+    return replace(folder, kind=kind)

@@ -16,11 +16,11 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.mask_files import mask_holders
 from safemerge_recipes.recipe.source import source_holders
 from safemerge_recipes.recipe.yaml_text import YamlError, read_yaml, write_yaml
-from safemerge_recipes.sources.checkpoint import inside, read_object
+from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE
-from safemerge_recipes.storage.files import text_of
+from safemerge_recipes.storage.files import inside, text_of
 
 MAX_README = 1_000_000
 """Bytes of a README.md that is read for its front matter."""

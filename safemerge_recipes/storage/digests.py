@@ -12,7 +12,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from safemerge_recipes.storage.blobs import BlobClaim
 from safemerge_recipes.storage.cache import recall, remember
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
+from safemerge_recipes.storage.remote import is_url, pieces
 
 CHUNK = 1 << 22
 """Bytes hashed at once."""
@@ -49,11 +51,10 @@ def file_digest(
     known = recall("digests", _digest_key(identity)) if use_cache else None
     if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known):
         return InputDigest(known, "earlier")
-    claim = BlobClaim.of(identity.path, identity.size)
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    with reading(identity.path) as file:
-        while count := file.readinto(buffer):
-            piece = memoryview(buffer)[:count]
+    claim = None if is_url(identity.path) else BlobClaim.of(identity.path, identity.size)
+    digest = hashlib.sha256()
+    with closing(_pieces(identity.path)) as all_of_it:
+        for piece in all_of_it:
             digest.update(piece)
             if claim is not None and not claim.sha256:
                 claim.update(piece)
@@ -67,9 +68,21 @@ def file_digest(
     return InputDigest(found, "now")
 
 
+def _pieces(path: str) -> Generator[memoryview, None, None]:
+    """A file's bytes in order."""
+    if is_url(path):
+        yield from pieces(path)
+        return
+    buffer = bytearray(CHUNK)
+    with reading(path) as file:
+        while count := file.readinto(buffer):
+            yield memoryview(buffer)[:count]
+
+
 def _digest_key(identity: FileIdentity) -> str:
     times = f"{identity.mtime_ns}:{identity.ctime_ns}:{identity.inode}"
-    return f"{os.path.realpath(identity.path)}:{identity.size}:{times}"
+    where = identity.path if is_url(identity.path) else os.path.realpath(identity.path)
+    return f"{where}:{identity.size}:{times}:{identity.content if is_url(identity.path) else ''}"
 
 
 def remember_digest(identity: FileIdentity, digest: str) -> None:

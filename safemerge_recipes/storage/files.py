@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.blobs import BlobClaim
+from safemerge_recipes.storage.remote import is_url, opened
 
 Links = Literal["none", "inside", "any"]
 """Which links are followed: none, those that stay in the file's own folder, or any, for what the user named."""
@@ -105,7 +106,16 @@ def _regular(path: Path, descriptor: int) -> int:
 
 
 def reading(path: Path | str, limit: int | None = None, links: Links = "inside") -> BufferedReader:
-    """A regular file to read, of at most `limit` bytes. Raises as `open_file` and `check_size` do."""
+    """A regular file, or one in object storage, to read, of at most `limit` bytes.
+
+    Raises as `open_file` and `check_size` do.
+    """
+    if is_url(path):
+        found = opened(str(path))
+        if limit is not None:
+            _check_size(path, found.seek(0, os.SEEK_END), limit)
+            found.seek(0)
+        return found
     file = os.fdopen(open_file(path, links), "rb")
     try:
         if limit is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.files import reading
+from safemerge_recipes.storage.remote import is_url, look
 
 _END = 1 << 18
 """Bytes looked at from either end by `fingerprint`."""
@@ -24,7 +25,7 @@ class FileIdentity:
     Attributes:
         path: where it lies.
         size: bytes.
-        content: xxh3 of its ends and of places between, see `fingerprint`.
+        content: xxh3 of its ends and of places between, see `fingerprint`; of an object what its store says.
         mtime_ns: when it was written, as it says itself.
         ctime_ns: when it was changed, as this machine sees it; cannot be set back by ordinary means.
         inode: its number, as this machine sees it.
@@ -43,6 +44,8 @@ class FileIdentity:
     def of(cls, path: str | Path) -> FileIdentity:
         """The identity of the file as it is now. Raises SourceError when it is gone."""
         try:
+            if is_url(path):
+                return cls(str(path), *look(str(path)), 0, 0, 0, "")
             stat = os.stat(path)
             content = fingerprint(str(path))[1]
         except OSError as error:
@@ -70,10 +73,13 @@ def differs_here(before: str, now: str) -> bool:
 def fingerprint(path: str) -> tuple[int, str]:
     """(size in bytes, xxh3 of the ends and of places between): what a file is wherever it lies, at little cost.
 
-    A safetensors file begins with its header. Raises OSError, or SourceError for what is no regular file.
+    A safetensors file begins with its header. Of an object in a store: what that says of it. Raises OSError, or
+    SourceError for what is no regular file.
     """
     import xxhash
 
+    if is_url(path):
+        return look(path)
     with reading(path) as file:
         number = file.fileno()
         size = os.fstat(number).st_size

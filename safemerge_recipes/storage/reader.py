@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from safemerge_recipes.storage.arena import Arena, torch_bytes, torch_dtype
 from safemerge_recipes.storage.descriptors import Descriptors
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.files import open_file, write_bytes
+from safemerge_recipes.storage.remote import Ranges, is_url
 from safemerge_recipes.storage.safetensors import TensorRef
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ COPY_CHUNK = 1 << 26
 class Reader:
     """Reads ranges of stored tensors. Safe to share between threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
+        """`workers`: threads that will read; bounds what is held of files in object storage."""
         self._files = Descriptors(_opened)
+        self._ranges = Ranges(workers)
 
     def read(self, ref: TensorRef, start: int, count: int, arena: Arena, slot: str) -> torch.Tensor:
         """Elements [start, start + count) of the flattened tensor, in its stored dtype, on the arena's device.
@@ -46,6 +50,8 @@ class Reader:
 
     def read_bytes(self, path: str, offset: int, view: memoryview) -> None:
         """Fills `view` from byte `offset` of the file; short reads are continued, an early end is an error."""
+        if is_url(path):
+            return self._ranges.read(path, offset, view)
         done = 0
         with self._files.use(path) as file:
             while done < len(view):
@@ -58,12 +64,13 @@ class Reader:
                         f"{path}: ends at byte {offset + done}, {len(view) - done} bytes early; was it changed?"
                     )
                 done += got
+        return None
 
     def copy_bytes(self, path: str, offset: int, count: int, target: int, at: int) -> Iterator[int]:
         """Copies bytes between files inside the kernel, yielding the size of each finished piece."""
-        with self._files.use(path) as source:
+        with nullcontext() if is_url(path) else self._files.use(path) as source:
             while count:
-                done = _copied(source, target, min(count, COPY_CHUNK), offset, at)
+                done = 0 if source is None else _copied(source, target, min(count, COPY_CHUNK), offset, at)
                 if not done:
                     view = memoryview(bytearray(min(count, 1 << 22)))
                     self.read_bytes(path, offset, view)
@@ -75,6 +82,7 @@ class Reader:
     def close(self) -> None:
         """Closes every file."""
         self._files.close()
+        self._ranges.close()
 
     def __enter__(self) -> Reader:
         return self

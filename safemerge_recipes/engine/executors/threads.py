@@ -58,7 +58,7 @@ class Threads:
             on_event(TensorDone(name, resumed=True))
         with contextlib.suppress(RuntimeError):  # no more threads: `result` does it
             sealer.start()
-        with Reader() as reader:
+        with Reader(resources.workers) as reader:
 
             def work(task: Task, arena: Arena) -> None:
                 tools = Tools(reader, arena, room_of(task, resources.share))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.checkpoint import named_files, read_object
+from safemerge_recipes.sources.mirror import is_there, weight_path
 from safemerge_recipes.sources.parts import unwrapped
 from safemerge_recipes.sources.peft.config import AdapterConfig
 from safemerge_recipes.sources.vocabulary import is_head
@@ -67,8 +68,8 @@ class Keys:
     of `whole` that no field of the config announces: PEFT saves a resized embedding and head of its own accord.
     """
 
-    path: Path
-    files: tuple[Path, ...] = ()
+    path: Path | str
+    files: tuple[Path | str, ...] = ()
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     whole: dict[str, TensorRef] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
@@ -108,12 +109,12 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
     Raises:
         SourceError: the file is missing or unsound, or holds a key that the config does not account for.
     """
-    path = inside(directory, WEIGHTS_FILE)
-    if not path.exists() and (directory / INDEX).exists():
-        files = named_files(directory, INDEX)
-        keys = Keys(inside(directory, INDEX), tuple(inside(directory, file) for file in files))
+    path = weight_path(directory, WEIGHTS_FILE)
+    if not is_there(path) and (directory / INDEX).exists():
+        index = inside(directory, INDEX)
+        keys = Keys(index, tuple(weight_path(directory, file) for file in named_files(directory, INDEX)))
         tensors = {name: ref for file in reversed(keys.files) for name, ref in read_header(file).items()}
-        listed = read_object(keys.path)["weight_map"]
+        listed = read_object(index)["weight_map"]
         wrong = next((name for name in {**listed, **tensors} if name not in tensors or name not in listed), None)
         if wrong is not None:
             where = "names" if wrong in listed else "does not name"
@@ -121,7 +122,7 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
                 f"{keys.path}: {where} {wrong[:200]!r}, unlike the files; expected both to agree, is it complete?"
             )
         return _read(keys, tensors, config)
-    if not path.exists():
+    if not is_there(path):
         old = (directory / "adapter_model.bin").exists()
         raise SourceError(
             f"{directory}: no {WEIGHTS_FILE}; "
