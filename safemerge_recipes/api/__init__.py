@@ -18,6 +18,7 @@ from safemerge_recipes.api.experiments import compare_recipes, probe, results_of
 from safemerge_recipes.api.given import is_recipe, load_recipe, target_of
 from safemerge_recipes.api.masks import score
 from safemerge_recipes.api.merging import plan, run
+from safemerge_recipes.api.parts import finalize, run_part
 from safemerge_recipes.api.publishing import publish
 from safemerge_recipes.api.recipes import lock, registered, schema, show
 from safemerge_recipes.api.scoring import compare, evaluate, judge, render
@@ -35,6 +36,7 @@ __all__ = [
     "compare_recipes",
     "compiled",
     "evaluate",
+    "finalize",
     "first_recipe",
     "import_mergekit",
     "is_recipe",
@@ -50,6 +52,7 @@ __all__ = [
     "render",
     "results_of",
     "run",
+    "run_part",
     "schema",
     "score",
     "shipped_recipe",

@@ -72,8 +72,18 @@ def is_recipe(path: str | Path) -> bool:
     return Path(path).suffix in (".yaml", ".yml") and not Path(path).is_dir()
 
 
-def target_of(loaded: LoadedRecipe, output: str | Path | None) -> Path:
-    """The output folder. Raises RecipeError when neither the caller nor the recipe says it."""
+def target_of(loaded: LoadedRecipe, output: str | Path | None) -> Path | str:
+    """The output's folder or URL.
+
+    Raises:
+        RecipeError: neither the caller nor the recipe says it.
+        PlanError: a URL that cannot be written.
+    """
+    from safemerge_recipes.storage.remote import check_url, is_url
+
+    named = output if output is not None else loaded.recipe.output.path
+    if is_url(named):
+        return check_url(named, f"--output {named}" if output is not None else f"output.path: {named}")
     if output is not None:
         return Path.cwd() / output
     if loaded.recipe.output.path is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.api.given import loaded_of, resources_of, target_of
 from safemerge_recipes.api.opening import opened
-from safemerge_recipes.errors import SafemergeError
+from safemerge_recipes.errors import PlanError, SafemergeError
 from safemerge_recipes.events import Listener, Note, ignore
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def plan(
     from safemerge_recipes.pipeline import prepare
 
     loaded = loaded_of(recipe)
-    _train_missing(loaded, False, on_event)
+    train_missing(loaded, False, on_event)
     return prepare(opened(loaded, on_event, planned=True), resources, on_event)
 
 
@@ -74,7 +74,7 @@ def run(
 
     Args:
         recipe: a plan, which is carried out with its own device and memory, or a recipe, which is planned first.
-        output: the folder; by default the recipe's `output.path`.
+        output: the folder, or a URL such as `s3://bucket/folder`; by default the recipe's `output.path`.
         force: replace a finished output.
         allow_empty: write the fine-tuned model where the gate merges nothing.
         evaluate: score the output if the recipe has `evaluate`.
@@ -94,7 +94,7 @@ def run(
         CheckError: the output is written, but scoring it failed.
     """
     from safemerge_recipes.engine.executors import find
-    from safemerge_recipes.engine.folder import check_place
+    from safemerge_recipes.engine.shared_output import check_target
     from safemerge_recipes.pipeline import carry_out, fetch, prepare
     from safemerge_recipes.planning.prepared import Prepared
     from safemerge_recipes.storage.digests import Digests
@@ -105,13 +105,15 @@ def run(
     loaded = planned.resolved.loaded if planned else loaded_of(recipe)  # type: ignore[arg-type]  # the other kind
     target = target_of(loaded, output)
     if planned is None:
-        _train_missing(loaded, train, on_event)
+        train_missing(loaded, train, on_event)
     suite = None
     if evaluate and loaded.recipe.evaluate is not None:  # what can be wrong with it is known before it costs
         from safemerge_recipes.evaluation.scoring import suite_of
 
+        if isinstance(target, str):
+            raise PlanError(f"{target}: scoring reads a folder; say --no-evaluate, and score a copy of the output")
         suite = suite_of(loaded)
-    check_place(target, force)
+    check_target(target, force)
     if planned is not None and planned.family.away:  # planned from headers on the hub
         planned = prepare(fetch(planned.resolved, None, on_event), resources, on_event, executor=engine)
     resolved = planned.resolved if planned else opened(loaded, on_event)
@@ -127,7 +129,7 @@ def run(
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
 
 
-def _train_missing(loaded: LoadedRecipe, train: bool, on_event: Listener) -> None:
+def train_missing(loaded: LoadedRecipe, train: bool, on_event: Listener) -> None:
     """Says of every adapter that is still to be trained what that takes; trains it if that is asked for."""
     if not any(source.train for source in loaded.recipe.sources.roles().values()):
         return
@@ -163,6 +165,7 @@ def _scored(result: Result, loaded: LoadedRecipe, suite: Suite, on_event: Listen
     """The run with its scores. What goes wrong says that the output stays, and how to go on."""
     from safemerge_recipes.evaluation.scoring import score_output
 
+    assert isinstance(result.output, Path)  # `run` has refused to score anything else
     try:
         scores = score_output(result.plan, result.output, loaded, on_event, suite=suite)
     except SafemergeError as error:

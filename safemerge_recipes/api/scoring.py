@@ -56,6 +56,8 @@ def evaluate(
     if loaded.recipe.evaluate is None:
         raise RecipeError(f"{loaded.path}: evaluate: missing; expected it there with tasks, or --tasks")
     folder, suite = target_of(loaded, output), suite_of(loaded)
+    if isinstance(folder, str):
+        raise RecipeError(f"{folder}: scoring reads a folder; expected a copy of the output")
     prepared = prepare(open_sources(loaded, on_event), resources_of(device, None, "2GB"), on_event)
     return score_output(prepared, folder, loaded, on_event, suite=suite)
 

@@ -29,9 +29,9 @@ def _options(version: VersionOption = False) -> None:
 
 
 for verb in (
-    run.run, run.plan, run.validate, run.lock, experiments.controls, run.plugins, run.schema, scores.evaluate,
-    scores.compare, scores.judge, experiments.sweep, experiments.probe, scores.report, masks.score, verify.verify,
-    verify.sign, publish.publish, training.train_adapter, training.prepare_safety_data,
+    run.run, run.finalize, run.plan, run.validate, run.lock, experiments.controls, run.plugins, run.schema,
+    scores.evaluate, scores.compare, scores.judge, experiments.sweep, experiments.probe, scores.report, masks.score,
+    verify.verify, verify.sign, publish.publish, training.train_adapter, training.prepare_safety_data,
 ):  # fmt: skip
     app.command()(verb)
 app.command()(recipes.init)

@@ -44,7 +44,11 @@ SourceOption = Annotated[
     typer.Option("--source", metavar="ROLE=PLACE", help="A folder or hub id instead of the recipe's; repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable on standard output.", callback=_json)]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Instead of output.path.")]
+OutputOption = Annotated[str | None, typer.Option("--output", "-o", metavar="DIR|URL", help="Instead of output.path.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a finished output.")]
+EmptyOption = Annotated[
+    bool, typer.Option("--allow-empty", help="Write the fine-tuned model where the gate merges nothing.")
+]
 FolderOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the results go.")]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where gate and merge are computed.")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default: one a core.")]

@@ -11,7 +11,9 @@ from safemerge_recipes import api
 from safemerge_recipes.cli.options import (
     AddressOption,
     DeviceOption,
+    EmptyOption,
     ExecutorOption,
+    ForceOption,
     JsonOption,
     MemoryOption,
     OutputOption,
@@ -39,10 +41,11 @@ def run(
     max_memory: MemoryOption = "2GB",
     executor: ExecutorOption = "local",
     ray_address: AddressOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished output.")] = False,
-    allow_empty: Annotated[
-        bool, typer.Option("--allow-empty", help="Write the fine-tuned model where the gate merges nothing.")
-    ] = False,
+    force: ForceOption = False,
+    allow_empty: EmptyOption = False,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="i/N", help="Do one of N shares; `safemerge finalize` ends it.")
+    ] = None,
     no_evaluate: Annotated[
         bool, typer.Option("--no-evaluate", help="Merge only, even if the recipe evaluates.")
     ] = False,
@@ -57,6 +60,12 @@ def run(
     """Do it all: resolve, measure, decide, write, evaluate, report. A run cut short is resumed by the same command."""
     if dry_run:
         return plan(recipe, set_, source, json_, device, workers, max_memory)
+    if part is not None:
+        taken = {"--force": force, "--train": train, "--update-lock": update_lock, "--executor": executor != "local"}
+        return _run_part(
+            recipe, part, output, set_, source, json_, device, workers, max_memory, allow_empty,
+            [name for name, given in taken.items() if given],
+        )  # fmt: skip
     from safemerge_recipes.report.terminal import print_result
 
     with watched(json_) as listener:
@@ -72,6 +81,48 @@ def run(
         write_json(result.as_json())
     print_result(result.plan.plan_json(), result.as_json(), console(json_))
     return None
+
+
+def _run_part(
+    recipe: str, part: str, output: str | None, set_: list[str] | None, source: list[str] | None, json_: bool,
+    device: str, workers: int | None, max_memory: str, allow_empty: bool, beside: list[str],
+) -> None:  # fmt: skip
+    if beside:
+        raise RecipeError(f"{beside[0]}: expected without --part; `safemerge finalize` may take it")
+    with watched(json_) as listener:
+        done = api.run_part(
+            api.load_recipe(recipe, set_ or (), sources=source or ()), part, output, allow_empty=allow_empty,
+            device=device, workers=workers, max_memory=max_memory, on_event=listener,
+        )  # fmt: skip
+    if json_:
+        return write_json(done.as_json())
+    state = "`safemerge finalize` ends it" if done.written == done.files else "others write the rest"
+    return write_line(f"part {part}: {done.written} of {done.files} weight files are in {done.output}; {state}")
+
+
+def finalize(
+    recipe: RecipeArgument,
+    output: OutputOption = None,
+    set_: SetOption = None,
+    source: SourceOption = None,
+    json_: JsonOption = False,
+    device: DeviceOption = "auto",
+    workers: WorkersOption = None,
+    max_memory: MemoryOption = "2GB",
+    force: ForceOption = False,
+    allow_empty: EmptyOption = False,
+) -> None:
+    """Make the output of what `run --part` has written: check it, write index, report and manifest."""
+    from safemerge_recipes.report.terminal import print_result
+
+    with watched(json_) as listener:
+        result = api.finalize(
+            api.load_recipe(recipe, set_ or (), sources=source or ()), output, force=force, allow_empty=allow_empty,
+            device=device, workers=workers, max_memory=max_memory, on_event=listener,
+        )  # fmt: skip
+    if json_:
+        write_json(result.as_json())
+    print_result(result.plan.plan_json(), result.as_json(), console(json_))
 
 
 def plan(

@@ -37,14 +37,18 @@ from safemerge_recipes.storage.identity import check_unchanged
 def write_documents(
     prepared: Prepared,
     part: Path,
-    output: Path,
+    output: Path | str,
     plan: dict[str, Any],
     inputs: Mapping[str, InputDigest],
     files: Mapping[str, str],
     tensors: dict[str, tuple[str, str | None]],
     timings: Mapping[str, float],
+    away: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """Writes everything that lies beside the weights, the manifest last; returns the timings of all phases."""
+    """Writes everything that lies beside the weights, the manifest last; returns the timings of all phases.
+
+    `output` is where it is going; `away` has the bytes of weight files that are there already and not in `part`.
+    """
     write_json(part / PLAN_FILE, plan)
     recipe = _stored_recipe(prepared, output)
     write_file(part / RECIPE_FILE, recipe)
@@ -63,7 +67,7 @@ def write_documents(
         labels.setdefault(file, ([], Path(file).name))[0].append("mask")
     manifest = make_manifest(
         engine=ENGINE, workers=prepared.resources.workers, identities=prepared.identities, labels=labels,
-        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors,
+        inputs=inputs, folder=part, sealed=files, timings=timings, tensors=tensors, away=away or {},
     )  # fmt: skip
     write_manifest(part, manifest | {key: provenance[key] for key in ("sources", "pipeline_tag")})
     return timings
@@ -137,8 +141,11 @@ def beside_of(prepared: Prepared) -> Mapping[str, Path]:
     return only_tokenizer(files) if prepared.recipe.output.format == "adapter" else files
 
 
-def _stored_recipe(prepared: Prepared, output: Path) -> str:
-    """The recipe as it lies in the output: local paths seen from there, hub ids pinned to their commit."""
+def _stored_recipe(prepared: Prepared, output: Path | str) -> str:
+    """The recipe as it lies in the output: local paths seen from there, hub ids pinned to their commit.
+
+    From a URL no local path can be seen: of each its last name stays.
+    """
     values = json.loads(recipe_json(prepared.recipe))
     for holder, role in source_holders(values["sources"]):
         source, model = holder[role], prepared.family.models[role]
@@ -153,11 +160,15 @@ def _stored_recipe(prepared: Prepared, output: Path) -> str:
             root = model.folder.path
             for _ in Path(source.get("subfolder") or "").parts:
                 root = root.parent
-            source[key] = os.path.relpath(root, output)
+            source[key] = _seen_from(output, root)
             if not source[key].startswith("."):
                 source[key] = f"./{source[key]}"
     for part in (values, *values.get("rules", ())):
         for mask in mask_holders(part.get("merge")):
-            mask["path"] = os.path.relpath(mask_path(prepared.resolved.loaded.directory, mask["path"]), output)
+            mask["path"] = _seen_from(output, mask_path(prepared.resolved.loaded.directory, mask["path"]))
     values.get("output", {}).pop("path", None)
     return dump_recipe(Recipe.model_validate_json(json.dumps(values)))
+
+
+def _seen_from(output: Path | str, path: Path) -> str:
+    return f"./{path.name}" if isinstance(output, str) else os.path.relpath(path, output)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from safemerge_recipes.engine.journal import Journal
+from safemerge_recipes.engine.journal import Notes
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.events import Listener
 from safemerge_recipes.planning.graph import Graph
@@ -46,7 +46,7 @@ class Executor(Protocol):
         """Lets go of whatever it holds between calls."""
 
     def run(
-        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Notes, on_event: Listener
     ) -> Sealed:
         """Writes every tensor that is not `done` into the store and seals every file.
 

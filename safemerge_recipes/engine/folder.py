@@ -27,6 +27,8 @@ REPORT_FILE = "safemerge_report.html"
 SCORES_FILE = "safemerge_scores.json"
 ANSWERS_FILE = "safemerge_answers.jsonl"
 LOCK_FILE = "safemerge.lock"
+PARTS = "safemerge_parts"
+"""Folder of an unfinished output that holds receipts, and what part workers tell each other."""
 SIGNATURE_FILE = "model.sig"
 """What model-signing writes; it covers the manifest, so the manifest cannot hold it."""
 PICTURES = {"Sweep": "safemerge_sweep.svg", "Probe": "safemerge_probe.svg"}
@@ -161,12 +163,13 @@ def _lock_names(part: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, name: str) -> Iterator[None]:
+def locked(folder: Path, name: str, *, shared: bool = False) -> Iterator[None]:
     """Holds a folder for this process; released by the system even if the process is killed.
 
     Args:
         folder: the folder.
         name: the working folder's name, which the lock keeps: see `check_part`.
+        shared: with others who share it, as part workers do.
 
     Raises:
         PlanError: another run holds it; the message names its process.
@@ -181,7 +184,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     try:
         with _tolerant():
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(file, 200, 0).decode("utf-8", "replace").partition("\n")[0]
                 raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
@@ -265,6 +268,7 @@ def publish(part: Path, output: Path, force: bool) -> None:
     """
     check_output(output, force)
     (part / JOURNAL_FILE).unlink(missing_ok=True)
+    shutil.rmtree(part / PARTS, ignore_errors=True)
     for folder in (part, *(path for path in part.iterdir() if path.is_dir())):
         sync_folder(folder)
     old = _replaced(output)

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.files import own_file, reading, write_file
@@ -24,6 +24,19 @@ MAX_BYTES = 128_000_000
 
 Entries = dict[str, tuple[str, str | None]]
 """Tensor -> (result key, digest of its bytes). Digest None: its bytes are those of its source."""
+
+
+class Notes(Protocol):
+    """Where a run notes what is finished: a journal in a folder of its own, receipts where writers share one."""
+
+    def done(self, name: str, key: str, digest: str | None) -> None:
+        """Notes a finished tensor. Raises OSError."""
+
+    def sealed(self, file: str, sha256: str) -> None:
+        """Notes a sealed file, all of whose tensors were noted before. Raises OSError."""
+
+    def close(self) -> None:
+        """Lets go of everything."""
 
 
 class Journal:
@@ -42,6 +55,9 @@ class Journal:
         with self._lock:
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def sealed(self, file: str, sha256: str) -> None:
+        """See `Notes`: that a file has its final name says it."""
 
     def close(self) -> None:
         """Closes the file."""

@@ -38,6 +38,9 @@ class LocalStore:
     Writers take turns at a file, as the kernel lets one at a time write to it and has the others spin.
     """
 
+    tries = 1
+    """A disk that fails is not asked again."""
+
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout
         self._turns = [threading.Lock() for _ in layout.files]
@@ -78,6 +81,10 @@ class LocalStore:
             if (self.folder / name).exists() and not self._working(shard).exists():
                 os.rename(self.folder / name, self._working(shard))
         self._check_room()
+        self._make_all()
+
+    def _make_all(self) -> None:
+        """Files of full size with their opening bytes. Raises PlanError."""
         try:
             for shard in range(len(self.layout.files)):
                 self._make(shard)

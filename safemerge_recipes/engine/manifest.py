@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safemerge_recipes._version import __version__
-from safemerge_recipes.engine.folder import DOCUMENTS, LOCK_FILE, MANIFEST_FILE, SIGNATURE_FILE
+from safemerge_recipes.engine.folder import DOCUMENTS, LOCK_FILE, MANIFEST_FILE, PARTS, SIGNATURE_FILE
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Entries
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.storage.digests import InputDigest
@@ -74,7 +74,7 @@ def output_files(folder: Path) -> dict[str, Path]:
     """Every file of an output by its relative path, but the lock, the journal, the manifest and its signature."""
     left_out = (LOCK_FILE, JOURNAL_FILE, MANIFEST_FILE, SIGNATURE_FILE)
     found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir()}
-    return {name: path for name, path in found.items() if name not in left_out}
+    return {n: path for n, path in found.items() if n not in left_out and not n.startswith(f"{PARTS}/")}
 
 
 def make_manifest(
@@ -88,6 +88,7 @@ def make_manifest(
     sealed: Mapping[str, str],
     timings: Mapping[str, float],
     tensors: Entries,
+    away: Mapping[str, int],
 ) -> dict[str, Any]:
     """The manifest of the finished files in `folder`.
 
@@ -101,7 +102,9 @@ def make_manifest(
         sealed: output file -> sha256, where it is already known.
         timings: seconds by phase.
         tensors: tensor -> (result key, digest of its bytes).
+        away: bytes of the sealed files that do not lie in the folder, but where it is going.
     """
+    sizes = {name: path.stat().st_size for name, path in output_files(folder).items()} | dict(away)
     return {
         "engine": engine,
         "versions": versions(),
@@ -118,8 +121,8 @@ def make_manifest(
             for one in identities
         ],
         "outputs": [
-            {"file": name, "size": path.stat().st_size, "sha256": sealed.get(name) or sha256_of(path)}
-            for name, path in output_files(folder).items()
+            {"file": name, "size": size, "sha256": sealed.get(name) or sha256_of(folder / name)}
+            for name, size in sorted(sizes.items())
         ],
         "timings": {name: round(seconds, 3) for name, seconds in timings.items()},
         "tensors": {name: list(entry) for name, entry in tensors.items()},

@@ -21,6 +21,7 @@ from safemerge_recipes.events import Listener, PhaseStarted
 from safemerge_recipes.planning.graph import ENGINE
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.report.licences import licence_note
+from safemerge_recipes.sources.mirror import origin_url
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.files import write_file
 from safemerge_recipes.storage.identity import check_unchanged
@@ -32,7 +33,7 @@ class Result:
     """A finished run.
 
     Attributes:
-        output: the folder.
+        output: the folder, or the URL.
         plan: what was carried out.
         files: sha256 of each weight file, by name.
         timings: seconds of each phase, and their `total`.
@@ -41,7 +42,7 @@ class Result:
         scores: the content of safemerge_scores.json where the output was scored.
     """
 
-    output: Path
+    output: Path | str
     plan: Prepared
     files: Mapping[str, str]
     timings: Mapping[str, float]
@@ -63,8 +64,38 @@ class Result:
         return told if self.scores is None else {**told, "scores": dict(self.scores)}
 
 
+@dataclass(frozen=True, slots=True)
+class PartWritten:
+    """What one of several workers has done.
+
+    Attributes:
+        output: the folder or URL.
+        number: which worker, from 1.
+        count: how many there are.
+        written: weight files that are there, whoever wrote them.
+        files: weight files of the whole output.
+    """
+
+    output: Path | str
+    number: int
+    count: int
+    written: int
+    files: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data, as `run --part --json` prints it."""
+        part = f"{self.number}/{self.count}"
+        return {"output": str(self.output), "part": part, "written": self.written, "files": self.files}
+
+
 def write_output(
-    prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener, force: bool, executor: Executor
+    prepared: Prepared,
+    part: Path,
+    output: Path | str,
+    digests: Digests,
+    on_event: Listener,
+    force: bool,
+    executor: Executor,
 ) -> Result:
     """Writes everything that belongs to an output into its working folder `part`; goes on where a run was cut short.
 
@@ -100,7 +131,7 @@ def write_output(
     return Result(output, prepared, sealed.files, timings, graph.bytes_written, len(done))
 
 
-def _write_adapter(prepared: Prepared, part: Path, output: Path, digests: Digests, on_event: Listener) -> Result:
+def _write_adapter(prepared: Prepared, part: Path, output: Path | str, digests: Digests, on_event: Listener) -> Result:
     """An adapter is small: it is computed in memory and always written anew."""
     from safemerge_recipes.engine.adapter.write import write_adapter
 
@@ -128,9 +159,14 @@ def _header(prepared: Prepared) -> dict[str, Any]:
     return {"format": 1, "engine": ENGINE, "inputs": inputs, "here": here}
 
 
-def check_apart(prepared: Prepared, output: Path) -> None:
+def check_apart(prepared: Prepared, output: Path | str) -> None:
     """Refuses an output that is a source, or lies in one, or holds one."""
     for role, model in prepared.family.models.items():
+        if isinstance(output, str):
+            url = f"{origin_url(model.folder.path)}/"
+            if url.startswith(f"{output}/") or f"{output}/".startswith(url):
+                raise PlanError(f"{output}: overlaps sources.{role}, {url}; choose another --output")
+            continue
         for place in (output, part_of(output)):
             real, source = Path(os.path.realpath(place)), Path(os.path.realpath(model.folder.path))
             if real.is_relative_to(source) or source.is_relative_to(real):

@@ -18,6 +18,10 @@ class Store(Protocol):
     """The weight files of one output. Files are told by their number in the layout; safe to share between threads."""
 
     @property
+    def tries(self) -> int:
+        """Times that a whole file is written before a failure that may pass is given up."""
+
+    @property
     def layout(self) -> Layout:
         """What lies where."""
 

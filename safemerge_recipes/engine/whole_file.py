@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from safemerge_recipes.engine.executor import Done, Sealed
@@ -21,6 +22,7 @@ from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.remote import WAIT, is_final
 from safemerge_recipes.storage.workers import Resources, check, run_parallel
 
 
@@ -45,6 +47,35 @@ def write_files(
     Raises:
         SafemergeError: as an `Executor`.
     """
+    told = [0]
+
+    def count(nbytes: int) -> None:
+        told[0] += nbytes
+        tell(nbytes)
+
+    for attempt in range(store.tries):
+        try:
+            return _write_once(graph, store, resources, done, stop, count)
+        except OSError as error:
+            if is_final(error) or attempt == store.tries - 1:
+                raise WriteError(
+                    f"{store.place}: {error.strerror} while writing; mend it and run the same command"
+                ) from None
+            tell(-told[0])
+            told[0] = 0
+            time.sleep(WAIT * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _write_once(
+    graph: Graph,
+    store: Store,
+    resources: Resources,
+    done: Done,
+    stop: threading.Event,
+    tell: Callable[[int], None],
+) -> Sealed:
+    """See `write_files`; raises OSError where the store fails."""
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
     store.open()
@@ -71,8 +102,6 @@ def write_files(
             light = not any(task.needs_torch for task in graph.tasks if task.slot.name not in done)
             run_parallel(graph.by_file(), work, resources.workers, resources.device, stop, light=light)
             store.commit()
-    except OSError as error:
-        raise WriteError(f"{store.place}: {error.strerror} while writing; mend it and run the same command") from None
     finally:
         store.close()
     return Sealed(files, tensors)

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -94,10 +94,11 @@ def remember_digest(identity: FileIdentity, digest: str) -> None:
 class Digests(threading.Thread):
     """Hashes files in the background while other work goes on."""
 
-    def __init__(self, identities: Sequence[FileIdentity]) -> None:
+    def __init__(self, identities: Sequence[FileIdentity], known: Mapping[str, InputDigest] | None = None) -> None:
+        """`known`: path -> digest of those that somebody else has read for this run."""
         super().__init__(daemon=True)
-        self._identities = identities
-        self._found: dict[str, InputDigest] = {}
+        self._found: dict[str, InputDigest] = dict(known or {})
+        self._identities = [one for one in identities if one.path not in self._found]
         self._error: BaseException | None = None
         self.cancelled = threading.Event()
         with contextlib.suppress(RuntimeError):  # no more threads: `result` does it

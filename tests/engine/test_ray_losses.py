@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 
 import safemerge_recipes as sm
 from safemerge_recipes.events import Event, PhaseStarted, TensorDone
+from tests.fixtures import s3_server as s3
 from tests.fixtures import sharded_family
-from tests.fixtures.program import digests, run, spawn
+from tests.fixtures.program import digests, finish, run, spawn
 from tests.fixtures.ray_cluster import cluster
 from tests.fixtures.sharded_family import make_family, write_recipe
 
@@ -34,6 +36,9 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _expected(recipe: Path) -> dict[str, str]:
+    """What a local run makes of it."""
+    if (recipe.parent / "expected").exists():
+        return digests(recipe.parent / "expected")
     assert run("run", recipe, "--output", recipe.parent / "expected")[0] == 0
     found: dict[str, str] = digests(recipe.parent / "expected")
     assert len(list((recipe.parent / "expected").glob("*.safetensors"))) >= 10
@@ -84,3 +89,57 @@ def test_a_killed_driver_is_followed_by_a_local_run(large: Path) -> None:
     assert code == 0, err
     assert json.loads(printed)["resumed"] > 0
     assert digests(out) == expected
+
+
+@pytest.mark.slow
+def test_into_a_bucket_with_a_node_killed_in_between(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `safemerge-run recipe.yaml --executor ray --output s3://bucket/out` promises."""
+    pytest.importorskip("s3fs")
+    expected, struck = _expected(large), []
+    out = f"s3://{s3.BUCKET}/out"
+    with s3.server(monkeypatch), cluster(nodes=2, connect=False) as made:
+        child = spawn("run", large, "--output", out, "--executor", "ray", "--ray-address", made.address, "--json")
+        while not [name for name in s3.names("out") if "receipts" in name]:
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.05)
+        assert len([name for name in s3.names("out") if "receipts" in name]) < 10  # much is left to do
+        struck.append(next(iter(made.worker_nodes)))
+        made.remove_node(struck[0], allow_graceful=False)
+        printed, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
+        assert json.loads(printed)["output"] == out
+        assert digests(s3.download("out", large.parent / "copy")) == expected
+    assert struck
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_interrupted_says_how_to_go_on(large: Path) -> None:
+    out = large.parent / "out"
+    with cluster(nodes=2, connect=False) as made:
+        asked = ("run", large, "--output", out, "--executor", "ray", "--ray-address", made.address)
+        child = spawn(*asked)
+        journal = Path(f"{out}.part") / "safemerge_journal.jsonl"
+        while not (journal.exists() and len(journal.read_bytes().splitlines()) > 2):
+            assert child.poll() is None, child.communicate()[1]
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=120)
+        assert child.returncode == 5, err
+        assert "the same command goes on from there" in err
+        assert len(err.strip().splitlines()) == 1
+        code, printed, err = finish(spawn(*asked, "--json"), 300)
+        assert code == 0, err
+        assert json.loads(printed)["resumed"] > 0
+    assert digests(out) == _expected(large)
+
+
+@pytest.mark.slow
+def test_inside_a_job_of_the_cluster(large: Path) -> None:
+    """A job has the cluster in its environment, and needs no address; `auto` means the same."""
+    with cluster(nodes=2, connect=False) as made:
+        for number, more in enumerate(((), ("--ray-address", "auto"))):
+            out = large.parent / f"out{number}"
+            child = spawn("run", large, "--output", out, "--executor", "ray", *more, env={"RAY_ADDRESS": made.address})
+            code, _, err = finish(child, 300)
+            assert code == 0, err
+            assert digests(out) == _expected(large)

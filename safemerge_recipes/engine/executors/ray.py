@@ -11,8 +11,9 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from safemerge_recipes.engine.batches import batches
 from safemerge_recipes.engine.executor import Done, Sealed
-from safemerge_recipes.engine.journal import Journal
+from safemerge_recipes.engine.journal import Notes
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 from safemerge_recipes.engine.executors.ray_cluster import Cluster, connected
 from safemerge_recipes.engine.executors.ray_tasks import SPOKEN, Board, MeasureJob, WriteJob, measure, versions, write
-
-MEASURED = 1_000_000_000
-"""Bytes of operands that one task measures, unless a tensor has more."""
 
 
 class OnRay:
@@ -71,7 +69,7 @@ class OnRay:
             on_event(BytesDone(sum(one.nbytes for one in batch)))
 
         def jobs() -> Iterator[tuple[tuple[Asked, ...], tuple[Any, ...]]]:
-            for batch in _batches(asked):
+            for batch in batches(asked):
                 refs = {ref.path for one in batch for _, pair in one.matrices for weight in pair for ref in weight.refs}
                 yield batch, (MeasureJob(batch, effort, rank, null, own, prints.of(refs), versions()),)
 
@@ -79,7 +77,7 @@ class OnRay:
         return Measured(moments, max(peaks))
 
     def run(
-        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Notes, on_event: Listener
     ) -> Sealed:
         """See `Executor`. Also raises PlanError when the cluster cannot be reached."""
         store.open()  # room and permission show now
@@ -123,6 +121,7 @@ class OnRay:
                     on_event(TensorDone(name))
             for file, digest in found.files.items():
                 files[file] = digest
+                journal.sealed(file, digest)
                 on_event(FileSealed(file, digest))
             tell(shard, graph.layout.sizes[shard] - len(graph.layout.headers[shard]))
 
@@ -153,18 +152,6 @@ class Prints:
                     raise SourceError(f"{path}: {error.strerror}; it was there when planned") from None
             found[path] = self._found[path]
         return found
-
-
-def _batches(asked: Sequence[Asked]) -> Iterator[tuple[Asked, ...]]:
-    """Tensors in their order, some GB of operands together."""
-    batch: list[Asked] = []
-    for one in asked:
-        if batch and sum(other.nbytes for other in batch) + one.nbytes > MEASURED:
-            yield tuple(batch)
-            batch = []
-        batch.append(one)
-    if batch:
-        yield tuple(batch)
 
 
 def on_ray(address: str | None = None) -> OnRay:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.engine.executor import Done, Sealed
-from safemerge_recipes.engine.journal import Journal
+from safemerge_recipes.engine.journal import Notes
 from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.engine.store import Store
@@ -45,7 +45,7 @@ class Threads:
         """Holds nothing."""
 
     def run(
-        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Journal, on_event: Listener
+        self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Notes, on_event: Listener
     ) -> Sealed:
         """See `Executor`."""
         stop = threading.Event()

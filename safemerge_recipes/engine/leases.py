@@ -1,0 +1,63 @@
+"""Leases: a worker says that it does a piece of work, and keeps saying so; whoever falls silent has lost it.
+
+They save work and promise nothing: bytes and offsets are fixed, so that two may well do the same. Silence is measured
+by the observer's own steady clock, between two looks at the same word; clocks that jump or differ do not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from safemerge_recipes.storage.place import Place
+
+BEAT, SILENCE = 5.0, 30.0
+"""Seconds between two words of a holder, and after which it counts as gone."""
+_FOLDER = "leases"
+
+
+class Leases:
+    """The leases of one place as one worker takes and sees them."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._me = f"process {os.getpid()} on {socket.gethostname()} {os.urandom(4).hex()}"
+        self._heard: dict[str, tuple[bytes, float]] = {}
+
+    def is_free(self, unit: str) -> bool:
+        """Whether nobody holds a unit, as far as this worker has heard."""
+        word = self._place.read(f"{_FOLDER}/{unit}")
+        if word is None:
+            return True
+        before, since = self._heard.get(unit, (b"", 0.0))
+        if word != before:
+            self._heard[unit] = word, time.monotonic()
+            return False
+        return time.monotonic() - since > SILENCE
+
+    @contextlib.contextmanager
+    def held(self, unit: str) -> Iterator[None]:
+        """Holds a unit while the body runs."""
+        over = threading.Event()
+
+        def speak() -> None:
+            count = 0
+            while not over.wait(BEAT):
+                count += 1
+                with contextlib.suppress(OSError):  # what cannot be said is heard as silence
+                    self._place.write(f"{_FOLDER}/{unit}", f"{self._me} {count}".encode())
+
+        self._place.write(f"{_FOLDER}/{unit}", f"{self._me} 0".encode())
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            speaker.join()
+            with contextlib.suppress(OSError):
+                self._place.remove(f"{_FOLDER}/{unit}")
