@@ -136,6 +136,9 @@ SIZES = {
     "llama-1.1b": lambda: llama(2048, 16, 8192, 32, 8, 32000),
     "moe-small": lambda: qwen3_moe(512, 12, 64, 256, 8, 4, 32000, shard_bytes=200_000_000),
     "sparse-70b": lambda: llama(8192, 80, 28672, 64, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
+    "sparse-8b": lambda: llama(4096, 32, 14336, 32, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
+    "sparse-405b": lambda: llama(16384, 126, 53248, 128, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
+    "blocks-70b": lambda: llama(8192, 4, 28672, 64, 8, 320, shard_bytes=1_000_000_000, sparse=True),
     "block-70b": lambda: llama(8192, 1, 28672, 64, 8, 320),  # one block of a 70 B model: its largest matrices
     "headers-671b": deepseek_v3,
 }

@@ -6,6 +6,9 @@ Guards `engine.executors.parts`, `engine.batches`, `engine.leases`, `engine.rece
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -208,3 +211,38 @@ def test_of_two_offers_the_first_wins(tmp_path: Path) -> None:
     assert place.names("a") == ["b"]
     place.remove("a/b")
     assert place.read("a/b") is None
+
+
+def _open_files() -> set[str]:
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{number}"))
+    return found
+
+
+def test_nothing_is_renamed_over_an_open_file_and_no_lock_is_needed(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS without a lock daemon, where links between folders and syncing of folders may fail as well."""
+
+    def checked(name: str) -> None:
+        real = getattr(os, name)
+
+        def rename(source: str, target: str, **where: int) -> None:
+            folder = os.readlink(f"/proc/self/fd/{where['dst_dir_fd']}") if "dst_dir_fd" in where else os.getcwd()
+            assert os.path.join(folder, target) not in _open_files(), target
+            real(source, target, **where)
+
+        monkeypatch.setattr(os, name, rename)
+
+    def refused(*asked: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for name in ("rename", "replace"):
+        checked(name)
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(os, "link", refused)
+    for part in ("1/2", "2/2"):
+        assert run("run", recipe, "--part", part)[0] == 0
+    _finalized(recipe)

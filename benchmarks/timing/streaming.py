@@ -1,0 +1,145 @@
+"""A merge whose output fits no disk: from plan to manifest, into a store that hashes what it is sent and drops it.
+
+    python -m benchmarks.timing.streaming --size sparse-70b --data benchmarks/data
+
+The sources are sparse files with real headers, so that reading costs what memory costs and no disk holds them; every
+byte of them is read, merged, hashed and sent as it would be from a disk. The store is an fsspec file system of this
+process that keeps small objects and forgets weights; the program takes it for object storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+from benchmarks.timing.families import DATA, make_family
+from benchmarks.timing.run import RESULTS, machine
+from safemerge_recipes import api
+from safemerge_recipes.storage import remote
+
+
+class Dropped(AbstractBufferedFile):
+    """An upload of which only size and sha256 are kept."""
+
+    def _initiate_upload(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        self.buffer.seek(0)
+        self.digest.update(self.buffer.read())
+        if final:
+            self.fs.dropped[self.path] = self.tell(), self.digest.hexdigest()
+        return True
+
+    def discard(self) -> None:
+        """Forgets it."""
+
+
+class Dropping(MemoryFileSystem):
+    """Objects in memory, but for weight files."""
+
+    protocol = ("drop",)
+    store: dict[str, MemoryFile] = {}  # noqa: RUF012  # as its base has it
+    pseudo_dirs = [""]  # noqa: RUF012
+    dropped: dict[str, tuple[int, str]] = {}  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + str(path).removeprefix("drop://").strip("/")
+
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **how: Any) -> Any:
+        if mode == "wb" and path.endswith(".safetensors"):
+            return Dropped(self, path, mode, block_size or 1 << 26, autocommit=True, cache_options=None)
+        return super()._open(path, mode, block_size, **how)
+
+    def info(self, path: str, **how: Any) -> dict[str, Any]:
+        """Size of a dropped one, else as usual."""
+        path = self._strip_protocol(path)
+        if path in self.dropped:
+            return {"name": path, "size": self.dropped[path][0], "type": "file"}
+        found: dict[str, Any] = super().info(path, **how)
+        return found
+
+    def ls(self, path: str, detail: bool = True, **how: Any) -> list[Any]:
+        """Dropped ones too."""
+        path = self._strip_protocol(path)
+        try:
+            found = super().ls(path, detail=True, **how)
+        except FileNotFoundError:
+            found = []
+        found += [self.info(one) for one in self.dropped if one.rpartition("/")[0] == path]
+        return found if detail else [one["name"] for one in found]
+
+
+def use() -> str:
+    """Makes the file system known; the URL of an output in it."""
+    fsspec.register_implementation("drop", Dropping, clobber=True)
+    remote.SCHEMES["drop"] = ""
+    return "drop://somewhere/out"
+
+
+class Watch(threading.Thread):
+    """The most anonymous memory that this process had."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.over = 0, threading.Event()
+
+    def run(self) -> None:
+        """Looks every 20 ms."""
+        while not self.over.wait(0.02):
+            status = Path("/proc/self/status").read_text()
+            self.most = max(self.most, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
+
+
+def merge(size: str, data: Path, workers: int, memory: str, method: str) -> dict[str, Any]:
+    """Plans and merges a family into the store; what that took."""
+    family, out = make_family(size, data), use()
+    path = data / f"{size}-stream.yaml"
+    sources = {role: str(family / role) for role in ("aligned", "finetuned", "safety")}
+    path.write_text(
+        json.dumps({"sources": sources, "gate": {"always": True}, "merge": {"method": method, "alpha": 0.8}})
+    )
+    watch, began, load = Watch(), time.perf_counter(), os.getloadavg()
+    watch.start()
+    cpu = time.process_time()
+    result = api.run(path, out, force=True, workers=workers, max_memory=memory)
+    watch.over.set()
+    wrong = [name for name, digest in result.files.items() if Dropping.dropped[f"/somewhere/out/{name}"][1] != digest]
+    assert not wrong, wrong
+    assert Dropping().cat_file("/somewhere/out/safemerge_manifest.json")
+    return {
+        "size": size, "method": method, "workers": workers, "max_memory": memory, "wall": time.perf_counter() - began,
+        "cpu": time.process_time() - cpu, "own_memory": watch.most, "bytes_written": result.bytes_written,
+        "bytes_read": result.plan.graph.bytes_read, "timings": dict(result.timings), "load": [*load, *os.getloadavg()],
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Merges and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="sparse-70b")
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--max-memory", default="256MB")
+    parser.add_argument("--method", default="linear")
+    given = parser.parse_args()
+    given.data.mkdir(parents=True, exist_ok=True)
+    found = merge(given.size, given.data, given.workers, given.max_memory, given.method)
+    print(json.dumps(found, indent=1))
+    record = {"machine": machine(), **found}
+    (RESULTS / f"streaming-{given.size}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
