@@ -10,6 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.storage import safetensors
+
 ITEM_BYTES = {"BF16": 2, "F32": 4}
 
 
@@ -120,3 +122,8 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(moved)) for byte in range(256)]
+
+
+def allow_holes() -> None:
+    """Has this process read checkpoints that are nothing but headers and holes, which the program refuses."""
+    safetensors._check_size = lambda found: None

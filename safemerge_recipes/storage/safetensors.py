@@ -19,6 +19,7 @@ from typing import Any
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import DTYPES
 from safemerge_recipes.storage.files import reading
+from safemerge_recipes.storage.remote import is_url
 
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
@@ -146,7 +147,8 @@ def read_described(path: Path | str, whole: int | None = None) -> tuple[dict[str
     path = str(path)
     try:
         with reading(path) as file:
-            _check_size(os.fstat(file.fileno()))
+            if not is_url(path):
+                _check_size(os.fstat(file.fileno()))
             prefix = file.read(8)
             size = file.seek(0, 2) if whole is None else whole
             if len(prefix) < 8:

@@ -1,6 +1,6 @@
 """A run by workers that share nothing but files: the same bytes, whoever dies, comes twice or comes late.
 
-Guards `engine.executors.parts`, `engine.batches`, `engine.leases`, `engine.receipts`, `engine.part_store`,
+Guards `api.parts`, `engine.executors.parts`, `engine.batches`, `engine.leases`, `engine.receipts`, `engine.part_store`,
 `engine.shared_output` and `storage.place`.
 """
 

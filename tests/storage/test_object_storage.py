@@ -17,7 +17,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.storage import remote
 from tests.fixtures import s3_server as s3
 from tests.fixtures.program import digests, finish, run, spawn
-from tests.fixtures.sharded_family import MODEL_ROLES, make_adapter, make_family, write_recipe
+from tests.fixtures.sharded_family import LORA, MODEL_ROLES, make_adapter, make_family, write_recipe
 
 pytest.importorskip("s3fs")
 SHARDS = {"path": "out", "max_shard_size": "8KB"}
@@ -92,7 +92,7 @@ def test_weights_stay_where_they_are(family: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_a_bucket(family: Path, tmp_path: Path) -> None:
-    make_adapter(tmp_path / "lora")
+    make_adapter(tmp_path / "lora", {**LORA, "layers_to_transform": [0]})
     s3.upload(tmp_path / "lora", "lora")
     outputs = []
     for number, place in enumerate([str(tmp_path / "lora"), f"s3://{s3.BUCKET}/lora"]):
