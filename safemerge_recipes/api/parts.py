@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.api.given import loaded_of, resources_of, target_of
 from safemerge_recipes.api.merging import train_missing
-from safemerge_recipes.api.opening import open_sources
+from safemerge_recipes.api.opening import opened
 from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.events import Listener, ignore
 
@@ -54,7 +54,7 @@ def run_part(
     target = target_of(loaded, output)
     train_missing(loaded, False, on_event)
     check_target(target, False)
-    resolved = open_sources(loaded, on_event)
+    resolved = opened(loaded, on_event)
     digests = Digests(resolved.identities[number - 1 :: count])
     try:
         with shared_output(target, False) as out:
@@ -100,7 +100,7 @@ def finalize(
     resources, loaded = resources_of(device, workers, max_memory), loaded_of(recipe)
     target = target_of(loaded, output)
     check_target(target, force)
-    resolved = open_sources(loaded, on_event)
+    resolved = opened(loaded, on_event)
     with shared_output(target, force, alone=True) as out:
         digests = Digests(resolved.identities, out.inputs(resolved.identities))
         try:
