@@ -121,9 +121,9 @@ class Recipe(Strict):
                     expected = ", ".join(("finetuned", "safety", *self.sources.others))
                     problems.add((*place, "weights", role), f"no source goes by it; expected one of {expected}")
             weighed |= set(weights or ())
-        known = [name for name, method in builtins.METHODS.items() if "weights" in method.keys.key_names()]
         for name in self.sources.others if not unknown else ():
             if name not in weighed:
+                known = [key for key, method in builtins.METHODS.items() if "weights" in method.keys.key_names()]
                 problems.add(
                     ("sources", "others", name),
                     f"nothing weighs it; expected it in merge.weights, which {', '.join(known)} and mergekit:* take; "

@@ -116,7 +116,7 @@ def test_elections_follow_the_definition(x: list[float], y: list[float], alpha: 
     wanted = reference.consensus(left.double(), right.double(), alpha, normalize, 0.5)
     vote = alpha * left.double() + (1 - alpha) * right.double()  # exact for these numbers: a draw is a draw
     assert bool((reference.consensus(left.double(), right.double(), alpha, draw=1).isfinite()).all())
-    found = Consensus((alpha, 1 - alpha), normalize, 0.5)(left.clone(), right.clone(), Arena())
+    found = Consensus((alpha, 1 - alpha), normalize, 0.5)([left.clone(), right.clone()], Arena())
     assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=0), (vote, found, wanted)
 
 

@@ -90,7 +90,7 @@ class Oracle:
         hook.remove()
         return torch.cat(cut)
 
-    def snip(self) -> dict[str, torch.Tensor]:
+    def snip(self, squared: bool = False) -> dict[str, torch.Tensor]:
         total = {name: torch.zeros_like(self.weights[name]) for name in NAMES}
         own = dict(self.model.named_parameters())
         for prompt, answer in ROWS:
@@ -100,7 +100,8 @@ class Oracle:
             self.model.zero_grad()
             self.model(input_ids=ids, labels=labels).loss.backward()
             for name in NAMES:
-                total[name] += (own[name].detach() * own[name].grad).abs() / len(ROWS)
+                scores = own[name].grad ** 2 if squared else (own[name].detach() * own[name].grad).abs()
+                total[name] += scores / len(ROWS)
         return total
 
 
@@ -163,6 +164,18 @@ def test_safe_delta_is_the_cost_of_an_update_by_the_inverse_of_the_inputs_produc
         close(found[name], delta**2 / (2 * torch.linalg.inv(h).diagonal()), 1e-3)
 
 
+def test_fisher_and_what_is_opposed(family: Path) -> None:
+    oracle = Oracle(family, "alignment", "task")
+    found, _ = scored(family, "fisher", prompts=[family / "rows.jsonl"])
+    for name, wanted in oracle.snip(squared=True).items():
+        close(found[name], wanted, 1e-3)
+    opposed, _ = scored(family, "opposed")
+    aligned, safety = dense(family, "alignment"), dense(family, "alignment", "safety")
+    for name in NAMES:
+        own, other = oracle.weights[name] - aligned[name], safety[name] - aligned[name]
+        close(opposed[name], own.abs() * (own.sign() != other.sign()))
+
+
 def test_columns_that_no_input_uses_get_one_and_all_the_damping() -> None:
     h = torch.diag(torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64))
     damped = torch.tensor([4.0, 1.0, 1.0], dtype=torch.float64) + 0.01 * 2
@@ -193,8 +206,9 @@ def test_the_stated_memory_is_asked_for_before_anything_is_written(family: Path,
 @pytest.mark.parametrize(
     ("by", "given", "error", "message"),
     [
-        ("nothing", {}, RecipeError, "--by nothing: expected one of magnitude, drift, wanda"),
+        ("nothing", {}, RecipeError, "--by nothing: expected one of magnitude, drift, opposed, wanda"),
         ("wanda", {}, RecipeError, "looks at activations; expected --prompts FILE"),
+        ("opposed", {"of": "safety"}, RecipeError, "compares with sources.safety"),
         ("drift", {"of": "aligned"}, RecipeError, "the aligned model has none"),
         ("magnitude", {"of": "teacher"}, RecipeError, "the recipe has no such source; expected one of base"),
         ("magnitude", {"prompts": ["rows.jsonl"]}, RecipeError, "looks at weights alone; expected no --prompts"),

@@ -370,7 +370,7 @@ def test_ties_are_kept_by_position_across_pieces(tmp_path: Path, monkeypatch: py
     kernel = Ties(keep / n, Consensus((1.0, 0.0), False, 1.0))
     work = Apply(Weight(), (w["x"], w["y"]), kernel)
     found = np.frombuffer(_merged(work, "F32", (n,), monkeypatch), np.float32)
-    kept = kernel.kept(n)
+    kept = kernel.kept(n)[0]
     assert abs(kept - keep) <= 1
     assert (found[:kept] == 0.25).all()
     assert not found[kept:].any()
