@@ -49,7 +49,28 @@ RUN = {
 """Commands that are run, by page."""
 DEMO = "takes the demo's 135 M model; `make demo` in CI runs it, tests/docs/test_notebook.py plans it over zeros"
 RAY = "takes a Ray cluster; tests/engine/test_ray.py runs it"
+TRAIN = "takes a 7 B model; tests/training/test_train_adapter.py and tests/evaluation/test_judge.py do it on tiny ones"
+HUB = "takes a hub; tests/sharing/test_publish.py and test_hub.py talk to one on 127.0.0.1"
+LOCK = "tests/sharing/test_lock.py runs it, also where files changed"
 PARSED = {
+    "README.md": {
+        "safemerge train-adapter safety.yaml": TRAIN,
+        "safemerge judge out/qwen2-7b-safe --kind llama-guard-3 --model meta-llama/Llama-Guard-3-8B": TRAIN,
+    },
+    "docs/hub.md": {
+        "safemerge-run my-org/llama-2-7b-safe --output out": HUB,
+        "safemerge-run my-org/llama-2-7b-safe@v1 --output out": HUB,
+        "safemerge-run my-org/llama-2-7b-safe --source safety=./my-safety-lora --output out": HUB,
+        "safemerge-run hf://my-org/recipes/llama/gsm8k.yaml@main --output out": HUB,
+        "safemerge publish out --repo my-org/llama-2-7b-safe": HUB,
+        "safemerge publish out --repo my-org/llama-2-7b-safe --upload": HUB,
+        "safemerge publish out --repo my-org/llama-2-7b-safe --branch main --upload": HUB,
+        "safemerge publish out --repo my-org/llama-2-7b-safe --source safety=my-org/safety-lora": HUB,
+        "safemerge lock recipe.yaml": LOCK,
+        "safemerge-run recipe.yaml": LOCK,
+        "safemerge-run recipe.yaml --update-lock": LOCK,
+        "safemerge-run out": "tests/sharing/test_places.py runs an output by its folder",
+    },
     "docs/tutorial.md": {
         "safemerge plan recipes/demo/smollm2_arithmetic.yaml": DEMO,
         "safemerge plan recipes/demo/smollm2_arithmetic.yaml --set gate.tau=0.05": DEMO,
@@ -119,6 +140,13 @@ def test_what_is_not_run_is_parsed(page: str, line: str) -> None:
     assert PARSED[page][line]
 
 
+def test_the_reasons_name_tests_that_are_there() -> None:
+    for reason in {reason for lines in PARSED.values() for reason in lines.values()}:
+        for folder, names in re.findall(r"tests/(\w+)/((?:test_\w+\.py(?:, | and )?)+)", reason):
+            for name in re.findall(r"test_\w+\.py", names):
+                assert (ROOT / "tests" / folder / name).exists(), name
+
+
 def test_a_wrong_command_would_be_noticed() -> None:
     for line in ("safemerge frobnicate x", "safemerge plan x --no-such-option", "safemerge-run"):
         with pytest.raises((Exception, SystemExit)):  # click's own, which is not the installed one's
@@ -183,7 +211,7 @@ def ran(call: Call, line: str) -> Any:
 
 
 def test_the_readme_runs(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (text,) = re.findall(r"^```yaml\n(# recipe\.yaml\n.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    text, *_ = re.findall(r"^```yaml\n(# recipe\.yaml\n.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     make_plain(tmp_path)
     for name, place in (
         ("meta-llama/Llama-2-7b-hf", "./base"), ("meta-llama/Llama-2-7b-chat-hf", "./aligned"),
@@ -193,7 +221,7 @@ def test_the_readme_runs(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyP
         text = text.replace(name, place)
     (tmp_path / "recipe.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    for line in commands(ROOT / "README.md"):
+    for line in RUN["README.md"]:
         done = ran(call, f"{line} --dry-run --json")  # as the comment beside it says
         assert done.json["summary"]["gated"] == 14
         ran(call, line + " --allow-empty")
