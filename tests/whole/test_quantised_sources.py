@@ -70,8 +70,11 @@ def close(written: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(written.double(), wanted.double(), rtol=step, atol=1e-7)
 
 
+KINDS = [kind if kind in ("FP8 blocks", "int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
+
+
 @pytest.mark.parametrize("native", [True, False])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_role_may_be_quantised(
     tmp_path: Path, family: Family, kind: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +143,7 @@ def test_kernels_give_the_same_bytes_as_tables_and_torch(
 
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("scope", ["", ', scope: ["*"]'])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_nothing_changes_is_copied_with_its_scales(
     tmp_path: Path, family: Family, kind: str, scope: str, declared: bool
 ) -> None:
@@ -170,6 +173,23 @@ def test_what_nothing_changes_is_copied_with_its_scales(
     if declared:
         skipped = config["quantization_config"]["modules_to_not_convert"]
         assert set(skipped) == {"lm_head", *(name.removesuffix(".weight") for name in plain)}
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_modelopts_own_config_says_what_is_plain_or_is_left_out(tmp_path: Path, family: Family, some: bool) -> None:
+    """ModelOpt keeps what is quantised in hf_quant_config.json, and config.json may say nothing."""
+    save(tmp_path / "aligned", quantised(family.aligned, "FP8 one scale"), None)
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "aligned" / "hf_quant_config.json").write_text(json.dumps(own))
+    factors = {k: v for k, v in family.finetuned_factors.items() if "o_proj" in k or not some}
+    write_adapter(tmp_path / "adapter", factors, 8)
+    run_recipe(tmp_path, "sources: {aligned: aligned, finetuned: adapter}\ngate: {never: true}\n")
+    path = tmp_path / "out0" / "hf_quant_config.json"
+    assert path.exists() == some
+    if some:
+        listed = json.loads(path.read_text())["quantization"]["exclude_modules"]
+        assert listed == ["lm_head", *(f"model.layers.{i}.self_attn.o_proj" for i in (0, 1))]
+    verify(tmp_path / "out0", Resources(2, 1 << 30, "cpu"), ignore, deep=True)
 
 
 def test_a_kept_fine_tune_in_the_same_format_is_copied_with_its_own_scales(tmp_path: Path, family: Family) -> None:
@@ -484,7 +504,7 @@ def mixed_output(tmp_path: Path, family: Family, kind: str, quantization: dict[s
     return {name: worth(written, name, (4, 8)) for name in family.aligned}
 
 
-@pytest.mark.parametrize("form", ["dequantize", "keep"])
+@pytest.mark.parametrize("form", ["dequantize", pytest.param("keep", marks=pytest.mark.slow)])
 def test_an_fp8_output_loads_in_transformers(tmp_path: Path, family: Family, form: str) -> None:
     from transformers import FineGrainedFP8Config
 
@@ -513,6 +533,7 @@ COMPRESSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_a_compressed_tensors_output_loads_in_transformers(tmp_path: Path, family: Family, kind: str) -> None:
     pytest.importorskip("compressed_tensors")
