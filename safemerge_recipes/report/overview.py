@@ -62,6 +62,7 @@ class Line:
     source: str
     threshold: Threshold | None
     ruled: bool
+    weights: tuple[tuple[str, float], ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -209,7 +210,14 @@ def _line(
         source=clean(raw.get("source"), 20),
         threshold=limit[0] if gated else None,
         ruled=limit[1],
+        weights=_weights(mapping(raw.get("parameters")).get("weights")),
     )
+
+
+def _weights(given: object) -> tuple[tuple[str, float], ...]:
+    """(name of a delta, its weight), in the recipe's order."""
+    named = ((clean(name, 60), number(value)) for name, value in mapping(given).items())
+    return tuple((name, value) for name, value in named if value is not None)
 
 
 # What the recipe says

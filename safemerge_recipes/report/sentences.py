@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safemerge_recipes.recipe.builtins import METHODS, SELECTORS
@@ -56,7 +56,13 @@ def criteria(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def method_words(view: Overview, method: str) -> str:
-    """A method and its α, such as `linear, α = 0.8`, or `linear, α from 0.7 to 0.8` where rules differ."""
+    """A method with its α or weights: `linear, α = 0.8`, `linear, α from 0.7 to 0.8` where rules or depth differ,
+    `ties of finetuned 0.7, safety 0.2, math -0.3`."""
+    weighed = [line.weights for line in view.lines if line.merged and line.method == method and line.weights]
+    if weighed:
+        names = dict.fromkeys(name for weights in weighed for name, _ in weights)
+        spans = {name: sorted(dict(weights)[name] for weights in weighed if name in dict(weights)) for name in names}
+        return f"{method} of " + ", ".join(f"{name} {_span(values)}" for name, values in spans.items())
     alphas = sorted(
         {line.alpha for line in view.lines if line.merged and line.method == method and line.alpha is not None}
     )
@@ -65,6 +71,11 @@ def method_words(view: Overview, method: str) -> str:
     if len(alphas) == 1:
         return f"{method}, α = {figure(alphas[0])}"
     return f"{method}, α from {figure(alphas[0])} to {figure(alphas[-1])}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = figure(values[0]), figure(values[-1])
+    return low if low == high else f"{low} to {high}"
 
 
 def methods(view: Overview) -> list[tuple[str, str, str]]:

@@ -229,6 +229,7 @@ def test_the_plan_and_the_output_name_every_delta(family: Family) -> None:
     assert {"finetuned", "safety", "math"} <= roles
     assert "math" in (folder / "safemerge_report.html").read_text()
     assert "math" in (folder / "README.md").read_text()
+    assert "ties of finetuned 0.7, safety 0.2, math" in (folder / "README.md").read_text()
 
 
 # Gradients
