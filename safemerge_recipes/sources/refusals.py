@@ -63,7 +63,9 @@ def _reason(error: BaseException, name: str, revision: str | None, write: bool) 
         return f"no space left for the hub's cache ({constants.HF_HUB_CACHE}); free some, or set HF_HOME; {_KEPT}"
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{error.filename}: {error.strerror}; expected a cache that can be written, see HF_HOME"
-    what = " ".join(str(error).split())[:120] or type(error).__name__
+    what = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, ValueError) and not isinstance(error, OSError):
+        return f"{what}; expected what the hub at {constants.ENDPOINT} takes, and answers that are its own"
     return f"the connection to {constants.ENDPOINT} broke off ({what}); {_KEPT}"
 
 
