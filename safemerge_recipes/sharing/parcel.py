@@ -29,7 +29,7 @@ from safemerge_recipes.engine.folder import (
 )
 from safemerge_recipes.engine.manifest import FORMAT, LEFT_OUT, manifest_record, read_record, sealed, versions
 from safemerge_recipes.errors import PlanError, RecipeError, SourceError
-from safemerge_recipes.recipe.source import split_revision
+from safemerge_recipes.recipe.source import source_holders, split_revision
 from safemerge_recipes.recipe.yaml_text import read_yaml, write_yaml
 from safemerge_recipes.sharing.leaks import check_leaks, is_here
 from safemerge_recipes.sources.checkpoint import read_object
@@ -112,7 +112,7 @@ def _on_the_hub(
 ) -> dict[str, dict[str, Any]]:
     """What is told of the sources, with stand-ins as if they had been read from the hub."""
     sources = {role: dict(source) for role, source in record["sources"].items()}
-    given = read_yaml(stored).value["sources"]
+    given = {role: holder[role] for holder, role in source_holders(read_yaml(stored).value["sources"])}
     for role, where in stand_ins.items():
         name, revision = split_revision(where, None)
         if role not in sources or not is_id(name):
@@ -144,7 +144,8 @@ def _meaning(config: Path) -> Any:
 
 def _unnamed(recipe: str) -> Iterator[str]:
     """What others cannot read of a portable recipe."""
-    for role, source in read_yaml(recipe).value["sources"].items():
+    for holder, role in source_holders(read_yaml(recipe).value["sources"]):
+        source = holder[role]
         named = source if isinstance(source, str) else next(iter(source.values()))
         if str(named).startswith("./"):
             yield (

@@ -23,11 +23,12 @@ from safemerge_recipes.sources.hub import TEMPLATES, Away, Repository, fetch, he
 from safemerge_recipes.sources.mirror import mirror
 from safemerge_recipes.sources.peft.apply import is_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
+from safemerge_recipes.sources.peft.keys import INDEX as ADAPTER_INDEX
 from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.storage.remote import is_url
 
-CONFIGS = ("config.json", CONFIG_FILE, INDEX_FILE)
+CONFIGS = ("config.json", CONFIG_FILE, INDEX_FILE, ADAPTER_INDEX)
 """Files that say what else is needed."""
 SIDE_FILES = (
     "*.json",
@@ -109,7 +110,9 @@ def _weights(repository: Repository, path: Path, adapter: bool) -> Iterator[str]
     """The weight files that are read, as `open_checkpoint` and `open_adapter` read them."""
     below = path.relative_to(repository.path)
     if adapter:
-        yield from (name for name in (WEIGHTS_FILE,) if repository.has((below / name).as_posix()))
+        whole = repository.has((below / WEIGHTS_FILE).as_posix()) or not (path / ADAPTER_INDEX).is_file()
+        own = [WEIGHTS_FILE] if whole else named_files(path, ADAPTER_INDEX)
+        yield from (name for name in own if repository.has((below / name).as_posix()))
     elif repository.has((below / SINGLE_FILE).as_posix()) or not (path / INDEX_FILE).is_file():
         if repository.files is not None and not repository.has((below / SINGLE_FILE).as_posix()):
             names = (Path(name).name for name in repository.files)

@@ -80,6 +80,25 @@ class TestFetching:
         assert (code, "which the hub does not have" in err) == (3, True)
 
     @pytest.mark.slow
+    def test_an_adapter_in_shards(self, world):
+        from safetensors.torch import load_file, save_file
+
+        shards = world.home / "sharded"
+        shutil.copytree(world.folder / "safety-adapter", shards)
+        tensors = load_file(shards / "adapter_model.safetensors")
+        (shards / "adapter_model.safetensors").unlink()
+        placed = {name: f"adapter_model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(sorted(tensors))}
+        for file in set(placed.values()):
+            save_file({name: tensors[name] for name in placed if placed[name] == file}, shards / file)
+        (shards / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+        assert world("run", world.recipe(), "--output", world.home / "whole")[0] == 0
+        world.hub.add("ann/shards", shards)
+        own = SOURCES.replace("ann/safety-adapter", "ann/shards")
+        code, _, err = world("run", world.recipe(sources=own), "--output", world.home / "out")
+        assert code == 0, err
+        assert weights(world.home / "out") == weights(world.home / "whole")
+
+    @pytest.mark.slow
     def test_two_roles_of_one_branch_have_one_commit(self, world):
         same = SOURCES.replace("finetuned: {adapter: ann/finetuned-adapter}", "finetuned: ann/aligned")
         world("plan", world.recipe(ALWAYS, same))
