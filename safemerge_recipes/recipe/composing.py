@@ -104,7 +104,11 @@ def compose(
         del value[key]
     _fill(found)
     for role, where in (stand_ins or {}).items():
-        _stand_in(document.value, role, where)
+        if role in ROLES or role in _mapping(_mapping(document.value.get("sources")).get("others")):
+            _stand_in(document.value, role, where)
+        else:
+            message = f"found --source {role}={where[:80]}; expected ROLE=PLACE, with a role of {', '.join(ROLES)}"
+            found.problems.append((("sources",), f"{message}, or a name of sources.others"))
     return found
 
 
