@@ -107,6 +107,7 @@ def test_into_a_bucket_with_a_node_killed_in_between(large: Path, monkeypatch: p
         made.remove_node(struck[0], allow_graceful=False)
         printed, err = child.communicate(timeout=300)
         assert child.returncode == 0, err
+        assert len(printed.splitlines()) == 1, printed  # what Ray tells does not get between
         assert json.loads(printed)["output"] == out
         assert digests(s3.download("out", large.parent / "copy")) == expected
     assert struck

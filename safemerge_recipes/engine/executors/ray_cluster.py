@@ -46,9 +46,27 @@ def connected(address: str | None, resources: Resources) -> Iterator[Any]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
     try:
-        yield ray
+        with _quiet():
+            yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray from printing to standard output, where programs read, that a node was lost: its tasks run again."""
+    try:
+        from ray._private import worker
+
+        before = worker.print_to_stdstream
+    except (ImportError, AttributeError):  # another version prints elsewhere
+        yield
+        return
+    worker.print_to_stdstream = lambda *told, **how: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 @dataclass(frozen=True, slots=True)
