@@ -94,7 +94,8 @@ def pair_moment(products: np.ndarray) -> float:
     import numpy as np
 
     squares, n = np.square(products), len(products)
-    return float((squares.sum() - squares.trace()) / (n * (n - 1)))
+    with np.errstate(invalid="ignore"):  # weights that are not finite are refused by their norms
+        return float((squares.sum() - squares.trace()) / (n * (n - 1)))
 
 
 def null_moment(gram: np.ndarray, image: np.ndarray, samples: int) -> tuple[float, float]:
