@@ -138,7 +138,7 @@ def main() -> None:
         found["plans"][name] = plan
         found["seconds"][name] = {
             way: simulate(
-                graph, plan["bytes_of_sources"], node, nodes, Rates(), known=known, spread=spread, gate=True
+                graph, plan["bytes_of_sources"] * 4 // 3, node, nodes, Rates(), known=known, spread=spread, gate=True
             )
             for way, (node, nodes, known, spread) in WAYS.items()
         }  # fmt: skip
