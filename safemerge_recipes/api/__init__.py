@@ -29,7 +29,7 @@ from safemerge_recipes.api.sharing import (
     shipped_recipe,
     shipped_recipes,
 )
-from safemerge_recipes.api.training import plan_training, train_adapter
+from safemerge_recipes.api.training import plan_training, prepare_safety_data, train_adapter
 
 __all__ = [
     "compare",
@@ -46,6 +46,7 @@ __all__ = [
     "mergekit_yaml",
     "plan",
     "plan_training",
+    "prepare_safety_data",
     "probe",
     "publish",
     "registered",

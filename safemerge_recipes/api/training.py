@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,38 @@ from safemerge_recipes.api.given import memory_of
 if TYPE_CHECKING:
     from safemerge_recipes.recipe.training import LoadedTraining
     from safemerge_recipes.training.plan import TrainingPlan
+    from safemerge_recipes.training.prepare import PreparedRows
     from safemerge_recipes.training.run import TrainedAdapter
     from safemerge_recipes.training.steps import TrainingStep
+
+
+def prepare_safety_data(
+    output: Path,
+    sources: Sequence[Path] = (),
+    refuse: Sequence[Path] = (),
+    *,
+    holdout: float = 0.0,
+    keep_out: Sequence[Path] = (),
+    drop_overlap: bool = False,
+) -> tuple[PreparedRows, list[Path]]:
+    """Rows for a safety adapter, checked, cleaned and written; returns them and the files that hold them.
+
+    Args:
+        output: the training file; rows that are held out go beside it.
+        sources: files of rows; the shipped set where none is named.
+        refuse: files of harmful requests that get a refusal.
+        holdout: part of the rows that is held out.
+        keep_out: files with further evaluation prompts to stay away from.
+        drop_overlap: leave out rows near an evaluation prompt instead of refusing the set.
+
+    Raises:
+        RecipeError: a file cannot be read, harmful rows are answered, or rows are near evaluation prompts.
+    """
+    from safemerge_recipes.training.prepare import prepare_safety_data as prepare
+    from safemerge_recipes.training.prepare import write_prepared
+
+    found = prepare(sources, refuse, holdout=holdout, keep_out=keep_out, drop_overlap=drop_overlap)
+    return found, write_prepared(found, output)
 
 
 def plan_training(file: LoadedTraining | str | Path, *, max_memory: str | int | None = None) -> TrainingPlan:

@@ -111,11 +111,11 @@ def prepare_safety_data(
     json_: JsonOption = False,
 ) -> None:
     """Mix refusals with helpful answers, drop near copies, and keep every evaluation prompt out."""
-    from safemerge_recipes.training.prepare import prepare_safety_data as prepare
-    from safemerge_recipes.training.prepare import write_prepared
+    from safemerge_recipes import api
 
-    found = prepare(sources or (), refuse or (), holdout=holdout, keep_out=keep_out or (), drop_overlap=drop_overlap)
-    paths = write_prepared(found, output)
+    found, paths = api.prepare_safety_data(
+        output, sources or (), refuse or (), holdout=holdout, keep_out=keep_out or (), drop_overlap=drop_overlap
+    )
     if json_:
         return write_json({"files": [str(path) for path in paths], **found.as_json()})
     screen = console(False)
