@@ -86,6 +86,12 @@ def _run_as_nobody(recipe: Path, expected: dict[str, str], work: Path) -> None:
     assert [path.name for path in work.iterdir()] == ["out"]
 
 
+def test_the_program_may_be_called_from_a_script(recipe: Path) -> None:
+    script = "import sys; from safemerge_recipes.cli import main; assert 'typer' not in sys.modules; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", script, "validate", str(recipe)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("place", ["/proc/nothing", "/dev/null"])
 def test_a_cache_that_cannot_be_written(
     recipe: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
