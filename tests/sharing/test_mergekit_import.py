@@ -103,8 +103,28 @@ EXAMPLES = {
         base_model: aligned
         dtype: float32
     """,
+    "R1-Distill-Qwen-Math-7B, task-arithmetic": """
+        models:
+          - {model: finetuned, parameters: {weight: 0.5}}
+          - {model: safety, parameters: {weight: 0.5}}
+        merge_method: task_arithmetic
+        parameters: {lambda: 1.0}
+        base_model: base
+        dtype: float32
+        chat_template: "auto"
+    """,
+    "R1-Distill-Qwen-Math-7B, ties": """
+        models:
+          - {model: finetuned, parameters: {weight: 0.5, density: 0.2}}
+          - {model: safety, parameters: {weight: 0.5, density: 0.2}}
+        merge_method: ties
+        parameters: {lambda: 1.0}
+        base_model: base
+        dtype: float32
+        chat_template: "auto"
+    """,
 }
-"""Forms of files under mergekit's `examples/`, by name."""
+"""Forms of files under `examples/` and `recipes/` of mergekit's repository, by name."""
 
 FORMS = {
     "linear of one's own weights": """
