@@ -21,6 +21,7 @@ WEIGHTS = r"GET /(lfs/|.*resolve/.*safetensors)"
 
 
 class TestFetching:
+    @pytest.mark.slow
     def test_the_same_as_from_folders_at_one_commit_and_nothing_twice(self, world):
         code, _, err = world("run", world.recipe(), "--output", world.home / "out")
         assert code == 0, err
@@ -39,6 +40,7 @@ class TestFetching:
         assert world("run", world.home / "recipe.yaml", "--output", world.home / "out", "--force")[0] == 0
         assert not world.hub.asked(WEIGHTS)
 
+    @pytest.mark.slow
     def test_only_the_files_that_are_needed(self, world):
         files = {p.name: p.read_bytes() for p in (world.folder / "aligned").iterdir()}
         extra = {
@@ -104,6 +106,7 @@ class TestFetching:
         world("plan", world.recipe(ALWAYS, same))
         assert len(world.hub.asked("GET /api/models/ann/aligned/revision/main$")) == 1
 
+    @pytest.mark.slow
     def test_offline_the_cache_answers_and_nobody_is_asked(self, world):
         recipe = world.recipe()
         assert world("run", recipe, "--output", world.home / "out")[0] == 0
@@ -137,6 +140,7 @@ class TestFetching:
 
 
 class TestPlanningFromHeaders:
+    @pytest.mark.slow
     def test_without_a_measured_gate_no_weights_are_fetched(self, world):
         big = {p.name: p.read_bytes() for p in (world.folder / "base").iterdir()}
         world.hub.add("ann/base", big)
@@ -183,6 +187,19 @@ class TestPlanningFromHeaders:
         assert all(line["rho"] is not None for line in plan["tensors"] if line["metric"])
         assert plan["summary"]["bytes_to_fetch"] == (world.folder / "aligned" / "model.safetensors").stat().st_size
         assert [one[2] for one in world.hub.asked("GET /ann/aligned/resolve/.*/model.safetensors")] != [""]
+
+    def test_an_imported_mergekit_file_takes_names_from_headers(self, world):
+        (world.home / "merge.yml").write_text(
+            "models: [{model: ann/aligned}, {model: ann/base}]\nmerge_method: slerp\nbase_model: ann/aligned\n"
+            "parameters: {t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]}\n"
+        )
+        code, told, err = world("import", world.home / "merge.yml")
+        assert code == 0, err
+        assert "- tensors:" in told
+        assert [one[2] for one in world.hub.asked("GET /lfs/")] == ["bytes=0-131071"]
+        world.hub.forget()
+        assert world("import", world.home / "merge.yml")[1] == told
+        assert not world.hub.asked(WEIGHTS)
 
     def test_a_measured_gate_fetches_what_it_reads_and_no_more(self, world):
         world.hub.add("ann/safe", world.folder / "safety")
@@ -285,6 +302,7 @@ class TestRefusals:
         assert code == 0, err
         assert not world.hub.asked("finetuned-adapter/resolve/.*model.safetensors")
 
+    @pytest.mark.slow
     def test_other_bytes_than_the_hub_says(self, world):
         """As long as they should be, with a bit that is another: nobody reads them, the next run fetches them anew."""
         recipe = world.recipe()
@@ -321,6 +339,7 @@ class TestRecipes:
             pytest.param("hf://bea/recipes@main/b.yaml", marks=pytest.mark.slow),
         ],
     )
+    @pytest.mark.slow
     def test_a_recipe_is_run_from_its_address(self, world, place):
         commit = world.hub.add("bea/recipes", {"a/base.yaml": self.RECIPE, "b.yaml": b"extends: ./a/base.yaml\n"})
         code, out, err = world("run", place.format(commit=commit), "--output", world.home / "out")
@@ -334,6 +353,7 @@ class TestRecipes:
         assert code == 0, err
         assert not world.hub.requests
 
+    @pytest.mark.slow
     def test_a_folder_beside_a_recipe_is_that_of_its_repository(self, world):
         own = SOURCES.replace("ann/safety-adapter", "./safety").replace("ann/finetuned-adapter", "../tuned")
         files = {"recipes/a.yaml": recipe_text(own, RHO, "{alpha: 0.7}").encode()}
@@ -419,6 +439,7 @@ class TestLocks:
         assert code == 0, err
         assert weights(world.home / "third") != weights(world.home / "first")
 
+    @pytest.mark.slow
     def test_a_lock_of_other_files_is_refused_before_they_are_fetched(self, world):
         recipe = world.recipe(ALWAYS)
         path = Path(world("lock", recipe)[1].strip())

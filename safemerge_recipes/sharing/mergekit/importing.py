@@ -14,12 +14,15 @@ from typing import Any
 
 from safemerge_recipes.errors import RecipeError, SafemergeError
 from safemerge_recipes.recipe.loading import parse_recipe
+from safemerge_recipes.recipe.source import split_revision
 from safemerge_recipes.recipe.yaml_text import Keys, write_yaml
 from safemerge_recipes.sharing.mergekit.methods import MAX_INPUTS, NATIVE, Native, called, role_of
 from safemerge_recipes.sharing.mergekit.reading import Input, MergeFile, Segment, read_file
 from safemerge_recipes.sharing.mergekit.settings import filters, grouped, is_plain, patterns, place_of, values_of
 from safemerge_recipes.sharing.templates import EDITOR_LINE, shown_place
-from safemerge_recipes.sources.checkpoint import open_checkpoint
+from safemerge_recipes.sources.checkpoint import named_files, open_checkpoint
+from safemerge_recipes.sources.hub import head, open_repository
+from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
 from safemerge_recipes.tensor_names import block_index
 
 Merge = dict[str, Any]
@@ -191,18 +194,12 @@ def _tensor_names(place: str) -> list[str]:
     """The tensors of a model: of a folder, or on the hub from the headers alone."""
     if Path(place).expanduser().is_dir():
         return list(open_checkpoint(Path(place).expanduser()).tensors)
-    from huggingface_hub import get_safetensors_metadata, snapshot_download
-
-    name, _, revision = place.partition("@")
-    try:
-        folder = snapshot_download(name, revision=revision or None, local_files_only=True)
-        return list(open_checkpoint(Path(folder)).tensors)
-    except Exception:  # not in the cache, or no id at all: what the hub says counts
-        pass
-    try:
-        return list(get_safetensors_metadata(name, revision=revision or None).weight_map)
-    except Exception as error:  # of the hub's client or of the network below it
-        raise RecipeError(f"{place}: {type(error).__name__}") from None
+    name, revision = split_revision(place, None)
+    repository = open_repository(name, revision, place, first=("config.json", INDEX_FILE))
+    sharded = not repository.has(SINGLE_FILE) and (repository.path / INDEX_FILE).is_file()
+    missing = repository.missing(named_files(repository.path) if sharded else [SINGLE_FILE])
+    away = {file: head(repository, file) for file in missing if repository.files and repository.has(file)}
+    return list(open_checkpoint(repository.path, away).tensors)
 
 
 def _source(file: MergeFile, one: Input, aligned: Input, folder: Path) -> Any:
