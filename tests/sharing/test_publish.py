@@ -46,6 +46,7 @@ def fetched(world, ref: str, folder: Path) -> Path:
 
 
 class TestThereAndBack:
+    @pytest.mark.slow
     def test_from_its_id_on_an_empty_cache_with_the_same_bytes(self, world, tmp_path):
         out = merged(world)
         world.hub.forget()
@@ -145,6 +146,7 @@ def local(world) -> str:
 
 
 class TestWhatNeverLeaves:
+    @pytest.mark.slow
     def test_a_folder_is_named_by_its_last_name_and_that_is_told(self, world, local, tmp_path):
         out = merged(world, sources=local)
         assert "private-place" in (out / "safemerge_recipe.yaml").read_text()
@@ -178,6 +180,22 @@ class TestWhatNeverLeaves:
         assert code == 0, err
         assert weights(world.home / "again") == weights(out)
         assert world("verify", copy, "--deep")[0] == 0
+
+    @pytest.mark.slow
+    def test_one_of_the_others_is_named_too(self, world, tmp_path):
+        (world.home / "out.yaml").write_text(
+            "sources: {aligned: ann/aligned, finetuned: {adapter: ann/finetuned-adapter}, "
+            f"others: {{mine: {{adapter: {world.folder / 'safety-adapter'}}}}}}}\ngate: {ALWAYS}\n"
+            "merge: {method: task_arithmetic, weights: {finetuned: 0.6, mine: 0.4}}\n"
+        )
+        code, _, err = world("run", world.home / "out.yaml", "--output", world.home / "out")
+        assert code == 0, err
+        published(world, world.home / "out", "--branch", "main", "--source", "mine=ann/safety-adapter")
+        copy = fetched(world, "main", tmp_path / "copy")
+        commit = world.hub.repositories["ann/safety-adapter"].refs["main"]
+        recipe = yaml.safe_load((copy / "safemerge_recipe.yaml").read_text())
+        assert recipe["sources"]["others"]["mine"] == {"adapter": "ann/safety-adapter", "revision": commit}
+        assert run("verify", copy)[0] == 0
 
     @pytest.mark.slow
     @pytest.mark.parametrize("text", ["nobody=ann/x", "safety=./x", "safety"])
@@ -214,7 +232,10 @@ class TestWhatNeverLeaves:
 
     @pytest.mark.parametrize(
         ("description", "told"),
-        [("made with hf_abcdefghijklmnopqrstuvwxyz", "holds an access token"), ("see {home}/notes", "holds a path of")],
+        [
+            ("made with hf_abcdefghijklmnopqrstuvwxyz", "holds an access token"),
+            pytest.param("see {home}/notes", "holds a path of", marks=pytest.mark.slow),
+        ],
     )
     def test_text_that_gives_something_away_stops_it(self, world, description, told):
         rest = f"description: '{description.format(home=world.home)}'\n"
@@ -238,6 +259,7 @@ class TestWhatNeverLeaves:
         assert json.loads((copy / "config.json").read_text()) == config | {"_name_or_path": ""}
         assert run("verify", copy)[0] == 0
 
+    @pytest.mark.slow
     def test_answers_stay_here_unless_asked_for(self, world, tmp_path):
         from safemerge_recipes.engine.manifest import replace_files
 
@@ -257,11 +279,11 @@ class TestRefusals:
         [
             ("", 0, 4, "needs a token: log in with `hf auth login` or set HF_TOKEN"),
             pytest.param("GET /api/whoami-v2", 401, 4, "401", marks=pytest.mark.slow),
-            ("POST /api/repos/create", 403, 4, "use a token that may write there"),
+            pytest.param("POST /api/repos/create", 403, 4, "use a token that may write there", marks=pytest.mark.slow),
             pytest.param("POST .*/preupload/", 403, 4, "use a token that may write there", marks=pytest.mark.slow),
             pytest.param("POST .*/lfs/objects/batch", 500, 5, "the same command goes on", marks=pytest.mark.slow),
             pytest.param("PUT /lfs-upload/", 429, 5, "the same command goes on", marks=pytest.mark.slow),
-            ("POST .*/commit/", 500, 5, "the same command goes on"),
+            pytest.param("POST .*/commit/", 500, 5, "the same command goes on", marks=pytest.mark.slow),
         ],
     )
     def test_one_message_and_nothing_half_sent(self, world, fault, status, code, told):
@@ -276,6 +298,7 @@ class TestRefusals:
         tree = world.hub.repositories["ann/merged"].tree() if "ann/merged" in world.hub.repositories else {}
         assert set(tree) <= {".gitattributes"}
 
+    @pytest.mark.slow
     def test_what_is_not_sound_or_no_output(self, world):
         out = merged(world)
         content = bytearray((out / "model.safetensors").read_bytes())
