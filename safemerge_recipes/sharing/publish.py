@@ -45,18 +45,25 @@ class Published:
     removed: tuple[str, ...]
 
 
+_PATIENCE = 120.0
+"""Seconds without a byte after which a hub is silent."""
+
+
 @contextmanager
 def _asking(repository: str) -> Iterator[None]:
-    """Says in one message why a repository cannot be written to.
+    """Says in one message why a repository cannot be written to; a hub that falls silent is given up after a while.
 
     Raises:
         WriteError: the same call goes on later.
         PlanError: it is not allowed.
     """
+    from huggingface_hub import get_session
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
+    client = get_session()
+    patience, client.timeout = client.timeout, _PATIENCE  # the client itself would wait without end
     try:
         with told(repository, repository, write=True):
             try:
@@ -67,6 +74,7 @@ def _asking(repository: str) -> Iterator[None]:
         kind: type[SafemergeError] = WriteError if error.again else PlanError
         raise kind(str(error)) from None
     finally:
+        client.timeout = patience
         if not quiet:
             enable_progress_bars()
 
