@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.api.given import Overrides, load_recipe, loaded_of, resources_of, texts_of
 from safemerge_recipes.api.merging import plan
-from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.errors import PlanError, RecipeError, SafemergeError
 from safemerge_recipes.events import Listener, ignore
 
 if TYPE_CHECKING:
@@ -183,8 +184,15 @@ def _bench(
     given = [*texts_of(overrides), *([f"evaluate.limit={limit}"] if limit else [])]
     varied = load_recipe(recipe, given) if isinstance(recipe, str | Path) else recipe
     loaded = vary(varied, given) if given and varied is recipe else varied
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"--output {folder}: {error.strerror}; expected a folder that can be made") from None
-    return Bench(loaded, folder / STORE_FILE, resources_of(device, None, "2GB"), on_event, tasks, tuning_tasks)
+    try:
+        return Bench(loaded, folder / STORE_FILE, resources_of(device, None, "2GB"), on_event, tasks, tuning_tasks)
+    except SafemergeError:
+        if new:  # nothing is written where nothing can begin
+            with suppress(OSError):
+                folder.rmdir()
+        raise

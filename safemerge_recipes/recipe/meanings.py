@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
+import sys
+from functools import cache
 
 
 def field_docstrings(model: type) -> dict[str, str]:
@@ -20,13 +21,22 @@ def field_docstrings(model: type) -> dict[str, str]:
 
 
 def _own(part: type) -> dict[str, str]:
+    return _in_module(part.__module__).get(part.__qualname__, {})
+
+
+@cache
+def _in_module(name: str) -> dict[str, dict[str, str]]:
+    """Class -> its fields' texts; a module's source never changes while it is loaded."""
     try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
-    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(inspect.getsource(sys.modules[name]))
+    except (KeyError, OSError, TypeError, SyntaxError):
         return {}
-    assert isinstance(body, ast.ClassDef)
+    return {part.name: _texts(part) for part in tree.body if isinstance(part, ast.ClassDef)}
+
+
+def _texts(part: ast.ClassDef) -> dict[str, str]:
     found = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
+    for field, text in zip(part.body, part.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             value = getattr(text.value, "value", None)
             if isinstance(value, str):

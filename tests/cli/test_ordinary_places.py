@@ -182,7 +182,7 @@ def test_a_name_that_leaves_no_room_for_working_names(recipe: Path, tmp_path: Pa
 
 def test_standard_input_is_read_once(recipe: Path, tmp_path: Path) -> None:
     command = ("sweep", "-", "--tau", "0.1,0.2", "--output", tmp_path / "sweep")
-    one_message(shell(f'exec "$@" < {recipe}', *command), 2, "expected a file")
+    one_message(shell(f'exec "$@" < {recipe}', *command), 2, "standard input: evaluate: missing")
     assert not (tmp_path / "sweep").exists()
 
 
