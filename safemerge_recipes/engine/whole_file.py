@@ -78,8 +78,8 @@ def _write_once(
     """See `write_files`; raises OSError where the store fails."""
     files: dict[str, str] = {}
     tensors: dict[str, str] = {}
-    store.open()
     try:
+        store.open()
         with Reader(resources.workers) as reader:
 
             def work(one: tuple[int, tuple[Task, ...]], arena: Arena) -> None:

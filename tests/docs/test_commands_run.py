@@ -85,7 +85,7 @@ PARSED = {
         "safemerge-run recipe.yaml --executor ray --ray-address ray://head:10001": RAY,
         "safemerge run recipe.yaml --part 1/8": "tests/engine/test_parts.py runs parts",
         "safemerge finalize recipe.yaml": "tests/engine/test_parts.py finalizes",
-        "safemerge-run recipe.yaml --output s3://bucket/merged": "tests/storage/test_object_storage.py writes to a bucket",
+        "safemerge-run recipe.yaml --output s3://bucket/merged": "tests/storage/test_object_storage.py",
     },
     "docs/pipelines.md": {
         "safemerge --install-completion": "writes into the user's shell; tests/cli/test_habits.py asks for completions"

@@ -163,8 +163,11 @@ def test_scores_are_those_of_plain_lm_eval(random_model, tokenizer, no_network):
     for task, found in scores.tasks.items():
         assert found.version == str(raw["versions"][task])
         expected = {key.removesuffix(",none"): v for key, v in raw["results"][task].items() if ",none" in key}
-        assert {m for m in expected if not m.endswith("_stderr")} == set(found.metrics)
+        ours = {"macro_f1", "margin"} if task == "safemerge_qa" else set()
+        assert {m for m in expected if not m.endswith("_stderr")} == set(found.metrics) - ours
         for name, metric in found.metrics.items():
+            if name in ours:
+                continue
             assert metric.value == expected[name]
             assert metric.stderr == expected[f"{name}_stderr"]
             assert metric.n == len(metric.outcomes) == 12

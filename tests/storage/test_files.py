@@ -56,6 +56,7 @@ OTHERWISE = {
     ("engine/executors/ray.py", "store.open"): "opens the output's own files, through the store",
     ("engine/executors/threads.py", "store.open"): "likewise",
     ("engine/whole_file.py", "store.open"): "likewise",
+    ("engine/object_store.py", "fs.open"): "sends to a bucket, not to a disk",
     ("sharing/mergekit/reading.py", "read_text"): "reads a text that is there already",
     ("evaluation/harness.py", "subject.open"): "loads a model into memory",
 }
