@@ -75,15 +75,16 @@ int main(void) {
         for (int in = F32; in <= BF16; in++)
             for (int out = F32; out <= BF16; out++)
                 for (int product = 0; product < 3; product++) {
-                    merge m = {made(in, product), made(BF16, product), made(in, 0), method, out, 0.3f, 0.7f};
-                    m.trims[0] = (trim){3, 0.01f, 2}, m.trims[1] = (trim){-1, 0.001f, 2};
-                    m.draws = (draw){drawn(), drawn(), 40000};
-                    m.scales[0] = 1.6384f, m.scales[1] = 1.25f;
-                    m.elect = (consensus){0.3f, 0.7f, 1.0f, 1.1f, drawn() % 2};
-                    float *scratch = malloc(3 * sm_strip(&m) * sizeof(float) + 64), *found = malloc(N * sizeof(float));
+                    const weight sides[2] = {made(in, product), made(BF16, product)};
+                    const float shares[2] = {0.3f, 0.7f}, scales[2] = {1.6384f, 1.25f};
+                    trim trims[2] = {{3, 0.01f, 2}, {-1, 0.001f, 2}};
+                    const draw draws[1] = {{drawn(), drawn(), 40000}};
+                    merge m = {sides, 2, made(in, 0), method, out, shares, trims, draws, scales, {1.0f, 1.1f, 0, 1}};
+                    m.elect.normalize = drawn() % 2, m.elect.pair = drawn() % 2;
+                    float *scratch = malloc(5 * sm_strip(&m) * sizeof(float) + 64), *found = malloc(N * sizeof(float));
                     void *result = calloc(N, 4);
                     int64_t bad[2] = {0}, counts[2];
-                    double sums[7] = {0};
+                    double sums[7] = {0}; /* three, and two a side */
                     sm_dots(&m, N, sums, scratch);
                     sm_sizes(&m, 7, N, sums + 3, scratch);
                     sm_count(&m, 0, N, 0.001f, 0.1f, counts, found, scratch);
