@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.first_study.chance import halves, together
 from benchmarks.first_study.page import BEATEN, NOT_BEATEN, chance, findings, pick, probed, ranked_in, write_page
-from benchmarks.first_study.results import ANCHORS, EVERYWHERE, GATED, HALVES, PAPER, gains, met
+from benchmarks.first_study.results import ANCHORS, HALVES, PAPER, gains
 from benchmarks.first_study.strips import strips
 from safemerge_recipes.evaluation.experiments.probe import correlations
 
@@ -31,17 +31,10 @@ def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
     assert made == {picture.relative_to(kept): picture.read_text() for picture in kept.rglob("*.svg")}
 
 
-def test_the_readme_says_what_the_page_says() -> None:
+def test_the_paper_s_merge_brought_back_about_half() -> None:
     families = [json.loads(path.read_text()) for path in (DOCS / "evidence").glob("*.json")]
-    told = " ".join((DOCS.parent / "README.md").read_text().split())
-    gated = [gains(results)[GATED] for results in families]
-    shares = [100 * share for share, _ in gated]
-    assert f"brought back {min(shares):.0f} to {max(shares):.0f} % of the lost refusal" in told
-    everywhere = [gains(results)[EVERYWHERE] for results in families]
-    counts = [sum(met(*one) for one in own) for own in (gated, everywhere)]
-    assert f"in {counts[0]} of {len(gated)}; adding it everywhere did in {counts[1]} of {len(gated)}" in told
     paper = [gains(results)[PAPER][0] for results in families]
-    assert 0.4 < sum(paper) / len(paper) < 0.6, "about half"
+    assert 0.4 < sum(paper) / len(paper) < 0.6
     assert NOT_BEATEN in chance(families)
 
 
