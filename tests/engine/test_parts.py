@@ -186,7 +186,7 @@ def test_a_worker_that_is_told_to_stop_says_how_to_go_on(recipe: Path) -> None:
     assert "Traceback" not in err
     assert run("run", recipe, "--part", "1/1")[0] == 0
     _finalized(recipe)
-    assert not [path for path in (recipe.parent / "out").rglob("*.part")]
+    assert not list((recipe.parent / "out").rglob("*.part"))
 
 
 def test_a_lease_is_lost_by_silence_and_not_by_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
