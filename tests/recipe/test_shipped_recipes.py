@@ -23,7 +23,9 @@ jsonschema = pytest.importorskip("jsonschema")
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [
-    path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if "\nsources:" in path.read_text(encoding="utf-8")
+    path
+    for path in sorted((ROOT / "recipes").rglob("*.yaml"))
+    if "out" not in path.relative_to(ROOT).parts and "\nsources:" in path.read_text(encoding="utf-8")
 ]
 
 
