@@ -410,7 +410,7 @@ class TestRecipes:
         assert (code, told in err) == (2, True)
 
     def test_it_has_no_output_and_no_lock_of_its_own_here(self, world):
-        world.hub.add("bea/recipes", {"a.yaml": recipe_text(SOURCES, RHO, "{}", "output: {path: /tmp/x}").encode()})
+        world.hub.add("bea/recipes", {"a.yaml": recipe_text(SOURCES, RHO, "{}", "output: {path: /y/x}").encode()})
         assert "output.path: missing; expected it there, or --output DIR" in world("run", "hf://bea/recipes/a.yaml")[2]
         code, _, err = world("lock", "hf://bea/recipes/a.yaml")
         assert (code, "copy it into a file first" in err) == (2, True)
