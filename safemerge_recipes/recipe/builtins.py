@@ -56,16 +56,16 @@ METRICS = Builtins(
 SELECTORS = Builtins(
     "gate.selectors",
     {
-        "tau": "threshold:TAU",
-        "at_most": "threshold:AT_MOST",
-        "lowest": "rank:LOWEST",
-        "fraction": "rank:FRACTION",
+        "tau": "tau:TAU",
+        "at_most": "at_most:AT_MOST",
+        "lowest": "lowest:LOWEST",
+        "fraction": "fraction:FRACTION",
         "random": "drawn:RANDOM",
         "complement": "complement:COMPLEMENT",
-        "names": "named:NAMES",
-        "names_file": "named:NAMES",
-        "always": "constant:ALWAYS",
-        "never": "constant:NEVER",
+        "names": "names:NAMES",
+        "names_file": "names_file:NAMES_FILE",
+        "always": "always:ALWAYS",
+        "never": "never:NEVER",
     },
 )
 """The built-in selectors (`gate.selectors.Selector`), by their key in a gate."""

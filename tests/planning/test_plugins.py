@@ -81,7 +81,7 @@ def test_a_recipe_imports_the_files_of_what_it_names_alone() -> None:
     kinds = (builtins.METRICS, builtins.SELECTORS, builtins.METHODS)
     listed = {target.partition(":")[0] for kind in kinds for target in kind.targets.values()}
     loaded = set(json.loads(found.stdout))
-    wanted = ("gate.metrics.rho", "gate.selectors.constant", "methods.linear")  # `rho` is what a gate has unsaid
+    wanted = ("gate.metrics.rho", "gate.selectors.always", "methods.linear")  # `rho` is what a gate has unsaid
     assert loaded & listed == {f"safemerge_recipes.{place}" for place in wanted}
     assert "torch" not in loaded
 

@@ -1,4 +1,4 @@
-"""`names` and `names_file`: merged is what a list of patterns names."""
+"""What `names` and `names_file` share: merged is what a list of patterns names."""
 
 from __future__ import annotations
 
@@ -22,4 +22,6 @@ def _named_check(question: Question) -> None:
         )
 
 
-NAMES = Selector(_named, lambda question: set(), _named_check, measured=False)
+def named() -> Selector:
+    """The selector."""
+    return Selector(_named, lambda question: set(), _named_check, measured=False)

@@ -1,8 +1,7 @@
-"""`lowest` and `fraction`: merged are so many from one end, or a part, of all or of each module type."""
+"""What `lowest` and `fraction` share: merged are so many from one end, or a part, of all or of each module type."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,9 @@ def _ranked(question: Question, family: Sequence[Candidate]) -> list[Candidate]:
     return sorted(family, key=lambda c: (sign * (c.value or 0.0), c.name))
 
 
-def _rank(count_of: Callable[[Any, int], int]) -> Selector:
+def rank(count_of: Callable[[Any, int], int]) -> Selector:
+    """The selector; `count_of`: (what the recipe says, members of a family) to how many of it are merged."""
+
     def check(question: Question) -> None:
         for family in question.families():
             count = count_of(question.value, len(family))
@@ -57,7 +58,3 @@ def _rank(count_of: Callable[[Any, int], int]) -> Selector:
         return names
 
     return Selector(decide, unsettled, check)
-
-
-LOWEST = _rank(lambda value, members: int(value))
-FRACTION = _rank(lambda value, members: math.ceil(value * members - 1e-9))

@@ -1,4 +1,4 @@
-"""`tau` and `at_most`: merged is what lies on one side of a threshold."""
+"""What `tau` and `at_most` share: merged is what lies on one side of a threshold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 from safemerge_recipes.gate.selectors.base import Decision, Question, Selector
 
 
-def _threshold(at_most: bool) -> Selector:
+def threshold(at_most: bool) -> Selector:
+    """The selector; `at_most`: the limit itself is merged, too."""
+
     def sign(question: Question, merges: bool) -> str:
         strict, loose = (">", "≥") if question.above else ("<", "≤")
         if merges:
@@ -29,7 +31,3 @@ def _threshold(at_most: bool) -> Selector:
         return {c.name for c in question.candidates if c.error and c.low <= question.value <= c.high}
 
     return Selector(decide, unsettled)
-
-
-TAU = _threshold(at_most=False)
-AT_MOST = _threshold(at_most=True)
