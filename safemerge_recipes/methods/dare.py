@@ -1,31 +1,15 @@
-"""`dare_linear`, `dare_ties` (arXiv 2311.03099): Δf and Δs dropped at random and rescaled, then summed or elected."""
+"""The kernel of `dare_linear` and `dare_ties`: deltas dropped at random and rescaled, then summed or elected."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationInfo, field_validator
-
-from safemerge_recipes.methods.base import Method, Sides, always
 from safemerge_recipes.methods.branchless import zero_where_dropped
-from safemerge_recipes.methods.factors import blend
 from safemerge_recipes.methods.kernel import CompiledKernel, Pieces
-from safemerge_recipes.methods.ties import Consensus, consensus
-from safemerge_recipes.methods.work import Apply, Sum
+from safemerge_recipes.methods.ties import Consensus
 from safemerge_recipes.recipe.merge import Weighted
-from safemerge_recipes.recipe.merge_keys import (
-    Alpha,
-    AnySpace,
-    Density,
-    DrawSeed,
-    Lambda,
-    Normalize,
-    Rescale,
-    Space,
-    SumNormalize,
-)
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.draw import Draw
@@ -34,40 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from safemerge_recipes.methods.compiled_tensor import Tensor
-
-
-class DareLinear(Weighted):
-    """Random elements of each side, then their weighted sum."""
-
-    factors: ClassVar[bool] = True
-    divides: ClassVar[bool] = True
-    method: Literal["dare_linear"]
-    alpha: Alpha = 0.8
-    density: Density = 0.5
-    normalize: SumNormalize = None
-    rescale: Rescale = "density"
-    seed: DrawSeed = 0
-    space: AnySpace = "delta"
-
-    @field_validator("space")
-    @classmethod
-    def _as_peft(cls, space: str, info: ValidationInfo) -> str:
-        if space == "factors" and info.data.get("rescale") == "l1":
-            raise ValueError("found factors with rescale l1; expected rescale density, as PEFT does")
-        return space
-
-
-class DareTies(Weighted):
-    """Random elements of each side, where their signs agree."""
-
-    method: Literal["dare_ties"]
-    alpha: Alpha = 0.8
-    density: Density = 0.5
-    lambda_: Lambda = 1.0
-    normalize: Normalize = True
-    rescale: Rescale = "density"
-    seed: DrawSeed = 0
-    space: Space = "delta"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,38 +75,6 @@ class DareKernel(CompiledKernel):
             tensor.merge.consensus = self.then.compiled
 
 
-def _kernel(merge: DareLinear | DareTies, then: Consensus | None) -> DareKernel:
-    weights = tuple(float(share) for share in merge.shares().values())
-    return DareKernel(Draw(merge.density, merge.seed), merge.rescale == "l1", weights, then)
-
-
-def summed(merge: DareLinear, sides: Sides) -> Apply | Sum:
-    """The sum of what stays, or that of the products of thinned factors with `space: factors`."""
-    if merge.space == "factors":
-        return Sum(sides.aligned + blend(merge.float_shares(), sides, (merge.density, merge.seed, sides.name)))
-    origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Apply(origin, deltas, _kernel(merge, None))
-
-
-def elected(merge: DareTies, sides: Sides) -> Apply:
-    """The consensus of what stays."""
-    origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Apply(origin, deltas, _kernel(merge, consensus(merge, merge.normalize, merge.lambda_)))
-
-
-DARE_LINEAR = Method(
-    summed,
-    keys=DareLinear,
-    formula="Δf and Δs dropped at random to `density` and rescaled, then as `linear`",
-    needs=("safety",),
-    link="https://arxiv.org/abs/2311.03099",
-    alike=lambda merge: merge.space != "factors",
-)
-DARE_TIES = Method(
-    elected,
-    keys=DareTies,
-    formula="Δf and Δs dropped at random to `density` and rescaled, then signs elected as in `ties`",
-    needs=("safety",),
-    link="https://arxiv.org/abs/2311.03099",
-    alike=always,
-)
+def dare_kernel(merge: Weighted, draw: Draw, rescale: str, then: Consensus | None = None) -> DareKernel:
+    """The kernel for a merge's shares: what is drawn, what makes up for the rest, and what follows (None: the sum)."""
+    return DareKernel(draw, rescale == "l1", tuple(float(share) for share in merge.shares().values()), then)

@@ -1,4 +1,4 @@
-"""`replace`, Δs in place of Δf, and `drop`, the aligned weight: what a merge is compared with."""
+"""`replace`: Δs in place of Δf; what a merge is compared with."""
 
 from __future__ import annotations
 
@@ -15,21 +15,9 @@ class Replace(Merge):
     method: Literal["replace"]
 
 
-class Drop(Merge):
-    """No Δ: the aligned weight."""
-
-    method: Literal["drop"]
-
-
 def replaced(merge: Replace, sides: Sides) -> Sum:
     """W_a + Δs."""
     return Sum(sides.aligned + sides.safety_delta)
 
 
-def dropped(merge: Drop, sides: Sides) -> Sum:
-    """W_a."""
-    return Sum(sides.aligned)
-
-
 REPLACE = Method(replaced, keys=Replace, formula="Δs", needs=("safety",), low_rank=True, alike=always)
-DROP = Method(dropped, keys=Drop, formula="0", low_rank=True, alike=always)

@@ -1,7 +1,7 @@
 """Selectors against brute force: what is chosen, what stays open, what is refused before measuring.
 
 Guards `gate.selectors.always`, `gate.selectors.at_most`, `gate.selectors.base`, `gate.selectors.complement`,
-`gate.selectors.constant`, `gate.selectors.drawn`, `gate.selectors.fraction`, `gate.selectors.lowest`,
+`gate.selectors.constant`, `gate.selectors.random`, `gate.selectors.fraction`, `gate.selectors.lowest`,
 `gate.selectors.named`, `gate.selectors.names`, `gate.selectors.names_file`, `gate.selectors.never`,
 `gate.selectors.rank`, `gate.selectors.tau`, `gate.selectors.threshold`.
 """

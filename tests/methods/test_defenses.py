@@ -1,6 +1,7 @@
 """Merge methods of the neighbouring defenses against dense references, and the published procedure itself.
 
-Guards `methods.mask`, `methods.top`, `recipe.mask_files`, `sources.masks`, `methods.vectors`, `methods.products`.
+Guards `methods.mask`, `methods.top`, `recipe.mask_files`, `sources.masks`, `methods.add_safety_vector`,
+`methods.svd_k`, `methods.products`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Written weights of every method against dense float64 references, PEFT, mergekit and transformers.
 
-Guards `methods.linear`, `methods.factors`, `methods.replace`, `methods.task_arithmetic`.
+Guards `methods.linear`, `methods.factors`, `methods.replace`, `methods.drop`, `methods.task_arithmetic`,
+`methods.dare_linear`, `methods.dare_ties`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The safety vector V added to Δf: `add_safety_vector` (RESTA, arXiv 2402.11746), `svd_k` (LoX, arXiv 2506.15606)."""
+"""`svd_k` (LoX, arXiv 2506.15606): the leading part of the safety vector V = W_aligned − W_base added to Δf."""
 
 from __future__ import annotations
 
@@ -7,60 +7,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
     WrapValidator,
-    model_validator,
 )
 
 from safemerge_recipes.methods.base import Method, Sides
-from safemerge_recipes.methods.branchless import zero_where_dropped
-from safemerge_recipes.methods.kernel import Kernel, Rows, Transform
+from safemerge_recipes.methods.kernel import Rows, Transform
 from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
 from safemerge_recipes.methods.tools import Tools
-from safemerge_recipes.methods.work import Apply, Prepare, Sum
-from safemerge_recipes.recipe.fields import Seed, Strict, read_onto, tell_onto
+from safemerge_recipes.methods.work import Prepare, Sum
+from safemerge_recipes.recipe.fields import Strict
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Gamma
-from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import left_directions
-from safemerge_recipes.weights.draw import Draw
 from safemerge_recipes.weights.spectrum import leading_memory
 from safemerge_recipes.weights.torch_rows import working_dtype
 
 if TYPE_CHECKING:
     import torch
-
-
-class Dare(Strict):
-    """DARE for `add_safety_vector`: elements dropped at random, the rest divided by `density`."""
-
-    model_config = ConfigDict(json_schema_extra=tell_onto)
-
-    on: Literal["vector", "delta"] = "vector"
-    """What is thinned out: the safety vector V, or the fine-tuned delta Δf."""
-    density: float = Field(default=0.5, gt=0, le=1)
-    """The part of the elements that stays."""
-    seed: Seed = 0
-    """Seed of the choice."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read(cls, value: Any) -> Any:
-        return read_onto(value)
-
-
-class AddSafetyVector(Merge):
-    """Δf and the safety vector."""
-
-    method: Literal["add_safety_vector"]
-    gamma: Gamma = 1.0
-    dare: Dare | None = None
-    """Thin out V or Δf at random before they are added (`add_safety_vector`)."""
 
 
 class Entropy(Strict):
@@ -116,22 +84,6 @@ class SvdK(Merge):
 
 
 @dataclass(frozen=True, slots=True)
-class ThinnedSum(Kernel):
-    """x + γ·y with DARE on one of them: elements dropped at random, the rest divided by the density."""
-
-    gamma: float
-    draw: Draw
-    on: str
-
-    def apply(self, name: str, start: int, x: torch.Tensor, y: torch.Tensor, arena: Arena) -> torch.Tensor:
-        """The piece's sum."""
-        keep_x, keep_y = self.draw.keep(name, start, x.numel(), arena)
-        if self.on == "delta":
-            return zero_where_dropped(x, keep_x).mul_(self.draw.rescale).add_(y, alpha=self.gamma)
-        return x.add_(zero_where_dropped(y, keep_y), alpha=self.gamma * self.draw.rescale)
-
-
-@dataclass(frozen=True, slots=True)
 class LeadingPart(Transform):
     """γ·SVD_k(V) = γ·U_k·U_kᵀ·V for inputs (V,): the leading part of the safety vector (LoX, arXiv 2506.15606)."""
 
@@ -160,16 +112,6 @@ class LeadingPart(Transform):
         return product(left * self.gamma, left_times(left, v, tools), working_dtype(v))
 
 
-def added(merge: AddSafetyVector, sides: Sides) -> Apply | Sum:
-    """W_f + γV, or with DARE on one of them."""
-    if merge.dare is None:
-        return Sum(sides.finetuned + merge.gamma * sides.v)
-    kernel = ThinnedSum(merge.gamma, Draw(merge.dare.density, merge.dare.seed), merge.dare.on)
-    if merge.dare.on == "delta":
-        return Apply(sides.aligned, (sides.delta, sides.v), kernel)
-    return Apply(Weight(), (sides.finetuned, sides.v), kernel)
-
-
 def leading(merge: SvdK, sides: Sides) -> Prepare | Sum:
     """W_f + γ·SVD_k(V)."""
     if sides.v.is_zero or not merge.gamma:
@@ -177,9 +119,6 @@ def leading(merge: SvdK, sides: Sides) -> Prepare | Sum:
     return Prepare(sides.finetuned, (sides.v,), LeadingPart(merge.gamma, merge.rank))
 
 
-ADD_SAFETY_VECTOR = Method(
-    added, keys=AddSafetyVector, formula="Δf + γV", needs=("base",), link="https://arxiv.org/abs/2402.11746"
-)
 SVD_K = Method(
     leading,
     keys=SvdK,
