@@ -1,7 +1,8 @@
 """Leases: a worker says that it does a piece of work, and keeps saying so; whoever falls silent has lost it.
 
 They save work and promise nothing: bytes and offsets are fixed, so that two may well do the same. Silence is measured
-by the observer's own steady clock, between two looks at the same word; clocks that jump or differ do not matter.
+by the observer's own steady clock, between two looks at the same word; clocks that jump or differ do not matter. A
+process of this machine that is no more is not waited for.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ class Leases:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._me = f"process {os.getpid()} on {socket.gethostname()} {os.urandom(4).hex()}"
+        self._me = f"{_holder(os.getpid())} {os.urandom(4).hex()}"
         self._heard: dict[str, tuple[bytes, float]] = {}
 
     def is_free(self, unit: str) -> bool:
         """Whether nobody holds a unit, as far as this worker has heard."""
         word = self._place.read(f"{_FOLDER}/{unit}")
-        if word is None:
+        if word is None or _is_gone(word):
             return True
         before, since = self._heard.get(unit, (b"", 0.0))
         if word != before:
@@ -61,3 +62,27 @@ class Leases:
             speaker.join()
             with contextlib.suppress(OSError):
                 self._place.remove(f"{_FOLDER}/{unit}")
+
+
+def _holder(pid: int) -> str:
+    """How a process of this machine is called; containers that share a host's name are told apart where they can be."""
+    with contextlib.suppress(OSError):
+        return f"process {pid} of {os.readlink('/proc/self/ns/pid')} on {socket.gethostname()}"
+    return f"process {pid} on {socket.gethostname()}"
+
+
+def _is_gone(word: bytes) -> bool:
+    """Whether a word is of a process of this machine that has ended."""
+    said = word.split()
+    if len(said) < 2 or not said[1].isdigit() or not 0 < int(said[1]) < 2**31:
+        return False
+    pid = int(said[1])
+    if not word.startswith(f"{_holder(pid)} ".encode()):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

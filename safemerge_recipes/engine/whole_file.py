@@ -19,11 +19,12 @@ from safemerge_recipes.errors import WriteError
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
+from safemerge_recipes.storage import remote
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.storage.remote import WAIT, is_final
-from safemerge_recipes.storage.workers import Resources, check, run_parallel
+from safemerge_recipes.storage.remote import is_final
+from safemerge_recipes.storage.workers import Attempt, Resources, check, run_parallel
 
 
 def write_files(
@@ -46,6 +47,7 @@ def write_files(
 
     Raises:
         SafemergeError: as an `Executor`.
+        StoppedError: `stop` was set.
     """
     told = [0]
 
@@ -55,7 +57,7 @@ def write_files(
 
     for attempt in range(store.tries):
         try:
-            return _write_once(graph, store, resources, done, stop, count)
+            return _write_once(graph, store, resources, done, Attempt(stop), count)
         except OSError as error:
             if is_final(error) or attempt == store.tries - 1:
                 raise WriteError(
@@ -63,7 +65,7 @@ def write_files(
                 ) from None
             tell(-told[0])
             told[0] = 0
-            time.sleep(WAIT * 2**attempt)
+            time.sleep(remote.WAIT * 2**attempt)
     raise AssertionError("unreachable")
 
 

@@ -62,6 +62,18 @@ def fit_workers(needs: Iterable[tuple[str, int]], workers: int, memory: int) -> 
     return max(1, min(workers, free // need)) if need else workers
 
 
+class Attempt(threading.Event):
+    """A notice to stop for one attempt at some work: set by its failure, which ends no other, or with `whole`."""
+
+    def __init__(self, whole: threading.Event) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def is_set(self) -> bool:
+        """Whether it was set, or `whole`."""
+        return super().is_set() or self._whole.is_set()
+
+
 class StoppedError(Exception):
     """Raised inside a worker to leave its item because another failed or the user interrupted."""
 
@@ -104,6 +116,7 @@ def run_parallel(
     `light` promises that the work does not use torch, which takes longer to load than much of it takes to do.
     An error stops the others at their next piece (`stop` is set) and is raised here; Ctrl-C likewise. Of several bad
     sources the first in the order of items is named, however many workers there are: those before it are finished.
+    Raises StoppedError where somebody else has set `stop`.
     """
     queue = deque(enumerate(items))
     errors: dict[int, BaseException] = {}
@@ -163,3 +176,4 @@ def run_parallel(
             _threads(before)
     if errors:
         raise errors[min(errors)]
+    check(stop)  # an item may have been left half done: what follows must not take it for finished

@@ -184,9 +184,9 @@ def test_a_worker_that_is_told_to_stop_says_how_to_go_on(recipe: Path) -> None:
     assert child.returncode == 5
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
+    assert not list((recipe.parent / "out").rglob("*.part"))
     assert run("run", recipe, "--part", "1/1")[0] == 0
     _finalized(recipe)
-    assert not list((recipe.parent / "out").rglob("*.part"))
 
 
 def test_a_lease_is_lost_by_silence_and_not_by_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

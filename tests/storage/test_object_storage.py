@@ -46,7 +46,10 @@ def family(tmp_path_factory: pytest.TempPathFactory, address: str) -> Iterator[P
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import s3fs
+
     monkeypatch.setattr(remote, "WAIT", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)  # its waits between tries lie in its code
     monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
     for name, value in (("AWS_MAX_ATTEMPTS", "1"), ("AWS_RETRY_MODE", "standard")):
         monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from safemerge_recipes.errors import PlanError, SourceError
-from safemerge_recipes.storage.workers import run_parallel
+from safemerge_recipes.storage.workers import Attempt, StoppedError, check, run_parallel
 
 
 @pytest.mark.parametrize("light", [True, False])
@@ -35,7 +35,7 @@ def test_the_first_of_several_bad_sources_is_named_whatever_the_workers(workers:
 
     def work(item: int, arena: Any) -> None:
         if item == 0:
-            failed.wait(1)
+            failed.wait(0.2)
             raise SourceError("the first")
         if item == 1:
             failed.set()
@@ -45,6 +45,28 @@ def test_the_first_of_several_bad_sources_is_named_whatever_the_workers(workers:
         failed.clear()
         with pytest.raises(SourceError, match="the first"):
             run_parallel(list(range(8)), work, workers, "cpu", threading.Event(), light=True)
+
+
+def test_work_that_is_told_to_stop_is_not_taken_for_finished() -> None:
+    stop = threading.Event()
+
+    def work(item: int, arena: Any) -> None:
+        stop.set()
+        check(stop)
+
+    for _ in range(2):  # half-way, and before anything is begun
+        with pytest.raises(StoppedError):
+            run_parallel([0, 1], work, 1, "cpu", stop, light=True)
+
+
+def test_an_attempt_fails_for_itself_and_ends_with_the_whole() -> None:
+    whole = threading.Event()
+    first, second = Attempt(whole), Attempt(whole)
+    first.set()
+    assert first.is_set()
+    assert not second.is_set()
+    whole.set()
+    assert second.is_set()
 
 
 def test_fewer_threads_than_wanted_do_all_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
