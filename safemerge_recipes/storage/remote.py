@@ -76,6 +76,22 @@ def filesystem(url: str) -> tuple[Any, str]:
         ) from None
 
 
+FULL = {"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
+"""Codes and statuses of stores that take no more: WebDAV's and proxies', Ceph's, MinIO's. AWS has no limit."""
+
+
+def _codes(error: BaseException | None) -> Iterator[str]:
+    """What a store's answer calls itself: code and status of a library's error and of those it was made from."""
+    while error is not None:
+        answer = getattr(error, "response", None)  # botocore's
+        if isinstance(answer, dict):
+            yield str(answer.get("Error", {}).get("Code"))
+            yield str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        for name in ("status", "status_code", "error_code", "code"):  # aiohttp's, Azure's, gcsfs's
+            yield str(getattr(error, name, None))
+        error = error.__cause__
+
+
 @contextmanager
 def told(url: str) -> Iterator[None]:
     """What a store's library raises, as an OSError with one line for people and no secret in it."""
@@ -85,9 +101,11 @@ def told(url: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "not there", url) from None
-    except PermissionError as error:
-        raise PermissionError(errno.EACCES, f"not allowed ({_line(error)}); check the credentials", url) from None
     except Exception as error:  # botocore's, aiohttp's, gcsfs's own: each library has its tree
+        if not FULL.isdisjoint(_codes(error)):  # some say 403 with it
+            raise OSError(errno.ENOSPC, f"no space left in the store ({_line(error)})", url) from None
+        if isinstance(error, PermissionError):
+            raise PermissionError(errno.EACCES, f"not allowed ({_line(error)}); check the credentials", url) from None
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
             raise PermissionError(errno.EACCES, f"{_line(error)}; see its library's documentation", url) from None
         code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO

@@ -5,6 +5,7 @@ Guards `storage.remote`, `sources.mirror`, `engine.object_store` and `engine.sha
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -209,6 +210,62 @@ def test_a_store_that_stays_ill_is_one_message(
     assert "safemerge_manifest.json" not in s3.names(out.rpartition("/")[2])
     code, _, err = run("run", _recipe(tmp_path), "--output", out)  # it was mended
     assert code == 0, err
+
+
+def _answer(code: str, status: int, message: str = "") -> Exception:
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    found: Exception = translate_boto_error(ClientError(answer, "PutObject"))
+    return found
+
+
+def test_full_is_told_by_code_and_status_and_by_nothing_else() -> None:
+    aiohttp = pytest.importorskip("aiohttp")
+    asked = aiohttp.RequestInfo("http://store/x", "PUT", {}, "http://store/x")  # type: ignore[arg-type]
+    full = [
+        _answer("XMinioStorageFull", 507), _answer("QuotaExceeded", 403), _answer("507", 507),
+        aiohttp.ClientResponseError(asked, (), status=507), OSError(errno.ENOSPC, "of a mounted one"),
+    ]  # fmt: skip
+    other = [
+        _answer("AccessDenied", 403, "507 objects are locked"), _answer("SlowDown", 503, "byte 507 of QuotaExceeded"),
+        aiohttp.ClientResponseError(asked, (), status=500, message="507"), OSError(errno.EIO, "at 507"),
+    ]  # fmt: skip
+    for number, error in enumerate([*full, *other]):
+        with pytest.raises(OSError, match=r"\w") as found, remote.told("s3://bucket/x"):
+            raise error
+        assert (found.value.errno == errno.ENOSPC) == (number < len(full)), error
+        assert remote.is_final(found.value) == (number < len(full) or isinstance(error, PermissionError))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [s3.FULL, s3.OVER_QUOTA], ids=["MinIO", "Ceph"])
+def test_a_full_bucket_is_one_message_and_the_run_goes_on_when_there_is_room(
+    family: Path, tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch, full: tuple[int, dict[str, str], bytes]
+) -> None:
+    sealed: list[str] = []
+
+    def trouble(method: str, path: str, body: bytes) -> object:
+        if method in ("PUT", "POST") and _weights(path):
+            sealed.append(path)
+            return full if len(sealed) > 2 else None
+        return None
+
+    name = f"full-{full[0]}"
+    recipe, out = _recipe(tmp_path, urls=False, root=family), f"s3://{s3.BUCKET}/{name}"
+    with s3.proxy(address, trouble) as ill:  # type: ignore[arg-type]
+        s3.use(monkeypatch, ill)
+        code, _, err = run("run", recipe, "--output", out, "--workers", "1")
+    s3.use(monkeypatch, address)
+    assert code == 5, err
+    assert len(err.strip().splitlines()) == 1
+    assert "no space left in the store" in err
+    assert "goes on from there" in err
+    code, printed, err = run("run", recipe, "--output", out, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["resumed"] > 0
+    assert digests(s3.download(name, tmp_path / "copy")) == digests(family / "expected")
 
 
 def test_urls_that_are_refused(tmp_path: Path, family: Path) -> None:
