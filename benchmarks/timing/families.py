@@ -53,7 +53,7 @@ def make_family(size: str, data: Path = DATA, seed: int = 0) -> Path:
         _over_tensors(_fill_tensor, architecture.tensors, seed, files)
         for role in ROLES:
             files[role].close()
-        _write_adapters(folder, architecture, seed)
+        write_adapters(folder, architecture, seed)
     write_json(marker, stamp)
     return folder
 
@@ -130,7 +130,8 @@ def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, 
             files[role].write(name, start * columns * 2, data)
 
 
-def _write_adapters(folder: Path, architecture: Architecture, seed: int) -> None:
+def write_adapters(folder: Path, architecture: Architecture, seed: int) -> None:
+    """Write the adapters of a family, on every matrix that the architecture says."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (d_out, d_in) in architecture.adapted_tensors().items():
         module = "base_model.model." + name.removesuffix(".weight")

@@ -1,10 +1,13 @@
 """A merge whose output fits no disk: from plan to manifest, into a store that hashes what it is sent and drops it.
 
     python -m benchmarks.timing.streaming --size sparse-70b --data benchmarks/data
+    python -m benchmarks.timing.streaming --size blocks-70b --of checkpoints
 
-The sources are sparse files with real headers, so that reading costs what memory costs and no disk holds them; every
-byte of them is read, merged, hashed and sent as it would be from a disk. The store is an fsspec file system of this
-process that keeps small objects and forgets weights; the program takes it for object storage.
+The models are sparse files with real headers, so that reading costs what memory costs and no disk holds them; every
+byte of them is read, merged, hashed and sent as it would be from a disk. Of adapters (on every matrix, alignment an
+adapter too) the numbers are real: each matrix is measured and decided, and the output holds their products. The store
+is an fsspec file system of this process that keeps small objects and forgets weights; the program takes it for object
+storage.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,8 @@ import fsspec
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from benchmarks.timing.families import DATA, make_family
+from benchmarks.timing.architectures import SIZES
+from benchmarks.timing.families import ADAPTERS, DATA, make_family, write_adapters
 from benchmarks.timing.run import RESULTS, machine
 from benchmarks.timing.stored import allow_holes
 from safemerge_recipes import api
@@ -103,15 +108,27 @@ class Watch(threading.Thread):
             self.most = max(self.most, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
 
 
-def merge(size: str, data: Path, workers: int, memory: str, method: str) -> dict[str, Any]:
+def recipe(size: str, data: Path, of: str, method: str) -> Path:
+    """A recipe over a family of holes: of three models, everything merged; of adapters on one, gated."""
+    family, path = make_family(size, data), data / f"{size}-{of}-stream.yaml"
+    sources: dict[str, Any] = {role: str(family / role) for role in ("aligned", "finetuned", "safety")}
+    gate: dict[str, Any] = {"always": True}
+    if of == "adapters":
+        if not all((family / adapter / "adapter_config.json").exists() for adapter in ADAPTERS):
+            write_adapters(family, SIZES[size](), 0)
+        roles = {"aligned": "alignment", "finetuned": "finetuned", "safety": "safety"}
+        sources = {role: {"adapter": str(family / f"{name}-adapter")} for role, name in roles.items()}
+        sources["aligned"]["on"] = "base"
+        sources, gate = {"base": str(family / "base"), **sources}, {"tau": 0.7}
+    merge = {"method": method, "alpha": 0.8}
+    path.write_text(json.dumps({"sources": sources, "gate": gate, "merge": merge}))
+    return path
+
+
+def merge(size: str, data: Path, of: str, workers: int, memory: str, method: str) -> dict[str, Any]:
     """Plans and merges a family into the store; what that took."""
     allow_holes()
-    family, out = make_family(size, data), use()
-    path = data / f"{size}-stream.yaml"
-    sources = {role: str(family / role) for role in ("aligned", "finetuned", "safety")}
-    path.write_text(
-        json.dumps({"sources": sources, "gate": {"always": True}, "merge": {"method": method, "alpha": 0.8}})
-    )
+    path, out = recipe(size, data, of, method), use()
     watch, began, load = Watch(), time.perf_counter(), os.getloadavg()
     watch.start()
     cpu = time.process_time()
@@ -121,8 +138,10 @@ def merge(size: str, data: Path, workers: int, memory: str, method: str) -> dict
     assert not wrong, wrong
     assert Dropping().cat_file("/somewhere/out/safemerge_manifest.json")
     return {
-        "size": size, "method": method, "workers": workers, "max_memory": memory, "wall": time.perf_counter() - began,
+        "size": size, "of": of, "method": method, "workers": workers, "max_memory": memory,
+        "wall": time.perf_counter() - began,
         "cpu": time.process_time() - cpu, "own_memory": watch.most, "bytes_written": result.bytes_written,
+        "actions": dict(Counter(tensor.action for tensor in result.plan.plan.tensors)),
         "bytes_read": result.plan.graph.bytes_read, "timings": dict(result.timings), "load": [*load, *os.getloadavg()],
     }  # fmt: skip
 
@@ -132,15 +151,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="sparse-70b")
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--of", choices=["adapters", "checkpoints"], default="adapters")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max-memory", default="256MB")
     parser.add_argument("--method", default="linear")
     given = parser.parse_args()
     given.data.mkdir(parents=True, exist_ok=True)
-    found = merge(given.size, given.data, given.workers, given.max_memory, given.method)
+    found = merge(given.size, given.data, given.of, given.workers, given.max_memory, given.method)
     print(json.dumps(found, indent=1))
     record = {"machine": machine(), **found}
-    (RESULTS / f"streaming-{given.size}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"streaming-{given.size}-{given.of}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
