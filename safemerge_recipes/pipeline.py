@@ -94,7 +94,7 @@ def resolve(
     lacking = no_tokenizer(beside)
     if lacking and lacking not in family.warnings:
         family = replace(family, warnings=(*family.warnings, lacking))
-    return Resolved(loaded, family, family.identities(), beside, outlooks, registry)
+    return Resolved(loaded, family, beside, outlooks, registry)
 
 
 def fetch(resolved: Resolved, files: Collection[str] | None, on_event: Listener) -> Resolved:
@@ -163,7 +163,7 @@ def build(plan: Plan, resolved: Resolved, device: str) -> Graph:
         SafemergeError: a tensor cannot be computed from what is stored.
     """
     known = resolved.registry
-    return build_graph(plan, resolved.family, resolved.identities, known.methods, known.brings, device)
+    return build_graph(plan, resolved.family, known.methods, known.brings, device)
 
 
 def as_source(prepared: Prepared, role: Role) -> Graph:

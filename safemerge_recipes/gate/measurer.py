@@ -88,7 +88,7 @@ class Measurer:
         self.family, self.resources, self.on_event = family, resources, on_event
         self.by = by or measure_all
         self.peak = 0
-        self._identity = {one.path: one.key for one in family.identities()}
+        self._identity = {one.path: one.key for one in family.identities}
         self._cache_key = self._make_key() if use_cache else None
         known = recall("measures", self._cache_key) if self._cache_key else None
         self._known: dict[str, dict[str, float]] = known if isinstance(known, dict) else {}

@@ -19,7 +19,6 @@ from safemerge_recipes.planning.plugins import METHODS
 from safemerge_recipes.planning.stored import copied
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
-from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
 from safemerge_recipes.storage.machine import instruction_set
 from safemerge_recipes.storage.remote import read_ahead_of
@@ -189,7 +188,6 @@ def _key(tensor: TensorPlan, work: Work, identity: Mapping[str, str], origin: st
 def build_graph(
     plan: Plan,
     family: Family,
-    identities: tuple[FileIdentity, ...],
     methods: Mapping[str, Method] = METHODS,
     origin_of: Callable[[str], str] = lambda method: "",
     device: str = "cpu",
@@ -199,7 +197,6 @@ def build_graph(
     Args:
         plan: the decisions.
         family: the sources.
-        identities: of every file that is read.
         methods: merge methods by name.
         origin_of: the distribution and version that brings a method; part of what names a result.
         device: where it will be computed: on "cpu" by the compiled kernels as far as they go.
@@ -213,7 +210,7 @@ def build_graph(
         {tensor.name: (tensor.dtype, tensor.shape, aligned[tensor.weight].path) for tensor in plan.tensors},
         plan.recipe.output.max_shard_size,
     )
-    identity = {one.path: one.key for one in identities}
+    identity = {one.path: one.key for one in family.identities}
     lines = {tensor.name: tensor for tensor in plan.tensors}
     tasks = []
     for tensor in plan.tensors:

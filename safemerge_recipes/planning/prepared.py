@@ -28,7 +28,6 @@ class Resolved:
 
     loaded: LoadedRecipe
     family: Family
-    identities: tuple[FileIdentity, ...]
     side_files: Mapping[str, Path]
     outlooks: tuple[Outlook, ...]
     registry: Registry
@@ -37,6 +36,11 @@ class Resolved:
     def recipe(self) -> Recipe:
         """The recipe."""
         return self.loaded.recipe
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Those of every file of the sources, as they were when their headers were read."""
+        return self.family.identities
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,8 +66,8 @@ class Prepared:
 
     @property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """Those of every file of the sources."""
-        return self.resolved.identities
+        """Those of every file of the sources, as they were when their headers were read."""
+        return self.family.identities
 
     @property
     def side_edits(self) -> Mapping[str, Mapping[str, Any]]:

@@ -51,7 +51,7 @@ def write_scores(
         raise RecipeError(f"--by {subject.by}: looks at weights alone; expected no --prompts")
     if kind.sees != "weights" and asked is None:
         raise RecipeError(f"--by {subject.by}: looks at activations; expected --prompts FILE")
-    models = {role: mark_of(subject.family.files_behind(role)) for role in subject.roles}
+    models = {role: mark_of(subject.family.identities_behind(role)) for role in subject.roles}
     about: dict[str, Any] = {
         "by": subject.by, "of": subject.role, "formula": kind.formula, "link": kind.link, "models": models,
         "version": __version__,

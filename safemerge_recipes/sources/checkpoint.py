@@ -18,8 +18,9 @@ from safemerge_recipes.sources.hub import Away
 from safemerge_recipes.sources.mirror import is_there, weight_path
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.storage.files import content_of, reading
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.layout import INDEX_FILE, SINGLE_FILE
-from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, read_header
+from safemerge_recipes.storage.safetensors import MAX_VALUES, TensorRef, check_values, open_header
 
 MAX_JSON_BYTES = 16_000_000
 """Largest config or index read, in bytes: an index of 100 000 tensors stays below it."""
@@ -27,12 +28,20 @@ MAX_JSON_BYTES = 16_000_000
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder of safetensors: `tensors` by name in file order, `config` as parsed from config.json."""
+    """A folder of safetensors: `tensors` by name in file order, `config` as parsed from config.json.
+
+    `identities` are those of its weight files, as they were when their headers were read.
+    """
 
     directory: Path
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any]
-    files: tuple[str, ...]
+    identities: tuple[FileIdentity, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Its weight files."""
+        return tuple(one.path for one in self.identities)
 
     @property
     def tied(self) -> bool:
@@ -154,11 +163,14 @@ def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> 
     away = away or {}
     names, weight_map = _weight_files(directory, away)
     tensors: dict[str, TensorRef] = {}
+    identities = []
     for file in names:
         path = away[file].header if file in away else weight_path(directory, file)
         if not is_there(path):
             raise SourceError(f"{directory}: {INDEX_FILE} names {file[:200]!r}, which is missing; download it again")
-        for name, ref in read_header(path, away[file].size if file in away else None).items():
+        header = open_header(path, away[file].size if file in away else None)
+        identities.append(header.identity)
+        for name, ref in header.tensors.items():
             if name in tensors:
                 raise SourceError(f"{path}: {name!r} is also in {tensors[name].path}; expected it once")
             if weight_map is not None and weight_map.get(name) != file:
@@ -171,5 +183,4 @@ def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> 
         )
     if not tensors:
         raise SourceError(f"{directory}: its weight files hold no tensor")
-    files = tuple(str(away[file].header if file in away else weight_path(directory, file)) for file in names)
-    return Checkpoint(directory, tensors, config, files)
+    return Checkpoint(directory, tensors, config, tuple(identities))

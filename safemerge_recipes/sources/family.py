@@ -24,7 +24,7 @@ from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES
 from safemerge_recipes.storage.identity import FileIdentity
-from safemerge_recipes.storage.safetensors import TensorRef
+from safemerge_recipes.storage.safetensors import Header, TensorRef
 from safemerge_recipes.tensor_names import block_index, stack_of
 from safemerge_recipes.weights.algebra import Operand, Stored, Weight
 from safemerge_recipes.weights.operands import plain_refs
@@ -46,7 +46,12 @@ class Model:
     @property
     def files(self) -> tuple[str, ...]:
         """The weight files that belong to this role itself."""
-        return self.adapter.files if self.adapter else self.checkpoint.files
+        return tuple(one.path for one in self.identities)
+
+    @property
+    def identities(self) -> tuple[FileIdentity, ...]:
+        """Those of its files, as they were when their headers were read."""
+        return self.adapter.identities if self.adapter else self.checkpoint.identities
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,11 @@ class Family:
 
     `owner` is the role whose config and tokenizer the output has, `config_edits` what must differ in that
     config, `input_first` names the matrices that are stored `(d_in, d_out)`, `masks` holds the tensors of the
-    recipe's mask files, by the path it writes and by name; `absent` the tensors for multi-token prediction that a
-    role lacks, with that role; `quantised` every tensor that is a part of a quantised weight which is only copied, with
-    its kind; `coded` the quantised weights that can be read, by operand;
-    `blocks` the number of blocks of each stack, such as 32 of `model.layers`.
+    recipe's mask files, by the path it writes and by name, `mask_identities` those of the files;
+    `absent` the tensors for multi-token prediction that a role lacks, with that role;
+    `quantised` every tensor that is a part of a quantised weight which is only copied, with its kind; `coded` the
+    quantised weights that can be read, by operand; `blocks` the number of blocks of each stack, such as 32 of
+    `model.layers`.
     """
 
     inventory: Mapping[str, TensorRef]
@@ -73,6 +79,7 @@ class Family:
     quantised: Mapping[str, str] = field(default_factory=dict)
     coded: Mapping[Operand, Group] = field(default_factory=dict)
     blocks: Mapping[str, int] = field(default_factory=dict)
+    mask_identities: tuple[FileIdentity, ...] = ()
 
     def weight(self, role: Role, name: str) -> Weight:
         """The role's weight for one tensor."""
@@ -101,7 +108,7 @@ class Family:
     @property
     def mask_files(self) -> tuple[str, ...]:
         """Every mask file, each once."""
-        return tuple(dict.fromkeys(ref.path for tensors in self.masks.values() for ref in tensors.values()))
+        return tuple(dict.fromkeys(one.path for one in self.mask_identities))
 
     @property
     def away(self) -> dict[str, tuple[Role, str]]:
@@ -121,14 +128,26 @@ class Family:
 
     def files_behind(self, role: Role) -> tuple[str, ...]:
         """Every weight file that a role's weights come from: of an adapter its own and the checkpoint's underneath."""
-        model = self.models[role]
-        return tuple(dict.fromkeys((*model.files, *model.checkpoint.files)))
+        return tuple(one.path for one in self.identities_behind(role))
 
+    def identities_behind(self, role: Role) -> tuple[FileIdentity, ...]:
+        """Those of `files_behind`."""
+        model = self.models[role]
+        return each_once((*model.identities, *model.checkpoint.identities))
+
+    @property
     def identities(self) -> tuple[FileIdentity, ...]:
-        """Every weight file that may be read, each once, as it is now."""
-        files = dict.fromkeys(file for model in self.models.values() for file in model.files)
-        files.update(dict.fromkeys(self.mask_files))
-        return tuple(FileIdentity.of(file) for file in files)
+        """Every file that may be read, each once, as it was when it was opened."""
+        own = (one for model in self.models.values() for one in model.identities)
+        return each_once((*own, *self.mask_identities))
+
+
+def each_once(identities: Iterable[FileIdentity]) -> tuple[FileIdentity, ...]:
+    """Those of files that several roles share once."""
+    found: dict[str, FileIdentity] = {}
+    for one in identities:
+        found.setdefault(one.path, one)
+    return tuple(found.values())
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, int]:
@@ -301,9 +320,21 @@ def open_family(
         fitted.inventory, models, (*(warning for warning in found if warning), *notes),
         fitted.owner, fitted.config_edits, input_first(shapes, aligned.checkpoint.config),
         embedding_of(aligned.checkpoint.tensors, aligned.checkpoint.config),
-        open_masks(recipe, directory) if masks else {}, fitted.absent, parts,
-        {form.operand: form for form in forms if form.operand is not None}, blocks_of(fitted.inventory),
+        {}, fitted.absent, parts, {form.operand: form for form in forms if form.operand is not None},
+        blocks_of(fitted.inventory),
     )  # fmt: skip
-    if family.masks:
-        check_masks(family.masks, {role: family.files_behind(role) for role in family.models if family.is_here(role)})
-    return family
+    return with_masks(family, open_masks(recipe, directory)) if masks else family
+
+
+def with_masks(family: Family, masks: Mapping[str, Header]) -> Family:
+    """A family with further mask files, by the path as a recipe writes it.
+
+    Raises:
+        SourceError: a file was made from other models.
+    """
+    if not masks:
+        return family
+    check_masks(masks, {role: family.identities_behind(role) for role in family.models if family.is_here(role)})
+    tensors = {path: header.tensors for path, header in masks.items()}
+    identities = (*family.mask_identities, *(header.identity for header in masks.values()))
+    return replace(family, masks={**family.masks, **tensors}, mask_identities=each_once(identities))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.recipe.model import Recipe
-from safemerge_recipes.storage.identity import fingerprint
-from safemerge_recipes.storage.safetensors import TensorRef, read_described, read_header
+from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.storage.safetensors import Header, TensorRef, open_header
 
 MASK_DTYPES = ("BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64")
 """Dtypes a mask may be stored as."""
@@ -22,54 +22,53 @@ RECORD = "safemerge_score"
 """The metadata of a score file in which `safemerge score` says, as JSON, how it was made."""
 
 
-def open_masks(recipe: Recipe, directory: Path) -> dict[str, Mapping[str, TensorRef]]:
-    """The tensors of every mask file of a recipe, by the path as the recipe writes it. Reads headers only.
+def open_masks(recipe: Recipe, directory: Path) -> dict[str, Header]:
+    """Every mask file of a recipe, by the path as the recipe writes it. Reads headers only.
 
     Raises:
         SourceError: a file is missing or unsound.
     """
-    found: dict[str, Mapping[str, TensorRef]] = {}
+    found: dict[str, Header] = {}
     for policy in recipe.policies():
         for path in policy.merge.mask_files if policy.keep is None else ():
             if path not in found:
-                found[path] = read_header(mask_path(directory, path))
+                found[path] = open_header(mask_path(directory, path))
     return found
 
 
-def check_masks(masks: Mapping[str, Mapping[str, TensorRef]], files: Mapping[str, Iterable[str]]) -> None:
+def check_masks(masks: Mapping[str, Header], behind: Mapping[str, Iterable[FileIdentity]]) -> None:
     """Refuses score files that were made from other models than the recipe's.
 
     Args:
-        masks: the tensors of every mask file, by the path as the recipe writes it.
-        files: the weight files behind each role.
+        masks: every mask file, by the path as the recipe writes it.
+        behind: the weight files behind each role.
 
     Raises:
         SourceError: a file says that it was made from another model.
     """
-    for path, tensors in masks.items():
-        place = next((ref.path for ref in tensors.values()), None)
-        for role, written in made_from(place).items() if place else ():
-            if role in files and written != mark_of(files[role]):
+    for path, header in masks.items():
+        for role, written in made_from(header).items():
+            if role in behind and written != mark_of(behind[role]):
                 raise SourceError(
                     f"merge.mask.path: {path}: was made from another {role} model than the recipe's; expected scores "
                     "of the same files, try `safemerge score` again"
                 )
 
 
-def made_from(path: str) -> dict[str, str]:
+def made_from(header: Header) -> dict[str, str]:
     """The mark of the model of each role that a score file was made from; empty for one made elsewhere."""
     try:
-        found = json.loads(read_described(path)[1].get(RECORD, "{}")).get("models", {})
+        found = json.loads(header.metadata.get(RECORD, "{}")).get("models", {})
         return {str(role): str(mark) for role, mark in found.items()}
     except (ValueError, AttributeError, RecursionError):
         return {}
 
 
-def mark_of(files: Iterable[str]) -> str:
-    """What tells the weight files of a model from others', at little cost: sizes and ends of all, hashed."""
+def mark_of(files: Iterable[FileIdentity]) -> str:
+    """What tells the weight files of a model from others', at little cost: sizes and contents of all, hashed."""
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(repr(sorted(fingerprint(file) for file in files)).encode())
+    return xxhash.xxh3_128_hexdigest(repr(sorted((one.size, one.content) for one in files)).encode())
 
 
 def mask_path(directory: Path, path: str) -> Path:

@@ -45,13 +45,23 @@ class FileIdentity:
         """The identity of the file as it is now. Raises SourceError when it is gone."""
         try:
             if is_url(path):
-                return cls(str(path), *look(str(path)), 0, 0, 0, "")
-            stat = os.stat(path)
-            content = fingerprint(str(path))[1]
+                return cls.of_object(path)
+            with reading(path) as file:
+                return cls.of_open(path, file.fileno())
         except OSError as error:
             raise SourceError(f"{path}: {error.strerror}; it was expected to stay while the recipe runs") from None
-        device = f"{socket.gethostname()}:{stat.st_dev}"
+
+    @classmethod
+    def of_open(cls, path: str | Path, number: int) -> FileIdentity:
+        """The identity of a file that is open under a descriptor. Raises OSError."""
+        stat = os.fstat(number)
+        content, device = _content(number, stat.st_size), f"{socket.gethostname()}:{stat.st_dev}"
         return cls(str(path), stat.st_size, content, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, device)
+
+    @classmethod
+    def of_object(cls, url: str) -> FileIdentity:
+        """The identity of an object, as its store tells it. Raises OSError."""
+        return cls(url, *look(url), 0, 0, 0, "")
 
     @property
     def key(self) -> str:
@@ -76,19 +86,22 @@ def fingerprint(path: str) -> tuple[int, str]:
     A safetensors file begins with its header. Of an object in a store: what that says of it. Raises OSError, or
     SourceError for what is no regular file.
     """
-    import xxhash
-
     if is_url(path):
         return look(path)
     with reading(path) as file:
-        number = file.fileno()
-        size = os.fstat(number).st_size
-        found = xxhash.xxh3_128(os.pread(number, _END, 0))
-        if size > 2 * _END:
-            for spot in range(1, _SPOTS + 1):
-                found.update(os.pread(number, _SPOT, size * spot // (_SPOTS + 1)))
-        found.update(os.pread(number, _END, max(0, size - _END)))
-    return size, found.hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        return size, _content(file.fileno(), size)
+
+
+def _content(number: int, size: int) -> str:
+    import xxhash
+
+    found = xxhash.xxh3_128(os.pread(number, _END, 0))
+    if size > 2 * _END:
+        for spot in range(1, _SPOTS + 1):
+            found.update(os.pread(number, _SPOT, size * spot // (_SPOTS + 1)))
+    found.update(os.pread(number, _END, max(0, size - _END)))
+    return str(found.hexdigest())
 
 
 def check_unchanged(identities: Sequence[FileIdentity]) -> None:

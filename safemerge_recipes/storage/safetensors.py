@@ -19,6 +19,7 @@ from typing import Any
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import DTYPES
 from safemerge_recipes.storage.files import reading
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.remote import is_url
 
 MAX_HEADER_BYTES = 16_000_000
@@ -125,8 +126,32 @@ def _check_size(found: os.stat_result) -> None:
         raise ValueError(f"it has {found.st_size} bytes, of which only {stored} are on the disk: the rest is a hole")
 
 
-def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorRef]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the header of one safetensors file says, and the file that said it.
+
+    Attributes:
+        tensors: every tensor by name, in the order of the bytes.
+        metadata: the texts that the header also holds.
+        identity: by which the file is known again.
+    """
+
+    tensors: Mapping[str, TensorRef]
+    metadata: Mapping[str, str]
+    identity: FileIdentity
+
+
+def read_header(path: Path | str, whole: int | None = None) -> Mapping[str, TensorRef]:
     """Every tensor of one safetensors file, by name, in the order of the bytes.
+
+    Raises:
+        SourceError: as `open_header`.
+    """
+    return open_header(path, whole).tensors
+
+
+def open_header(path: Path | str, whole: int | None = None) -> Header:
+    """The header of one safetensors file; the file is opened once.
 
     Args:
         path: the file.
@@ -134,15 +159,6 @@ def read_header(path: Path | str, whole: int | None = None) -> dict[str, TensorR
 
     Raises:
         SourceError: the file is missing, is not safetensors, or its header and size disagree.
-    """
-    return read_described(path, whole)[0]
-
-
-def read_described(path: Path | str, whole: int | None = None) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    """The tensors of one safetensors file, as `read_header` gives them, and the texts of its metadata.
-
-    Raises:
-        SourceError: as `read_header`.
     """
     path = str(path)
     try:
@@ -160,6 +176,7 @@ def read_described(path: Path | str, whole: int | None = None) -> tuple[dict[str
                 )
             file.seek(8)
             text = file.read(length)
+            identity = FileIdentity.of_object(path) if is_url(path) else FileIdentity.of_open(path, file.fileno())
         check_values(text)
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
@@ -176,7 +193,7 @@ def read_described(path: Path | str, whole: int | None = None) -> tuple[dict[str
             "expected an intact file, download or save it again"
         ) from None
     ordered = dict(sorted(refs.items(), key=lambda item: item[1].offset))
-    return ordered, {key: value for key, value in texts.items() if isinstance(value, str)}
+    return Header(ordered, {key: value for key, value in texts.items() if isinstance(value, str)}, identity)
 
 
 def header_bytes(

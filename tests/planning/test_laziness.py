@@ -80,9 +80,9 @@ def test_planning_reads_the_gated_tensors_of_three_roles(
     gated = {f"model.layers.1.{module}.weight" for module in ("self_attn.q_proj", "mlp.down_proj")}
     assert _touched(ranges, family) == {(role, t) for role in ("base", "aligned", "finetuned") for t in gated}
     for file in (family / "safety").glob("*.safetensors"):
-        assert 1 <= opened[str(file)] <= 3  # its header, and the few spots by which it is known again
+        assert opened[str(file)] == 1  # its header, with the few spots by which it is known again
     for file in (family / "base").glob("*.safetensors"):
-        assert 1 <= opened[str(file)] <= 4  # header, spots, and tensors where it holds any
+        assert opened[str(file)] in (1, 2)  # that, and tensors where it holds any
     ranges.clear()
     assert call("plan", path, "--json", "--set", "gate.tau=0.9", "--set", "merge.method=ties").code == 0
     assert ranges == []  # measured once

@@ -241,7 +241,7 @@ def test_a_plugins_version_is_part_of_what_names_a_result(tmp_path):
     make_family(tmp_path)
     prepared = prepare_recipe(tmp_path, recipe_text(FULL, "{always: true}", "{method: slerp}"))
     graphs = [
-        build_graph(prepared.plan, prepared.family, prepared.identities, METHODS, lambda method, o=origin: o)
+        build_graph(prepared.plan, prepared.family, METHODS, lambda method, o=origin: o)
         for origin in ("plugin 1", "plugin 2", "plugin 2")
     ]
     keys = [{task.slot.name: task.key for task in graph.tasks} for graph in graphs]

@@ -29,7 +29,8 @@ from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Evaluate, Role
-from safemerge_recipes.sources.masks import check_masks, open_masks
+from safemerge_recipes.sources.family import with_masks
+from safemerge_recipes.sources.masks import open_masks
 from safemerge_recipes.storage.workers import Resources
 
 
@@ -107,11 +108,8 @@ class Bench:
 
     def share_masks(self, recipes: Sequence[LoadedRecipe]) -> None:
         """Opens the mask files of further recipes of the family, whose paths are absolute. Raises SourceError."""
-        family = self.prepared.family
-        masks = {path: tensors for one in recipes for path, tensors in open_masks(one.recipe, one.directory).items()}
-        check_masks(masks, {role: family.files_behind(role) for role in family.models})
-        family = replace(family, masks={**family.masks, **masks})
-        resolved = replace(self.prepared.resolved, family=family, identities=family.identities())
+        masks = {path: header for one in recipes for path, header in open_masks(one.recipe, one.directory).items()}
+        resolved = replace(self.prepared.resolved, family=with_masks(self.prepared.family, masks))
         self.prepared = replace(self.prepared, resolved=resolved)
 
     def decided(self, loaded: LoadedRecipe, label: str) -> Plan:

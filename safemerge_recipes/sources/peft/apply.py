@@ -20,6 +20,7 @@ from safemerge_recipes.sources.peft.config import CONFIG_FILE, AdapterConfig, re
 from safemerge_recipes.sources.peft.keys import Keys, read_keys, saved_as_whole
 from safemerge_recipes.sources.peft.module_names import DiskNames, different_starts
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.tensor_names import block_index, block_of, stack_of
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
@@ -31,11 +32,12 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter folder: its config and keys, and the files they were read from."""
+    """One adapter folder: its config and keys, and the identities of the files they were read from."""
 
     directory: Path
     config: AdapterConfig
     keys: Keys
+    identities: tuple[FileIdentity, ...]
 
     @property
     def base(self) -> str | None:
@@ -45,7 +47,7 @@ class Adapter:
     @property
     def files(self) -> tuple[str, ...]:
         """Weights and config."""
-        return (*map(str, self.keys.files), str(self.config.path))
+        return tuple(one.path for one in self.identities)
 
 
 def is_adapter(directory: Path) -> bool:
@@ -61,7 +63,8 @@ def open_adapter(directory: Path) -> Adapter:
             is not computed here (PiSSA and others are named in the message).
     """
     config = read_config(directory)
-    return Adapter(directory, config, read_keys(directory, config))
+    keys = read_keys(directory, config)
+    return Adapter(directory, config, keys, (*keys.identities, FileIdentity.of(config.path)))
 
 
 @dataclass(slots=True)

@@ -19,7 +19,8 @@ from safemerge_recipes.sources.peft.config import AdapterConfig
 from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.files import inside
-from safemerge_recipes.storage.safetensors import TensorRef, read_header
+from safemerge_recipes.storage.identity import FileIdentity
+from safemerge_recipes.storage.safetensors import TensorRef, open_header
 from safemerge_recipes.tensor_names import block_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -69,7 +70,7 @@ class Keys:
     """
 
     path: Path | str
-    files: tuple[Path | str, ...] = ()
+    identities: tuple[FileIdentity, ...] = ()
     modules: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     whole: dict[str, TensorRef] = field(default_factory=dict)
     unlisted: list[str] = field(default_factory=list)
@@ -112,8 +113,9 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
     path = weight_path(directory, WEIGHTS_FILE)
     if not is_there(path) and (directory / INDEX).exists():
         index = inside(directory, INDEX)
-        keys = Keys(index, tuple(weight_path(directory, file) for file in named_files(directory, INDEX)))
-        tensors = {name: ref for file in reversed(keys.files) for name, ref in read_header(file).items()}
+        headers = [open_header(weight_path(directory, file)) for file in named_files(directory, INDEX)]
+        keys = Keys(index, tuple(header.identity for header in headers))
+        tensors = {name: ref for header in reversed(headers) for name, ref in header.tensors.items()}
         listed = read_object(index)["weight_map"]
         wrong = next((name for name in {**listed, **tensors} if name not in tensors or name not in listed), None)
         if wrong is not None:
@@ -134,7 +136,8 @@ def read_keys(directory: Path, config: AdapterConfig) -> Keys:
                 else "expected a PEFT adapter folder"
             )
         )
-    return _read(Keys(path, (path,)), read_header(path), config)
+    header = open_header(path)
+    return _read(Keys(path, (header.identity,)), header.tensors, config)
 
 
 def _read(keys: Keys, tensors: Mapping[str, TensorRef], config: AdapterConfig) -> Keys:
