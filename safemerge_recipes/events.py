@@ -66,6 +66,20 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """How far training is with one number of rows."""
+
+    rows: int
+    """How many rows it trains on."""
+    done: int
+    """Optimizer steps taken, those of an earlier run among them; 0 before the model is loaded."""
+    total: int
+    """Optimizer steps there are."""
+    loss: float | None = None
+    """Mean of the last steps, in nats a token."""
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something for people to read, such as that a model was scored."""
 
@@ -75,7 +89,7 @@ class Note:
     """Whether it should stand out."""
 
 
-Event = PhaseStarted | BytesDone | TensorDone | FileSealed | Step | Note
+Event = PhaseStarted | BytesDone | TensorDone | FileSealed | Step | TrainingStep | Note
 Listener = Callable[[Event], None]
 
 

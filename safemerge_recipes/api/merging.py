@@ -149,7 +149,7 @@ def train_missing(loaded: LoadedRecipe, train: bool, on_event: Listener) -> None
                 )
             )
             if train:
-                train_it(file, plan=found, say=lambda line: on_event(Note(line)))
+                train_it(file, plan=found, on_event=on_event)
 
 
 def _warn_of_template(resolved: Resolved, on_event: Listener) -> None:

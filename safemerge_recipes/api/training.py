@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.api.given import memory_of
+from safemerge_recipes.events import Listener, ignore
 
 if TYPE_CHECKING:
     from safemerge_recipes.recipe.training import LoadedTraining
     from safemerge_recipes.training.plan import TrainingPlan
     from safemerge_recipes.training.prepare import PreparedRows
     from safemerge_recipes.training.run import TrainedAdapter
-    from safemerge_recipes.training.steps import TrainingStep
 
 
 def prepare_safety_data(
@@ -68,16 +68,14 @@ def train_adapter(
     file: TrainingPlan | LoadedTraining | str | Path,
     *,
     output: str | Path | None = None,
-    listen: Callable[[TrainingStep], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    on_event: Listener = ignore,
 ) -> TrainedAdapter:
     """The adapter of a training file, from the cache or trained now. Cut short, the same call goes on.
 
     Args:
         file: the training file, or its plan.
         output: a folder that gets a copy.
-        listen: is told of steps.
-        say: is told, a line at a time, what goes on.
+        on_event: is told of steps, and a line at a time what goes on.
 
     Raises:
         SafemergeError: it cannot be trained.
@@ -87,7 +85,7 @@ def train_adapter(
     from safemerge_recipes.training.run import train_adapter as train
 
     planned = file if isinstance(file, TrainingPlan) else plan_training(file)
-    found = train(planned.loaded, listen=listen, say=say, plan=planned)
+    found = train(planned.loaded, on_event=on_event, plan=planned)
     if output is not None:
         copy_adapter(found.path, Path(output))
     return found

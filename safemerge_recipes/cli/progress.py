@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.events import BytesDone, Event, Note, PhaseStarted, Step
+from safemerge_recipes.events import BytesDone, Event, Note, PhaseStarted, Step, TrainingStep
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ class Bar:
         self._shown = self._stream.isatty()
         self._progress: Any = None
         self._task: Any = None
-        self._scoring = False
+        self._counts = False
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
@@ -42,19 +42,22 @@ class Bar:
                 if self._progress is not None:
                     self._progress.advance(self._task, event.nbytes)
         elif self._shown and isinstance(event, Step):
-            self._step(event)
+            words = f"model {event.place} of {event.models}, {event.model}: {event.task}"
+            self._count(words, event.done, event.total)
+        elif self._shown and isinstance(event, TrainingStep):
+            loss = "" if event.loss is None else f", loss {event.loss:.3f}"
+            self._count(f"{event.rows} rows{loss}" if event.done else "loading", event.done, event.total)
 
-    def _step(self, step: Step) -> None:
-        """Shows which model answers which task, and the time left for all of them."""
+    def _count(self, words: str, done: int, total: int) -> None:
+        """Shows what is under way, how far it is, and the time left for all of it."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        if self._progress is None or not self._scoring:
+        if self._progress is None or not self._counts:
             self.pause()
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
             self._start(*columns, often=4)
-            self._task, self._scoring = self._progress.add_task("", total=step.total), True
-        words = f"model {step.place} of {step.models}, {step.model}: {step.task}"
-        self._progress.update(self._task, description=words, completed=step.done, total=step.total)
+            self._task, self._counts = self._progress.add_task("", total=total), True
+        self._progress.update(self._task, description=words, completed=done, total=total)
 
     def _start(self, *columns: Any, often: int) -> None:
         from rich.console import Console
@@ -67,6 +70,8 @@ class Bar:
     def _begin(self, event: PhaseStarted) -> None:
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+        if self._counts:
+            self.pause()
         if self._progress is None:
             columns = (
                 TextColumn("{task.description:>8}"),
@@ -86,4 +91,4 @@ class Bar:
             if self._progress is not None:
                 self._progress.stop()
                 self._progress = self._task = None
-                self._scoring = False
+                self._counts = False

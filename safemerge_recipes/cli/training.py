@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safemerge_recipes.cli.options import JsonOption
-from safemerge_recipes.cli.streams import console, write_json
+from safemerge_recipes.cli.streams import console, watched, write_json
 
 if TYPE_CHECKING:
     from safemerge_recipes.training.plan import TrainingPlan
-    from safemerge_recipes.training.steps import TrainingStep
 
 
 def train_adapter(
@@ -39,8 +35,8 @@ def train_adapter(
     if dry_run:
         return write_json(plan.as_json()) if json_ else print_plan(plan, screen)
     print_plan(plan, screen)
-    with _bar() as listen:
-        found = api.train_adapter(plan, output=output, listen=listen, say=lambda line: screen.print(line, markup=False))
+    with watched(json_) as bar:
+        found = api.train_adapter(plan, output=output, on_event=bar)
     for warning in found.warnings:
         screen.print(f"Warning: {warning}", style="bold yellow", markup=False, soft_wrap=True)
     if json_:
@@ -66,26 +62,6 @@ def print_plan(plan: TrainingPlan, screen: Any) -> None:
         screen.print(line, markup=False, soft_wrap=True)
     for warning in plan.warnings:
         screen.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Any]:
-    """Steps, loss and time left on a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        task = progress.add_task("loading", total=None)
-
-        def listen(step: TrainingStep) -> None:
-            loss = "" if step.loss is None else f", loss {step.loss:.3f}"
-            progress.update(task, description=f"{step.rows} rows{loss}", completed=step.done, total=step.total)
-
-        yield listen
 
 
 def prepare_safety_data(

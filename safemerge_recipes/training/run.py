@@ -10,24 +10,22 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.engine.folder import locked
 from safemerge_recipes.errors import PlanError
+from safemerge_recipes.events import Listener, Note, TrainingStep, ignore
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, remove_left, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
-from safemerge_recipes.training.steps import Listen
 from safemerge_recipes.training.trainer import check_extra, load_model, train
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", RECORD_FILE, "README.md")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +43,7 @@ class TrainedAdapter:
 def train_adapter(
     loaded: LoadedTraining,
     *,
-    listen: Listen | None = None,
-    say: Say | None = None,
+    on_event: Listener = ignore,
     max_memory: int | None = None,
     plan: TrainingPlan | None = None,
 ) -> TrainedAdapter:
@@ -54,8 +51,7 @@ def train_adapter(
 
     Args:
         loaded: The training file.
-        listen: Told of steps.
-        say: Told a line at a time what goes on.
+        on_event: Told of steps, and a line at a time what goes on.
         max_memory: Bytes it may take.
         plan: Of the same file, where it is there already.
 
@@ -71,7 +67,7 @@ def train_adapter(
         part.mkdir(parents=True, exist_ok=True)
         with locked(part, part.name):
             if not folder.is_dir():  # another run may have been faster
-                _train(plan, part, listen, say or (lambda line: None))
+                _train(plan, part, on_event)
                 for extra in part.iterdir():
                     if extra.is_dir():
                         shutil.rmtree(extra)
@@ -116,7 +112,7 @@ def _dtype(wanted: str, device: str) -> str:
     return wanted
 
 
-def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> None:
+def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
     from safemerge_recipes.training.chat import lengths, load_tokenizer
 
     loaded, training = plan.loaded, plan.loaded.training
@@ -132,6 +128,7 @@ def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> N
             "tokens; expected at most 5 %. Raise it, or shorten the rows"
         )
     dtype = _dtype(training.train.dtype, device)
+    on_event(TrainingStep(plan.sizes[0], 0, plan.steps()[plan.sizes[0]]))
     model = load_model(full.path, adapter.path if adapter else None, dtype, device)
     runs: dict[int, dict[str, Any]] = {}
     for size in plan.sizes:
@@ -139,14 +136,14 @@ def _train(plan: TrainingPlan, part: Path, listen: Listen | None, say: Say) -> N
         place.mkdir(exist_ok=True)
         done = place / "run.json"
         if not done.exists():
-            say(f"training with {size} rows")
+            on_event(Note(f"training with {size} rows"))
             chosen = rows[:size] if training.method == "safety" else rows[:size] + rows[plan.sizes[-1] :]
             runs[size] = train(
-                model, tokenizer, chosen, training.lora, training.train, place, base_name(full, adapter), listen
+                model, tokenizer, chosen, training.lora, training.train, place, base_name(full, adapter), on_event
             )
             write_file(done, json.dumps(runs[size]))
         runs[size] = json.loads(content_of(done, MAX_BYTES))
-    scores = _scored(plan, part, model, tokenizer, say) if training.choose else None
+    scores = _scored(plan, part, model, tokenizer, on_event) if training.choose else None
     size = scores["chosen"] if scores else plan.sizes[-1]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         copy_file(part / f"size-{size}" / name, part / name)
@@ -163,7 +160,7 @@ def base_name(full: Folder, adapter: Folder | None) -> str:
     return f"{full.path.resolve().name}+{name}" if adapter and local else name
 
 
-def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
+def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, on_event: Listener) -> dict[str, Any]:
     from safemerge_recipes.evaluation.separation import Sides
     from safemerge_recipes.training.choose import carry_warning, choose, rates
     from safemerge_recipes.training.score import refusals
@@ -175,7 +172,7 @@ def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, say: Say
 
     def of(name: str, adapters: list[Path]) -> Sides:
         if name not in known:
-            say(f"scoring {name}")
+            on_event(Note(f"scoring {name}"))
             known[name] = asdict(refusals(model, tokenizer, adapters, ask))
             write_file(kept, json.dumps(known))
         return Sides(**known[name])

@@ -19,11 +19,12 @@ from typing import Any
 
 from safemerge_recipes.errors import CheckError, PlanError, SourceError, WriteError
 from safemerge_recipes.evaluation.quiet import quiet
+from safemerge_recipes.events import Listener, TrainingStep, ignore
 from safemerge_recipes.recipe.training import Lora, Schedule
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, write_file
 from safemerge_recipes.training.chat import example, turn_end
 from safemerge_recipes.training.rows import Row
-from safemerge_recipes.training.steps import Listen, TrainingStep, steps_of
+from safemerge_recipes.training.steps import steps_of
 
 
 def check_extra() -> None:
@@ -81,7 +82,7 @@ def train(
     schedule: Schedule,
     folder: Path,
     base_name: str,
-    listen: Listen | None = None,
+    on_event: Listener = ignore,
 ) -> dict[str, Any]:
     """Trains one adapter and writes its files into the folder; goes on from a checkpoint that is there.
 
@@ -93,7 +94,7 @@ def train(
         schedule: Rates, steps, seed.
         folder: Gets `adapter_model.safetensors` and `adapter_config.json`; `checkpoints/` while it goes on.
         base_name: What the adapter's config says of its base.
-        listen: Is told after every few steps.
+        on_event: Is told after every few steps.
 
     Returns:
         What happened: steps, loss (mean of the last tenth), seconds, resumed (steps that were there).
@@ -120,8 +121,7 @@ def train(
             for name, value in (("loss", losses[-1]), ("gradient's norm", float(logs.get("grad_norm", 0.0)))):
                 if not math.isfinite(value):
                     raise CheckError(_broken(name, value, state.global_step, checkpoints))
-            if listen:
-                listen(TrainingStep(len(rows), state.global_step, steps, losses[-1]))
+            on_event(TrainingStep(len(rows), state.global_step, steps, losses[-1]))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step % schedule.save_steps == 0:

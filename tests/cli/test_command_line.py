@@ -6,8 +6,10 @@ Guards `cli.progress`, `recipe.builtins`.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from safemerge_recipes.cli.streams import watched
+from safemerge_recipes.events import BytesDone, PhaseStarted, TrainingStep
 from tests.fixtures.gated_family import ROLES, SIDE_FILES, Family
 
 HEAVY = ("torch", "numpy", "transformers", "peft", "lm_eval", "mergekit", "datasets", "huggingface_hub")
@@ -168,3 +172,20 @@ def test_a_full_standard_output_is_one_message(arguments: list[str]) -> None:
     assert done.returncode == 5
     assert done.stderr.startswith("safemerge: standard output: No space left on device")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_bar_counts_steps_of_training_and_then_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    seen = Terminal()
+    monkeypatch.setattr(sys, "stderr", seen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with watched(json_=True) as bar:
+        for event in (TrainingStep(8, 0, 4), TrainingStep(8, 3, 4, 1.5), PhaseStarted("measure", 2000), BytesDone(500)):
+            bar(event)
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", seen.getvalue())
+    assert re.search(r"8 rows, loss 1\.500 .* 3/4 ", shown)
+    assert re.search(r"measure .* 0\.5/2\.0 kB ", shown)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from safemerge_recipes.events import Note, TrainingStep
 from safemerge_recipes.recipe.training import load_training
 from safemerge_recipes.sources.trained import training_key
 from safemerge_recipes.training.chat import turn_end
@@ -92,7 +93,9 @@ def test_a_trained_adapter_is_loaded_by_peft_and_has_learned_the_answers(folder:
 
     seen: list[Any] = []
     path = training_file(folder, output="./out", train={"epochs": 40})
-    found = train_adapter(load_training(path), listen=seen.append)
+    found = train_adapter(load_training(path), on_event=seen.append)
+    assert [one.text for one in seen if isinstance(one, Note)] == ["training with 16 rows"]
+    seen = [one for one in seen if isinstance(one, TrainingStep)]
     assert [step.done for step in seen] == sorted(step.done for step in seen)
     assert seen[-1].done == seen[-1].total == 160
     assert sorted(p.name for p in found.path.iterdir()) == [
@@ -167,7 +170,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(folder: Path, own_cache: Path)
     code = (
         "import sys; from safemerge_recipes.recipe.training import load_training; "
         "from safemerge_recipes.training.run import train_adapter; "
-        "train_adapter(load_training(sys.argv[1]), listen=lambda s: print(s.done, flush=True))"
+        "train_adapter(load_training(sys.argv[1]), on_event=lambda s: print(s, flush=True))"
     )
     environment = {**os.environ, "SAFEMERGE_CACHE": str(own_cache), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
