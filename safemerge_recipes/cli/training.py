@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from safemerge_recipes.cli.options import JsonOption
 from safemerge_recipes.cli.streams import console, watched, write_json
-
-if TYPE_CHECKING:
-    from safemerge_recipes.training.plan import TrainingPlan
 
 
 def train_adapter(
@@ -29,12 +26,15 @@ def train_adapter(
 ) -> None:
     """Train the adapter that a training file describes, or find it in the cache. Cut short, it goes on."""
     from safemerge_recipes import api
+    from safemerge_recipes.report.terminal_training import print_training
 
     screen = console(json_)
     plan = api.plan_training(file, max_memory=max_memory)
+    if dry_run and json_:
+        return write_json(plan.as_json())
+    print_training(plan.as_json(), screen)
     if dry_run:
-        return write_json(plan.as_json()) if json_ else print_plan(plan, screen)
-    print_plan(plan, screen)
+        return None
     with watched(json_) as bar:
         found = api.train_adapter(plan, output=output, on_event=bar)
     for warning in found.warnings:
@@ -44,24 +44,6 @@ def train_adapter(
     else:
         screen.print(f"{found.path}", markup=False, soft_wrap=True)
     return None
-
-
-def print_plan(plan: TrainingPlan, screen: Any) -> None:
-    """The plan for people."""
-    state = f"is there: {plan.folder}" if plan.folder else "is to be trained"
-    lines = [f"Adapter {plan.key[:16]}… {state}"]
-    for size, steps in plan.steps().items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in plan.kinds(size).items())
-        lines.append(f"  {size} rows ({kinds}): {steps} steps")
-    lines.append(
-        f"  {plan.targets} matrices, {plan.parameters:,} parameters; about {plan.memory / 1e9:.1f} GB, very roughly "
-        f"{max(1, round(plan.minutes))} min"
-    )
-    lines += [f"  {plan.dropped} near copies left out"] if plan.dropped else []
-    for line in lines:
-        screen.print(line, markup=False, soft_wrap=True)
-    for warning in plan.warnings:
-        screen.print(f"Warning: {warning}", style="yellow", markup=False, soft_wrap=True)
 
 
 def prepare_safety_data(

@@ -1,6 +1,6 @@
 """Real training runs by TRL on tiny models: an adapter that PEFT loads and that learned, kill and resume, the cache.
 
-Guards `cli.training`, `training.card`, `training.score`.
+Guards `cli.training`, `report.terminal_training`, `training.card`, `training.score`.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def test_sizes_are_scored_and_one_is_kept(folder: Path, call: Any) -> None:
     assert plan.code == 0, plan.err
     assert plan.json["rows"] == {"4": {"harmful": 2, "harmless": 2}, "8": {"harmful": 4, "harmless": 4}}
     assert plan.json["steps"] == {"4": 1, "8": 2}
+    assert "\n  8 rows (4 harmful, 4 harmless): 2 steps\n" in call("train-adapter", path, "--dry-run").out
     done = call("train-adapter", path, "--json")
     assert done.code == 0, done.err
     models = done.json["scores"]["models"]
