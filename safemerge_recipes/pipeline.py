@@ -41,7 +41,7 @@ from safemerge_recipes.sources.trained import settled
 from safemerge_recipes.storage.digests import Digests, InputDigest, remember_digest
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 from safemerge_recipes.storage.remote import is_url
-from safemerge_recipes.storage.workers import Resources, fit_workers
+from safemerge_recipes.storage.workers import Resources, fit_workers, worst
 
 if TYPE_CHECKING:
     from safemerge_recipes.gate.measurer import Measurer
@@ -196,9 +196,9 @@ def prepare(
     plan = decide(resolved, _of_what_is_here(resolved, measurer))
     measured = time.perf_counter()
     graph = build(plan, resolved, resources.device)
-    needs = ((task.slot.name, task_memory(task)) for task in graph.tasks)
-    workers = fit_workers(needs, resources.workers, resources.memory)
-    peak = projected_peak(graph, workers, measurer.peak if measurer else 0)
+    largest = worst((task.slot.name, task_memory(task)) for task in graph.tasks)
+    workers = fit_workers([largest], resources.workers, resources.memory)
+    peak = projected_peak(largest[1], workers, measurer.peak if measurer else 0)
     timings = {"measure": measured - begun, "plan": time.perf_counter() - measured}
     return Prepared(resolved, plan, graph, replace(resources, workers=workers), peak, timings)
 

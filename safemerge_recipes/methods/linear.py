@@ -27,8 +27,9 @@ def work(merge: Linear, sides: Sides) -> Sum:
     """The sum, or that of the products of combined factors with `space: factors`."""
     if merge.space == "factors":
         return Sum(sides.aligned + blend(merge.float_shares(), sides))
-    origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Sum(origin + total(merge.shares().values(), deltas))
+    shares = merge.shares()
+    origin, deltas = sides.weighed(shares, merge.space)
+    return Sum(origin + total(shares.values(), deltas))
 
 
 LINEAR = Method(

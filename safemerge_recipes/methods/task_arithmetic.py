@@ -34,8 +34,9 @@ class TaskArithmetic(Weighted):
 
 def work(merge: TaskArithmetic, sides: Sides) -> Sum:
     """The sum."""
-    origin, deltas = sides.weighed(merge.shares(), merge.space)
-    return Sum(origin + total(merge.shares().values(), deltas))
+    shares = merge.shares()
+    origin, deltas = sides.weighed(shares, merge.space)
+    return Sum(origin + total(shares.values(), deltas))
 
 
 TASK_ARITHMETIC = Method(

@@ -6,7 +6,7 @@ pieces and factors, and may hold a matrix between passes where the budget allows
 
 from __future__ import annotations
 
-from safemerge_recipes.planning.graph import Graph, Task, task_memory
+from safemerge_recipes.planning.graph import Task, task_memory
 from safemerge_recipes.storage.workers import SLACK
 
 
@@ -15,7 +15,6 @@ def room_of(task: Task, share: int) -> int:
     return max(0, share - task_memory(task))
 
 
-def projected_peak(graph: Graph, workers: int, measured: int = 0) -> int:
-    """Bytes of its own that the run will need at most: the larger of measuring and writing."""
-    sizes = [task_memory(task) for task in graph.tasks]
-    return SLACK + max(workers * max(sizes, default=0), measured)
+def projected_peak(largest: int, workers: int, measured: int = 0) -> int:
+    """Bytes of its own that the run will need at most: the larger of writing, by its `largest` task, and measuring."""
+    return SLACK + max(workers * largest, measured)

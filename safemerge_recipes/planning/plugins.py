@@ -73,13 +73,16 @@ class Loaded(Mapping[str, Any]):
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
+        self._loaded: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
         if name.startswith("mergekit:"):
             from safemerge_recipes.methods.mergekit import mergekit_method
 
             return mergekit_method(name.removeprefix("mergekit:"))
-        return self._entries[name].load()
+        if name not in self._loaded:
+            self._loaded[name] = self._entries[name].load()
+        return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 Number = int | float | Fraction
 Rational = int | Fraction
@@ -11,6 +12,10 @@ Rational = int | Fraction
 
 def exact(number: Number) -> Rational:
     """The rational number a recipe's decimal stands for: 0.8 is 4/5, not its nearest binary double."""
-    if isinstance(number, float):
-        return int(number) if number.is_integer() else Fraction(repr(number))
-    return number
+    return _decimal(number) if isinstance(number, float) else number
+
+
+@lru_cache(maxsize=64)
+def _decimal(number: float) -> Rational:
+    """Asked for the same few keys of a recipe at every tensor."""
+    return int(number) if number.is_integer() else Fraction(repr(number))

@@ -28,7 +28,7 @@ SHOWN = 5
 def is_head(name: str) -> bool:
     """Whether a tensor outside the blocks belongs to the output head."""
     module = name.rpartition(".")[0].split(".")[-1]
-    return block_of(name) is None and ("head" in module or module in ("embed_out", "output"))
+    return ("head" in module or module in ("embed_out", "output")) and block_of(name) is None
 
 
 def embedding_of(weights: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:

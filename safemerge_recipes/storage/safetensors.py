@@ -45,6 +45,10 @@ class TensorRef:
     dtype: str
     shape: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        """Of where it lies, which tells nearly all apart: planning asks often."""
+        return hash((self.path, self.offset))
+
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -9,8 +9,10 @@ of files being read or of torch; `torch_rows` turns sums into numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 from safemerge_recipes.recipe.numbers import Number, Rational, exact
@@ -173,12 +175,14 @@ class Weight:
 
     def __mul__(self, factor: Number) -> Weight:
         by = exact(factor)
+        if by == 1:
+            return self
         return Weight(tuple((coefficient * by, operand) for coefficient, operand in self.terms if by))
 
     __rmul__ = __mul__
 
     def __sub__(self, other: Weight) -> Weight:
-        return self + other * -1
+        return self + Weight(tuple((-coefficient, operand) for coefficient, operand in other.terms))
 
     @property
     def is_zero(self) -> bool:
@@ -223,11 +227,17 @@ ZERO = Weight()
 
 
 def total(shares: Iterable[Rational], weights: Iterable[Weight]) -> Weight:
-    """Σ share · weight, in order."""
-    found = ZERO
-    for share, weight in zip(shares, weights, strict=True):
-        found = found + share * weight
-    return found
+    """Σ share · weight, in order; over one denominator, since sums of fractions take planning's time."""
+    given = tuple(shares)
+    scale = math.lcm(*(share.denominator for share in given))
+    found: dict[Operand, Rational] = {}
+    for share, weight in zip(given, weights, strict=True):
+        whole = share.numerator * (scale // share.denominator)
+        for coefficient, operand in weight if whole else ():
+            found[operand] = found.get(operand, 0) + whole * coefficient
+            if not found[operand]:
+                del found[operand]
+    return Weight(tuple((Fraction(n, scale) if scale > 1 else n, operand) for operand, n in found.items()))
 
 
 def describe(weight: Weight, identity: Mapping[str, str]) -> str:

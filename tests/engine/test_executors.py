@@ -30,6 +30,7 @@ from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.pipeline import carry_out
+from safemerge_recipes.planning.graph import task_memory
 from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
@@ -269,7 +270,7 @@ def test_memory_stays_within_what_was_given(
     prepared = prepare_recipe(wide, text, memory=110_000_000, workers=2)
     with OwnMemory() as own:
         _run(executor, prepared, tmp_path / "out")
-    projected = projected_peak(prepared.graph, prepared.resources.workers)
+    projected = projected_peak(max(map(task_memory, prepared.graph.tasks)), prepared.resources.workers)
     assert 0 < own.grown <= projected <= 110_000_000 < 3 * 4 * 2048 * 4864
 
 
