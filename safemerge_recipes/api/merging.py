@@ -97,7 +97,7 @@ def run(
     from safemerge_recipes.engine.shared_output import check_target
     from safemerge_recipes.pipeline import carry_out, fetch, prepare
     from safemerge_recipes.planning.prepared import Prepared
-    from safemerge_recipes.storage.digests import Digests
+    from safemerge_recipes.storage.digests import Digests, threads_for
 
     planned = recipe if isinstance(recipe, Prepared) else None
     engine = find(executor, ray_address)
@@ -119,12 +119,13 @@ def run(
     resolved = planned.resolved if planned else opened(loaded, on_event)
     if suite is not None:
         _warn_of_template(resolved, on_event)
-    digests = Digests(resolved.identities)  # hashing takes long: it begins at once
+    threads = threads_for(resources.workers, resources.memory)
+    digests = Digests(resolved.identities, threads=threads)  # hashing takes long: it begins at once
     try:
         prepared = planned or prepare(resolved, resources, on_event, executor=engine)
         result = carry_out(prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine)
     finally:
-        digests.cancelled.set()
+        digests.stop()
         engine.close()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
 

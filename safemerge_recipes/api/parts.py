@@ -47,7 +47,7 @@ def run_part(
     from safemerge_recipes.engine.executors.parts import Parts
     from safemerge_recipes.engine.shared_output import check_target, shared_output
     from safemerge_recipes.pipeline import prepare, write_part
-    from safemerge_recipes.storage.digests import Digests
+    from safemerge_recipes.storage.digests import Digests, threads_for
 
     number, count = _share(part)
     resources, loaded = resources_of(device, workers, max_memory), loaded_of(recipe)
@@ -55,14 +55,16 @@ def run_part(
     train_missing(loaded, False, on_event)
     check_target(target, False)
     resolved = opened(loaded, on_event)
-    digests = Digests(resolved.identities[number - 1 :: count])
+    digests = Digests(
+        resolved.identities[number - 1 :: count], threads=threads_for(resources.workers, resources.memory)
+    )
     try:
         with shared_output(target, False) as out:
             worker = Parts(number, count, out.place)
             prepared = prepare(resolved, resources, on_event, use_cache=False, executor=worker)
             return write_part(prepared, out, worker, digests, on_event, allow_empty=allow_empty)
     finally:
-        digests.cancelled.set()
+        digests.stop()
 
 
 def finalize(
@@ -95,19 +97,20 @@ def finalize(
     from safemerge_recipes.engine.shared_output import check_target, shared_output
     from safemerge_recipes.pipeline import finalize as finish
     from safemerge_recipes.pipeline import prepare
-    from safemerge_recipes.storage.digests import Digests
+    from safemerge_recipes.storage.digests import Digests, threads_for
 
     resources, loaded = resources_of(device, workers, max_memory), loaded_of(recipe)
     target = target_of(loaded, output)
     check_target(target, force)
     resolved = opened(loaded, on_event)
     with shared_output(target, force, alone=True) as out:
-        digests = Digests(resolved.identities, out.inputs(resolved.identities))
+        threads = threads_for(resources.workers, resources.memory)
+        digests = Digests(resolved.identities, out.inputs(resolved.identities), threads)
         try:
             prepared = prepare(resolved, resources, on_event, use_cache=False, executor=Parts(1, 1, out.place))
             return finish(prepared, out, digests, force=force, allow_empty=allow_empty)
         finally:
-            digests.cancelled.set()
+            digests.stop()
 
 
 def _share(part: str) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
+from collections import deque
 from collections.abc import Iterator
 from itertools import cycle
 
@@ -18,21 +20,29 @@ from safemerge_recipes.storage.workers import StoppedError
 
 HASH_CHUNK = 1 << 21
 """Bytes hashed at once: whole elements of any dtype."""
+LEAST_CHUNK = 1 << 18
+"""The same where many files are sealed at a time, which together hold what one does."""
+WORKERS_EACH = 4
+"""Workers that write as fast as one thread hashes, or faster than most disks take."""
 ALIGNED = 8
 """Bytes of the widest element."""
 FLUSH_CHUNK = 1 << 26
 """Bytes after which the store is asked to begin making them durable."""
 
 
-class Sealer(threading.Thread):
+class Sealer:
     """Reads each file back behind the workers, checks and hashes it, seals it when its last tensor is there.
 
-    Reading and checking a piece goes on while the one before is hashed, which takes longest.
+    Several files are sealed at a time where many workers write. Reading and checking a piece goes on while the one
+    before is hashed, which takes longest.
     """
 
-    def __init__(self, store: Store, graph: Graph, stop: threading.Event, on_event: Listener) -> None:
-        super().__init__(daemon=True)
+    def __init__(self, store: Store, graph: Graph, stop: threading.Event, on_event: Listener, workers: int = 1) -> None:
         self.store, self.graph, self.stop, self.on_event = store, graph, stop, on_event
+        self._left = deque(graph.by_file())
+        count = min(1 + workers // WORKERS_EACH, len(self._left))
+        self.chunk = max(LEAST_CHUNK, HASH_CHUNK >> max(0, count - 1).bit_length())
+        self._threads = [threading.Thread(target=self._work, name="seal", daemon=True) for _ in range(count)]
         self._digests: dict[str, str] = {}
         self._tensors: dict[str, str] = {}
         self._error: BaseException | None = None
@@ -43,17 +53,17 @@ class Sealer(threading.Thread):
         """Tells that a tensor's bytes are written, and the digest they must have where it is known."""
         with self._changed:
             self._done[name] = digest
-            self._changed.notify()
+            self._changed.notify_all()
 
     def result(self) -> Sealed:
         """What was sealed, when all of it is. Raises what went wrong."""
-        if self.ident is None:  # the system had no thread left: the same work, later
-            self.run()
-        else:
-            self.join()
+        self.join()
+        self._work()  # where the system had no thread left
         if self._error is not None:
             raise self._error
-        return Sealed(self._digests, self._tensors)
+        files = {name: self._digests[name] for name in self.store.layout.files if name in self._digests}
+        names = (task.slot.name for _, tasks in self.graph.by_file() for task in tasks)
+        return Sealed(files, {name: self._tensors[name] for name in names})
 
     def _wait(self, name: str) -> None:
         with self._changed:
@@ -62,16 +72,32 @@ class Sealer(threading.Thread):
                     raise StoppedError
                 self._changed.wait(0.2)
 
-    def run(self) -> None:
-        """Follows the tasks in the order of the files' bytes."""
+    def start(self) -> None:
+        """Begins. Raises RuntimeError where the system starts no more threads; `result` does what is left."""
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> None:
+        """Waits until nothing is done any more."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self) -> None:
+        """Follows the tasks in the order of the files' bytes, file after file until none is left."""
         try:
-            for shard, tasks in self.graph.by_file():
-                self._seal(shard, tasks)
+            while not self.stop.is_set() and (taken := self._next()):
+                self._seal(*taken)
         except StoppedError:
             pass
         except BaseException as error:  # raised again by `result`
-            self._error = error
+            self._error = self._error or error
             self.stop.set()
+
+    def _next(self) -> tuple[int, tuple[Task, ...]] | None:
+        with contextlib.suppress(IndexError):
+            return self._left.popleft()
+        return None
 
     def _seal(self, shard: int, tasks: tuple[Task, ...]) -> None:
         name, header = self.store.layout.files[shard], self.store.layout.headers[shard]
@@ -94,7 +120,7 @@ class Sealer(threading.Thread):
         """
         import xxhash
 
-        buffers = cycle([memoryview(bytearray(HASH_CHUNK)) for _ in range(AHEAD)])
+        buffers = cycle([memoryview(bytearray(self.chunk)) for _ in range(AHEAD)])
         piece, filled = next(buffers), 0
         for task in tasks:
             self._wait(task.slot.name)
@@ -105,12 +131,12 @@ class Sealer(threading.Thread):
                 yield piece[:filled]
                 piece, filled = next(buffers), 0
             while at < end:
-                part = piece[filled : min(filled + end - at, HASH_CHUNK)]
+                part = piece[filled : min(filled + end - at, self.chunk)]
                 self.store.read_back(slot.shard, at, part)
                 own.update(part)
                 bad += non_finite(part, slot.dtype) if copied else 0
                 at, filled = at + len(part), filled + len(part)
-                if filled == HASH_CHUNK:
+                if filled == self.chunk:
                     yield piece
                     piece, filled = next(buffers), 0
             if bad:

@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 from safemerge_recipes.storage.remote import is_url, pieces
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Bytes hashed at once."""
+HELD = 1 << 23
+"""Bytes that reading a file for it holds at most: two ranges of an object in a store."""
 SETTLED_NS = 100_000_000
 """Age in nanoseconds at which a file's times tell it from a later version, whatever the clock of its disk."""
 
@@ -91,38 +94,64 @@ def remember_digest(identity: FileIdentity, digest: str) -> None:
         remember("digests", _digest_key(identity), digest)
 
 
-class Digests(threading.Thread):
-    """Hashes files in the background while other work goes on."""
+class Digests:
+    """Hashes files in the background while other work goes on, several at a time.
 
-    def __init__(self, identities: Sequence[FileIdentity], known: Mapping[str, InputDigest] | None = None) -> None:
-        """`known`: path -> digest of those that somebody else has read for this run."""
-        super().__init__(daemon=True)
-        self._found: dict[str, InputDigest] = dict(known or {})
-        self._identities = [one for one in identities if one.path not in self._found]
-        self._error: BaseException | None = None
+    Args:
+        identities: of the files.
+        known: path -> digest of those that somebody else has read for this run.
+        threads: files that are read at a time, see `threads_for`.
+    """
+
+    def __init__(
+        self, identities: Sequence[FileIdentity], known: Mapping[str, InputDigest] | None = None, threads: int = 1
+    ) -> None:
+        known = known or {}
+        self._found: dict[str, InputDigest | None] = {one.path: known.get(one.path) for one in identities}
+        self._left = deque((n, one) for n, one in enumerate(identities) if one.path not in known)
+        self._errors: dict[int, OSError | SourceError] = {}
         self.cancelled = threading.Event()
-        with contextlib.suppress(RuntimeError):  # no more threads: `result` does it
-            self.start()
+        self._threads: list[threading.Thread] = []
+        for _ in range(min(threads, len(self._left))):
+            thread = threading.Thread(target=self._work, name="hash", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no more threads: the others do it, or `result`
+                thread.start()
+                self._threads.append(thread)
 
-    def run(self) -> None:
-        """Hashes one file after the other."""
-        try:
-            for identity in self._identities:
-                found = file_digest(identity, self.cancelled)
-                if found is None:
-                    return
-                self._found[identity.path] = found
-        except (OSError, SourceError) as error:
-            self._error = error
+    def _work(self) -> None:
+        """Hashes one file after the other until none is left."""
+        while not self.cancelled.is_set():
+            try:
+                number, identity = self._left.popleft()
+            except IndexError:
+                return
+            try:
+                self._found[identity.path] = self._digest(identity)
+            except (OSError, SourceError) as error:
+                self._errors[number] = error
+                self._left.clear()  # those before it are under way
+
+    def _digest(self, identity: FileIdentity) -> InputDigest | None:
+        """The digest of one file; None when cancelled."""
+        return file_digest(identity, self.cancelled)
 
     def result(self) -> dict[str, InputDigest]:
         """path -> digest, when all are known. Raises SourceError when a file went away or changed."""
-        if self.ident is None:
-            self.run()
-        else:
-            self.join()
-        if isinstance(self._error, OSError):
-            raise ReadError(f"{self._error.filename}: {self._error.strerror}; it was readable when planned")
-        if self._error is not None:
-            raise self._error
-        return self._found
+        for thread in self._threads:
+            thread.join()
+        self._work()
+        error = self._errors[min(self._errors)] if self._errors else None
+        if isinstance(error, OSError):
+            raise ReadError(f"{error.filename}: {error.strerror}; it was readable when planned")
+        if error is not None:
+            raise error
+        return {path: digest for path, digest in self._found.items() if digest is not None}
+
+    def stop(self) -> None:
+        """Leaves what is not known yet."""
+        self.cancelled.set()
+
+
+def threads_for(workers: int, memory: int) -> int:
+    """Files that are hashed at a time beside so many workers: reading them holds an eighth of the memory at most."""
+    return max(1, min(workers, memory // (8 * HELD)))

@@ -17,7 +17,7 @@ from safemerge_recipes.storage.arena import Arena, torch_bytes, torch_dtype
 from safemerge_recipes.storage.descriptors import Descriptors
 from safemerge_recipes.storage.dtypes import itemsize
 from safemerge_recipes.storage.files import open_file, write_bytes
-from safemerge_recipes.storage.remote import Ranges, is_url
+from safemerge_recipes.storage.remote import CHUNKS, Ranges, is_url
 from safemerge_recipes.storage.safetensors import TensorRef
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Reader:
     def __init__(self, workers: int = 1) -> None:
         """`workers`: threads that will read; bounds what is held of files in object storage."""
         self._files = Descriptors(_opened)
-        self._ranges = Ranges(workers)
+        self._ranges = Ranges(CHUNKS * workers)
 
     def read(self, ref: TensorRef, start: int, count: int, arena: Arena, slot: str) -> torch.Tensor:
         """Elements [start, start + count) of the flattened tensor, in its stored dtype, on the arena's device.

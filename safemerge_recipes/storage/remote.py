@@ -183,11 +183,11 @@ class Ranges:
     """Reads files in chunks, the next one while the last is used; holds a bounded number. Safe to share.
 
     Args:
-        workers: threads that will read.
+        chunks: how many it holds.
     """
 
-    def __init__(self, workers: int = 1) -> None:
-        self._room = CHUNKS * workers
+    def __init__(self, chunks: int = CHUNKS) -> None:
+        self._room = chunks
         self._chunks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -278,7 +278,7 @@ def opened(url: str) -> io.BufferedReader:
 def pieces(url: str) -> Iterator[memoryview]:
     """A whole file in order, with the next pieces on their way. Raises OSError, ReadError, SourceError."""
     size = look(url)[0]
-    ranges = Ranges()
+    ranges = Ranges(2)
     buffer = memoryview(bytearray(min(CHUNK, size)))
     try:
         for at in range(0, size, CHUNK):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from safemerge_recipes.engine.executors.threads import LOCAL
 from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal, read_journal
 from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.resume import finished
+from safemerge_recipes.engine.seal import HASH_CHUNK, Sealer
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.pipeline import carry_out
@@ -35,6 +37,7 @@ from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.storage.workers import Resources
 from tests.fixtures.own_memory import OwnMemory
 from tests.fixtures.plain_family import (
     ADAPTERS,
@@ -134,6 +137,18 @@ def test_the_same_bytes_as_one_local_thread(
                 content = opened.get_tensor(name).view(torch.uint8).numpy().tobytes()
                 assert sealed.tensors[name] == xxhash.xxh3_128_hexdigest(content)
     assert set(sealed.tensors) == set(prepared.graph.layout.slots)
+
+
+def test_many_workers_have_several_files_sealed_at_a_time(root: Path, tmp_path: Path) -> None:
+    many, alone = (replace(_prepared(root), resources=Resources(workers, 2_000_000_000)) for workers in (16, 1))
+    expected = _run(LOCAL, alone, tmp_path / "expected")
+    found = _run(LOCAL, many, tmp_path / "found")
+    sealer = Sealer(LocalStore(tmp_path, many.graph.layout), many.graph, threading.Event(), ignore, 16)
+    assert (len(sealer._threads), sealer.chunk * len(sealer._threads) <= HASH_CHUNK) == (5, True)
+    assert found == expected
+    assert [*found.files] == [*expected.files]
+    assert [*found.tensors] == [*expected.tensors]
+    assert _weights(tmp_path / "found") == _weights(tmp_path / "expected")
 
 
 def test_linear_is_what_the_formula_says(executor: Executor, root: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Threads:
         stop = threading.Event()
         open_ = [task for task in graph.tasks if task.slot.name not in done]
         store.open()
-        sealer = Sealer(store, graph, stop, on_event)
+        sealer = Sealer(store, graph, stop, on_event, resources.workers)
         for name, digest in done.items():
             sealer.finished(name, digest)
             on_event(BytesDone(graph.layout.slots[name].nbytes))
@@ -78,8 +78,7 @@ class Threads:
                 ) from None
             finally:
                 stop.set()
-                if sealer.ident is not None:
-                    sealer.join()
+                sealer.join()
                 store.close()
         return sealed
 
