@@ -23,7 +23,7 @@ from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
-from safemerge_recipes.storage.workers import Resources, check, run_parallel
+from safemerge_recipes.storage.workers import Resources, StoppedError, check, run_parallel
 
 if TYPE_CHECKING:
     from safemerge_recipes.gate.measurer import Asked, Measured
@@ -69,7 +69,8 @@ class Threads:
 
             try:
                 light = not any(task.needs_torch for task in open_)
-                run_parallel(open_, work, resources.workers, resources.device, stop, light=light)
+                with contextlib.suppress(StoppedError):  # by the seal, which says why
+                    run_parallel(open_, work, resources.workers, resources.device, stop, light=light)
                 sealed = sealer.result()
                 store.commit()
             except OSError as error:
