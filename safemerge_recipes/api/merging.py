@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,13 +121,9 @@ def run(
     if suite is not None:
         _warn_of_template(resolved, on_event)
     threads = threads_for(resources.workers, resources.memory)
-    digests = Digests(resolved.identities, threads=threads)  # hashing takes long: it begins at once
-    try:
+    with closing(engine), closing(Digests(resolved.identities, threads=threads)) as digests:  # hashing takes long
         prepared = planned or prepare(resolved, resources, on_event, executor=engine)
         result = carry_out(prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine)
-    finally:
-        digests.stop()
-        engine.close()
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,16 +56,12 @@ def run_part(
     train_missing(loaded, False, on_event)
     check_target(target, False)
     resolved = opened(loaded, on_event)
-    digests = Digests(
-        resolved.identities[number - 1 :: count], threads=threads_for(resources.workers, resources.memory)
-    )
-    try:
-        with shared_output(target, False) as out:
-            worker = Parts(number, count, out.place)
-            prepared = prepare(resolved, resources, on_event, use_cache=False, executor=worker)
-            return write_part(prepared, out, worker, digests, on_event, allow_empty=allow_empty)
-    finally:
-        digests.stop()
+    threads = threads_for(resources.workers, resources.memory)
+    own = resolved.identities[number - 1 :: count]
+    with closing(Digests(own, threads=threads)) as digests, shared_output(target, False) as out:
+        worker = Parts(number, count, out.place)
+        prepared = prepare(resolved, resources, on_event, use_cache=False, executor=worker)
+        return write_part(prepared, out, worker, digests, on_event, allow_empty=allow_empty)
 
 
 def finalize(
@@ -103,14 +100,13 @@ def finalize(
     target = target_of(loaded, output)
     check_target(target, force)
     resolved = opened(loaded, on_event)
-    with shared_output(target, force, alone=True) as out:
-        threads = threads_for(resources.workers, resources.memory)
-        digests = Digests(resolved.identities, out.inputs(resolved.identities), threads)
-        try:
-            prepared = prepare(resolved, resources, on_event, use_cache=False, executor=Parts(1, 1, out.place))
-            return finish(prepared, out, digests, force=force, allow_empty=allow_empty)
-        finally:
-            digests.stop()
+    threads = threads_for(resources.workers, resources.memory)
+    with (
+        shared_output(target, force, alone=True) as out,
+        closing(Digests(resolved.identities, out.inputs(resolved.identities), threads)) as digests,
+    ):
+        prepared = prepare(resolved, resources, on_event, use_cache=False, executor=Parts(1, 1, out.place))
+        return finish(prepared, out, digests, force=force, allow_empty=allow_empty)
 
 
 def _share(part: str) -> tuple[int, int]:

@@ -33,7 +33,8 @@ def produce(task: Task, tools: Tools, stop: threading.Event, *, allow_overflow: 
     if task.work.copied is not None:
         return _stored(task.work.copied, tools)
     if isinstance(task.work, Requantise):
-        inside = replace(task, slot=task.work.values(task.slot), work=task.work.inner)
+        work, slot = task.work.before_writing(task.slot)
+        inside = replace(task, slot=slot, work=work)
         return requantised(task.work, lambda: produce(inside, tools, stop))
     if task.native:
         return on_compiled.rounded(task.work, task.slot, tools, stop, allow_overflow)

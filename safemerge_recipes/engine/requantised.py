@@ -35,7 +35,6 @@ def note_lines(plan: Mapping[str, Any], notes: Mapping[str, Mapping[str, Any]]) 
 def requantised_errors(prepared: Prepared, folder: Path) -> dict[str, dict[str, float]]:
     """Codes -> their `ERROR`, for every weight that was quantised again into the weight files of `folder`."""
     graph = prepared.graph
-    tasks = {task.slot.name: task for task in graph.tasks if isinstance(task.work, Requantise)}
     lines = {tensor.name: tensor for tensor in prepared.plan.tensors}
     found: dict[str, dict[str, float]] = {}
 
@@ -52,7 +51,7 @@ def requantised_errors(prepared: Prepared, folder: Path) -> dict[str, dict[str, 
             room = room_of(task, prepared.resources.share)
             found[task.slot.name] = {ERROR: _error(task, pair, Tools(reader, arena, room))}
 
-        codes = [task for task in tasks.values() if isinstance(task.work, Requantise) and task.work.part == "codes"]
+        codes = [task for task in graph.tasks if isinstance(task.work, Requantise) and task.work.part == "codes"]
         light = not any(task.needs_torch for task in codes)
         resources = prepared.resources
         run_parallel(codes, work, resources.workers, resources.device, threading.Event(), light=light)
@@ -70,7 +69,8 @@ def _error(task: Task, written: tuple[TensorRef, TensorRef], tools: Tools) -> fl
     assert isinstance(task.work, Requantise)
     own = replace(task.work.form, codes=written[0], scales=written[1])
     codes = Dequantiser(own, tools.reader, tools.arena, "written")
-    inside = replace(task, slot=task.work.values(task.slot), work=task.work.inner)
+    work, slot = task.work.before_writing(task.slot)
+    inside = replace(task, slot=slot, work=work)
     at = lost = size = 0.0
     for piece in produce(inside, tools, threading.Event()):
         values = np.frombuffer(piece, np.float32)

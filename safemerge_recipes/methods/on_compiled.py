@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from safemerge_recipes.methods.compiled_tensor import Tensor, streamed
 from safemerge_recipes.methods.tools import Tools
@@ -17,9 +16,6 @@ from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, has_factors
 from safemerge_recipes.weights.quantised import Quantised
-
-if TYPE_CHECKING:
-    pass
 
 
 def fits(work: Work, dtype: str) -> bool:

@@ -78,6 +78,14 @@ class Work(ABC):
         """What its bytes depend on besides its values and the output's dtype."""
         return ""
 
+    def before_writing(self, slot: Slot) -> tuple[Work, Slot]:
+        """What makes the values, and the slot that these would have: itself, where they are written as they are."""
+        return self, slot
+
+    def encoding(self, slot: Slot) -> int:
+        """Bytes that writing the values in another form takes."""
+        return 0
+
     def set_up(self, tensor: Tensor) -> None:
         """Sets what the compiled twin needs besides the weights; for work that `is_compiled`."""
         return None
@@ -268,9 +276,9 @@ class Requantise(Work):
         """Codes or scales, of blocks of which size."""
         return f"{self.part} of {self.form.code}{self.form.stored_shape}/{self.form.block}:{self.form.scales.dtype}"
 
-    def values(self, slot: Slot) -> Slot:
-        """The slot that the values would have if they were written as float32."""
-        return replace(slot, dtype="F32", shape=self.form.stored_shape)
+    def before_writing(self, slot: Slot) -> tuple[Work, Slot]:
+        """The work inside, with the slot that its values would have if they were written as float32."""
+        return self.inner, replace(slot, dtype="F32", shape=self.form.stored_shape)
 
     def less(self, weight: Weight) -> Work:
         """The values alone."""
@@ -278,8 +286,9 @@ class Requantise(Work):
 
     def memory(self, slot: Slot) -> int:
         """What the values take, a piece of them with its codes, and all scales."""
-        return self.inner.memory(self.values(slot)) + self.held_scales(slot)
+        inner, values = self.before_writing(slot)
+        return inner.memory(values) + self.encoding(slot)
 
-    def held_scales(self, slot: Slot) -> int:
+    def encoding(self, slot: Slot) -> int:
         """Bytes of the scales, and of a piece while it is divided by them."""
         return 12 * largest(self.form.stored_shape) + 16 * math.prod(self.form.scales.shape)

@@ -216,11 +216,12 @@ def build_graph(
     for tensor in plan.tensors:
         work = _part(tensor, lines, family, methods) if tensor.of else _work(tensor, family, methods)
         decided = tensor
-        if isinstance(work, Requantise):
+        if work.written_as:  # codes, or their scales
             form = family.form(tensor.of)
             decided = replace(lines[form.codes], dtype=tensor.dtype, shape=tensor.shape) if form else tensor
         origin = origin_of(decided.policy.merge.method) if decided.policy and decided.action == "merge" else ""
-        native = device == "cpu" and _fits(work, tensor.dtype)
+        made, values = work.before_writing(layout.slots[tensor.name])
+        native = device == "cpu" and fits(made, values.dtype)
         where = "cpu" if native else device.partition(":")[0]
         if where == "cpu" and work.matrices:
             where = f"cpu {instruction_set()}"  # whole matrices: their products are rounded as the processor likes
@@ -229,15 +230,8 @@ def build_graph(
     return Graph(layout, tuple(tasks), plan.recipe.output.allow_overflow)
 
 
-def _fits(work: Work, dtype: str) -> bool:
-    """Whether the compiled kernels can do it; of codes, make the values."""
-    return fits(work.inner, "F32") if isinstance(work, Requantise) else fits(work, dtype)
-
-
 def task_memory(task: Task) -> int:
     """Bytes of its own that a worker needs for a task, without what it may hold between passes."""
-    if isinstance(task.work, Requantise) and task.native:
-        own = memory(task.work.inner, task.work.values(task.slot)) + task.work.held_scales(task.slot)
-    else:
-        own = memory(task.work, task.slot) if task.native else task.work.memory(task.slot)
+    work, slot = task.work.before_writing(task.slot)
+    own = (memory(work, slot) if task.native else work.memory(slot)) + task.work.encoding(task.slot)
     return own + read_ahead_of(ref.path for ref in task.work.refs)

@@ -147,7 +147,7 @@ class Digests:
             raise error
         return {path: digest for path, digest in self._found.items() if digest is not None}
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Leaves what is not known yet."""
         self.cancelled.set()
 

@@ -10,10 +10,10 @@ of files being read or of torch; `torch_rows` turns sums into numbers.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
 
 from safemerge_recipes.recipe.numbers import Number, Rational, exact
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -22,26 +22,45 @@ Naming = Callable[[TensorRef], str]
 """Names a stored tensor by its content, such as its file's identity and its place in it."""
 
 
-class Operand(Protocol):
+class Operand(ABC):
     """Something a coefficient can multiply. Frozen and hashable: equal operands cancel."""
 
+    __slots__ = ()
+
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix this operand stands for."""
 
     @property
+    @abstractmethod
     def refs(self) -> tuple[TensorRef, ...]:
         """Every stored tensor that evaluating it reads."""
 
+    @abstractmethod
     def describe(self, name: Naming) -> str:
         """Everything the numbers depend on, as text: equal texts, equal numbers."""
 
+    @abstractmethod
     def memory(self, piece: int) -> int:
         """Bytes that evaluating it takes, besides the one piece of `piece` elements that every operand has."""
 
+    @property
+    def inside(self) -> tuple[Weight, ...]:
+        """The weights that it is made of; none where it is read from files itself."""
+        return ()
+
+    def transpose(self) -> Operand | None:
+        """The transpose of a matrix; None where that takes the whole matrix."""
+        return None
+
+    def entry(self, number: int) -> Weight:
+        """One entry of the first dimension; of operands that are stacks."""
+        raise TypeError(f"{type(self).__name__} is no stack")
+
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Operand):
     """A tensor exactly as a checkpoint stores it."""
 
     ref: TensorRef
@@ -64,9 +83,13 @@ class Stored:
         """Nothing more."""
         return 0
 
+    def entry(self, number: int) -> Weight:
+        """As it is stored."""
+        return Weight.of(Stored(self.ref.part(number)))
+
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Operand):
     """`scale`·B·A, or its transpose, for stored LoRA factors B `(d_out, r)` and A `(r, d_in)`.
 
     Where the factors of several experts are stored interleaved, `columns` (first, step) says which columns of
@@ -104,9 +127,13 @@ class LowRank:
         """Its factors in float32, twice: as loaded and as joined."""
         return 8 * (self.b.numel + self.a.numel)
 
+    def transpose(self) -> LowRank:
+        """Aᵀ·Bᵀ."""
+        return replace(self, transposed=not self.transposed)
+
 
 @dataclass(frozen=True, slots=True)
-class Blend:
+class Blend(Operand):
     """(Σᵢ bᵢ·Bᵢ)·(Σᵢ aᵢ·Aᵢ): LoRA factors of one rank combined one by one, as PEFT's `linear` does.
 
     Attributes:

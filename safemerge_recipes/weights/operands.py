@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights.algebra import LowRank, Naming, Operand, Stored, Weight
@@ -21,7 +21,7 @@ def _sources(weight: Weight, piece: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankStack:
+class LowRankStack(Operand):
     """`scale`·B_e·A_e for every expert e of a fused tensor `(count, d_out, d_in)`, or `(count, d_in, d_out)`.
 
     Stored as PEFT does for `target_parameters`: A `(count·r, d_in)` one expert after the other, B
@@ -51,6 +51,10 @@ class LowRankStack:
         b = self.b if rows is None else self.b.part(*rows)
         return LowRank(b, self.a.part(number * rank, rank), self.scale, self.transposed, columns=(number, self.count))
 
+    def entry(self, number: int) -> Weight:
+        """The product of one expert."""
+        return Weight.of(self.member(number))
+
     def describe(self, name: Naming) -> str:
         """Factors, scale and layout."""
         return f"LowRankStack({name(self.b)},{name(self.a)}*{self.scale!r}T{self.transposed}N{self.count})"
@@ -61,7 +65,7 @@ class LowRankStack:
 
 
 @dataclass(frozen=True, slots=True)
-class Rescaled:
+class Rescaled(Operand):
     """A weight with every row (or column) scaled to a stored length: DoRA (arXiv 2402.09353).
 
     W' = m · W / ‖W‖ by row, W `(d_out, d_in)` and m `(d_out,)`; by column where `columns` is set.
@@ -81,6 +85,11 @@ class Rescaled:
         """The weight's tensors and the magnitudes."""
         return (*self.weight.refs, self.magnitude)
 
+    @property
+    def inside(self) -> tuple[Weight, ...]:
+        """The weight, and the magnitudes."""
+        return (self.weight, Weight.of(Stored(self.magnitude)))
+
     def describe(self, name: Naming) -> str:
         """Weight, magnitudes and orientation."""
         return f"Rescaled({self.weight.describe(name)},{name(self.magnitude)}C{self.columns})"
@@ -91,7 +100,7 @@ class Rescaled:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Operand):
     """A tensor put together from rows of others: `runs` holds (part, first row there, number of rows), in order."""
 
     parts: tuple[Weight, ...]
@@ -107,6 +116,11 @@ class Rows:
         """Those of all parts."""
         return tuple(dict.fromkeys(ref for part in self.parts for ref in part.refs))
 
+    @property
+    def inside(self) -> tuple[Weight, ...]:
+        """The parts."""
+        return self.parts
+
     def describe(self, name: Naming) -> str:
         """The parts and the runs."""
         return f"Rows({';'.join(part.describe(name) for part in self.parts)}|{self.runs})"
@@ -117,21 +131,31 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
+class Fused(Operand):
     """Matrices `(rows, columns)` one below the other as one tensor, such as the experts of a mixture.
 
     Attributes:
-        shape: of the whole; all but its last dimension count the rows.
+        whole: shape of the tensor; all but its last dimension count the rows.
         parts: (number of rows, what stands there) in order, together all rows; an empty sum stands for zeros.
     """
 
-    shape: tuple[int, ...]
+    whole: tuple[int, ...]
     parts: tuple[tuple[int, Weight], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return self.whole
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         """Those of all parts."""
         return tuple(dict.fromkeys(ref for _, part in self.parts for ref in part.refs))
+
+    @property
+    def inside(self) -> tuple[Weight, ...]:
+        """The parts."""
+        return tuple(part for _, part in self.parts)
 
     def describe(self, name: Naming) -> str:
         """The parts and where they stand."""
@@ -142,8 +166,8 @@ class Fused:
         most = max((_sources(part, piece) for _, part in self.parts if part.terms), default=0)
         return 8 * piece + most + 64 * len(self.parts)
 
-    def member(self, number: int) -> Weight:
-        """One entry of the first dimension."""
+    def entry(self, number: int) -> Weight:
+        """The parts that stand there."""
         rows = math.prod(self.shape[1:-1])
         first, found = 0, []
         for count, part in self.parts:
@@ -156,7 +180,7 @@ class Fused:
 
 
 @dataclass(frozen=True, slots=True)
-class Transposed:
+class Transposed(Operand):
     """The transpose of a matrix, held in memory whole: for measuring layers that are stored `(d_in, d_out)`."""
 
     operand: Operand
@@ -171,6 +195,15 @@ class Transposed:
         """Those of the matrix."""
         return self.operand.refs
 
+    @property
+    def inside(self) -> tuple[Weight, ...]:
+        """The matrix."""
+        return (Weight.of(self.operand),)
+
+    def transpose(self) -> Operand:
+        """The matrix."""
+        return self.operand
+
     def describe(self, name: Naming) -> str:
         """The matrix."""
         return f"Transposed({self.operand.describe(name)})"
@@ -182,48 +215,20 @@ class Transposed:
 
 def transposed(weight: Weight) -> Weight:
     """The transpose of a matrix."""
-
-    def turn(operand: Operand) -> Operand:
-        if isinstance(operand, LowRank):
-            return replace(operand, transposed=not operand.transposed)
-        if isinstance(operand, Quantised):
-            return operand.transposed()
-        return operand.operand if isinstance(operand, Transposed) else Transposed(operand)
-
-    return Weight(tuple((coefficient, turn(operand)) for coefficient, operand in weight))
+    return Weight(tuple((coefficient, operand.transpose() or Transposed(operand)) for coefficient, operand in weight))
 
 
 def member(weight: Weight, number: int) -> Weight:
     """One matrix of a stack `(n, rows, columns)`, as a weight `(rows, columns)`."""
-
-    def pick(operand: Operand) -> Weight:
-        if isinstance(operand, LowRankStack):
-            return Weight.of(operand.member(number))
-        if isinstance(operand, Fused):
-            return operand.member(number)
-        if isinstance(operand, Quantised):
-            return Weight.of(operand.member(number))
-        assert isinstance(operand, Stored), operand  # nothing else is stacked
-        return Weight.of(Stored(operand.ref.part(number)))
-
-    return sum((pick(operand) * coefficient for coefficient, operand in weight), Weight())
+    return sum((operand.entry(number) * coefficient for coefficient, operand in weight), Weight())
 
 
 def leaves(weight: Weight) -> Iterator[Operand]:
     """The operands that a weight is made of in the end: none that holds others."""
     for _, operand in weight:
-        inside: tuple[Weight, ...] = ()
-        if isinstance(operand, Rescaled):
-            inside = (operand.weight, Weight.of(Stored(operand.magnitude)))
-        elif isinstance(operand, Rows):
-            inside = operand.parts
-        elif isinstance(operand, Fused):
-            inside = tuple(part for _, part in operand.parts)
-        elif isinstance(operand, Transposed):
-            inside = (Weight.of(operand.operand),)
-        else:
+        if not operand.inside:
             yield operand
-        for part in inside:
+        for part in operand.inside:
             yield from leaves(part)
 
 

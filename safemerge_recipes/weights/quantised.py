@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.algebra import Naming, Stored
+from safemerge_recipes.weights.algebra import Naming, Operand, Stored, Weight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
+class Quantised(Operand):
     """value(code) · scale / `divisor`, rounded once to float32.
 
     Attributes:
@@ -83,7 +83,11 @@ class Quantised:
 
         return replace(self, codes=piece(self.codes), scales=piece(self.scales), stored_shape=self.stored_shape[1:])
 
-    def transposed(self) -> Quantised:
+    def entry(self, number: int) -> Weight:
+        """One matrix of a stack."""
+        return Weight.of(self.member(number))
+
+    def transpose(self) -> Quantised:
         """The transpose, which is read in the other direction."""
         return replace(self, turned=not self.turned)
 

@@ -82,7 +82,7 @@ def test_what_is_stopped_reads_no_further(files: list[Path], monkeypatch: pytest
     monkeypatch.setattr(module, "file_digest", digest)
     found = Digests(_identities(files), threads=2)
     assert begun.wait(10)
-    found.stop()
+    found.close()
     assert found.result() == {}
 
 
