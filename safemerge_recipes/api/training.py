@@ -87,5 +87,5 @@ def train_adapter(
     planned = file if isinstance(file, TrainingPlan) else plan_training(file)
     found = train(planned.loaded, on_event=on_event, plan=planned)
     if output is not None:
-        copy_adapter(found.path, Path(output))
+        copy_adapter(found.path, Path(output), found.record)
     return found

@@ -113,6 +113,11 @@ def model_digest(full: Path, adapter: Path | None) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def carry_file(finetuned: Path) -> str:
+    """The name of the record, beside a trained adapter, of its carry check with one fine-tuned adapter."""
+    return f"carry-{model_digest(finetuned, None)[:16]}.json"
+
+
 def training_key(loaded: LoadedTraining) -> str:
     """The key of the adapter that a training file describes, as 64 hexadecimal digits.
 
@@ -200,13 +205,31 @@ def settled(loaded: LoadedRecipe) -> tuple[LoadedRecipe, tuple[str, ...]]:
                 f"`safemerge train-adapter {file.path}`, or this command with --train"
             )
         sources = sources.changed({role: Source(adapter=str(folder))})
-        notes += _notes(role, file, folder, key)
+        notes += _notes(role, file, folder, key, _finetuned(loaded))
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"sources": sources})), tuple(notes)
 
 
-def _notes(role: Role, file: LoadedTraining, folder: Path, key: str) -> list[str]:
+def _finetuned(loaded: LoadedRecipe) -> Path | None:
+    """The recipe's fine-tuned adapter, None where it is a model."""
+    source = loaded.recipe.sources.finetuned
+    if source.train is not None:
+        return None
+    found = locate(source, "finetuned", loaded.directory)
+    return found.path if found.kind == "adapter" else None
+
+
+def _notes(role: Role, file: LoadedTraining, folder: Path, key: str, finetuned: Path | None) -> list[str]:
     record = read_object(folder / RECORD_FILE)
-    told = (record.get("scores") or {}).get("warnings") or ()
+    told = list((record.get("scores") or {}).get("warnings") or ())
+    if role == "safety" and finetuned is not None:
+        if (folder / carry_file(finetuned)).exists():
+            warning = read_object(folder / carry_file(finetuned)).get("warning")
+            told += [warning] if warning else []
+        else:
+            told.append(
+                "whether it carries anything to this fine-tuned adapter was not checked; name that as "
+                f"choose.finetuned in {file.path.name} and run `safemerge train-adapter` again"
+            )
     first = f"sources.{role}: the adapter that {file.path.name} trains, {record.get('rows')} rows, key {key[:12]}…"
     return [first, *(f"sources.{role}: {warning}" for warning in told)]
 

@@ -10,20 +10,25 @@ import importlib.metadata
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.folder import locked
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.events import Listener, Note, TrainingStep, ignore
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
-from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, data_files, model_folders
+from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, carry_file, data_files, model_folders
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, remove_left, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
 from safemerge_recipes.training.trainer import check_extra, load_model, train
+
+if TYPE_CHECKING:
+    from safemerge_recipes.evaluation.separation import Sides
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", RECORD_FILE, "README.md")
 
@@ -38,6 +43,8 @@ class TrainedAdapter:
     """Rows of the size that was kept."""
     scores: dict[str, Any] | None
     warnings: tuple[str, ...]
+    record: dict[str, Any]
+    """What is known of it, with the carry check of the fine-tuned adapter that was named now."""
 
 
 def train_adapter(
@@ -73,15 +80,19 @@ def train_adapter(
                         shutil.rmtree(extra)
                 remove_left(part, (*FILES, "scores.json"))
                 os.replace(part, folder)
-    if loaded.training.output is not None:
-        copy_adapter(folder, loaded.resolve(loaded.training.output))
     record = json.loads(content_of(folder / RECORD_FILE, MAX_BYTES))
+    if (ask := loaded.training.choose) is not None:
+        record["settings"]["choose"]["finetuned"] = ask.finetuned
+        if ask.finetuned is not None:
+            record = with_carry(record, _carried(plan, folder, folder, None, on_event))
+    if loaded.training.output is not None:
+        copy_adapter(folder, loaded.resolve(loaded.training.output), record)
     scores = record.get("scores")
-    return TrainedAdapter(folder, plan.key, record["rows"], scores, tuple((scores or {}).get("warnings", ())))
+    return TrainedAdapter(folder, plan.key, record["rows"], scores, tuple((scores or {}).get("warnings", ())), record)
 
 
-def copy_adapter(folder: Path, target: Path) -> None:
-    """Copies an adapter's files; refuses a folder that holds something else.
+def copy_adapter(folder: Path, target: Path, record: dict[str, Any]) -> None:
+    """Copies an adapter's files, with what is known of it now; refuses a folder that holds something else.
 
     Raises:
         PlanError: there is something else.
@@ -90,8 +101,9 @@ def copy_adapter(folder: Path, target: Path) -> None:
         raise PlanError(f"{target}: holds something that is no adapter; choose another output")
     target.mkdir(parents=True, exist_ok=True)
     remove_left(target, FILES)
-    for name in FILES:
+    for name in FILES[:2]:
         copy_file(folder / name, target / name)
+    _write_record(target, record)
 
 
 def _device(wanted: str) -> str:
@@ -113,13 +125,11 @@ def _dtype(wanted: str, device: str) -> str:
 
 
 def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
-    from safemerge_recipes.training.chat import lengths, load_tokenizer
+    from safemerge_recipes.training.chat import lengths
 
     loaded, training = plan.loaded, plan.loaded.training
     full, adapter = model_folders(loaded)
-    device = _device(training.train.device)
-    template = loaded.resolve(training.chat_template) if training.chat_template else None
-    tokenizer = load_tokenizer(full.path, adapter.path if adapter else None, template, training.train)
+    tokenizer = _tokenizer(loaded)
     rows = list(plan.rows)
     cut = sum(n > training.train.max_length for n in lengths(rows, tokenizer, training.train))
     if cut > 0.05 * len(rows):
@@ -127,9 +137,8 @@ def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
             f"{loaded.path}: {cut} of {len(rows)} rows are longer than train.max_length {training.train.max_length} "
             "tokens; expected at most 5 %. Raise it, or shorten the rows"
         )
-    dtype = _dtype(training.train.dtype, device)
     on_event(TrainingStep(plan.sizes[0], 0, plan.steps()[plan.sizes[0]]))
-    model = load_model(full.path, adapter.path if adapter else None, dtype, device)
+    model, device, dtype = _model(loaded)
     runs: dict[int, dict[str, Any]] = {}
     for size in plan.sizes:
         place = part / f"size-{size}"
@@ -145,11 +154,34 @@ def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
         runs[size] = json.loads(content_of(done, MAX_BYTES))
     scores = _scored(plan, part, model, tokenizer, on_event) if training.choose else None
     size = scores["chosen"] if scores else plan.sizes[-1]
+    if training.choose is not None and training.choose.finetuned is not None:
+        _carried(plan, part, part / f"size-{size}", model, on_event)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         copy_file(part / f"size-{size}" / name, part / name)
     record = _record(plan, runs, size, scores, device, dtype, cut, base_name(full, adapter))
-    write_file(part / "README.md", card(record))
-    write_file(part / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _write_record(part, record)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_file(folder / "README.md", card(record))
+    write_file(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _tokenizer(loaded: LoadedTraining) -> Any:
+    from safemerge_recipes.training.chat import load_tokenizer
+
+    training = loaded.training
+    full, adapter = model_folders(loaded)
+    template = loaded.resolve(training.chat_template) if training.chat_template else None
+    return load_tokenizer(full.path, adapter.path if adapter else None, template, training.train)
+
+
+def _model(loaded: LoadedTraining) -> tuple[Any, str, str]:
+    """(the frozen model, its device, its dtype)."""
+    full, adapter = model_folders(loaded)
+    device = _device(loaded.training.train.device)
+    dtype = _dtype(loaded.training.train.dtype, device)
+    return load_model(full.path, adapter.path if adapter else None, dtype, device), device, dtype
 
 
 def base_name(full: Folder, adapter: Folder | None) -> str:
@@ -161,39 +193,86 @@ def base_name(full: Folder, adapter: Folder | None) -> str:
 
 
 def _scored(plan: TrainingPlan, part: Path, model: Any, tokenizer: Any, on_event: Listener) -> dict[str, Any]:
-    from safemerge_recipes.evaluation.separation import Sides
-    from safemerge_recipes.training.choose import carry_warning, choose, rates
-    from safemerge_recipes.training.score import refusals
+    """Which size is kept, with the refusals of each."""
+    from safemerge_recipes.training.choose import choose, rates
 
     ask = plan.loaded.training.choose
     assert ask is not None  # asked by the caller
-    kept = part / "refusals.json"
-    known: dict[str, Any] = json.loads(content_of(kept, MAX_BYTES)) if kept.exists() else {}
-
-    def of(name: str, adapters: list[Path]) -> Sides:
-        if name not in known:
-            on_event(Note(f"scoring {name}"))
-            known[name] = asdict(refusals(model, tokenizer, adapters, ask))
-            write_file(kept, json.dumps(known))
-        return Sides(**known[name])
-
-    aligned = of("aligned", [])
-    by_size = {size: of(f"aligned + Δs of {size} rows", [part / f"size-{size}"]) for size in plan.sizes}
-    size, within = choose(aligned, by_size, ask.max_overrefusal)
+    adapters = {"aligned": [], **{f"aligned + Δs of {size} rows": [part / f"size-{size}"] for size in plan.sizes}}
+    known = _refusals(plan, part / "refusals.json", adapters, model, tokenizer, on_event)
+    aligned, *by_size = (known[name] for name in adapters)
+    candidates = dict(zip(plan.sizes, by_size, strict=True))
+    size, within = choose(aligned, candidates, ask.max_overrefusal)
     warnings = []
     if not within:
-        rise = rates(by_size[size])["harmless"] - rates(aligned)["harmless"]
+        rise = rates(candidates[size])["harmless"] - rates(aligned)["harmless"]
         warnings.append(
             f"over-refusal rises by {100 * rise:.0f} points, more than {100 * ask.max_overrefusal:.0f}, with every "
             "size; add harmless rows that look alike"
         )
-    if ask.finetuned is not None:
-        task = plan.loaded.resolve(ask.finetuned)
-        finetuned = of("fine-tuned", [task])
-        joined = of("fine-tuned + Δs", [task, part / f"size-{size}"])
-        warnings += [text for text in [carry_warning(finetuned, joined)] if text]
-    models = {name: rates(Sides(**one)) for name, one in known.items()}
+    models = {name: rates(one) for name, one in known.items()}
     return {"chosen": size, "within": within, "models": models, "warnings": warnings}
+
+
+def _carried(plan: TrainingPlan, kept: Path, adapter: Path, model: Any | None, on_event: Listener) -> dict[str, Any]:
+    """The carry check: the fine-tuned model without and with the adapter, kept beside it for each fine-tuned one.
+
+    Args:
+        plan: Whose training file names the fine-tuned adapter.
+        kept: The folder they are kept in.
+        adapter: The safety adapter.
+        model: The aligned model where it is loaded already.
+        on_event: Told what goes on.
+    """
+    from safemerge_recipes.training.choose import carry_warning, rates
+
+    loaded = plan.loaded
+    assert loaded.training.choose is not None  # asked by the caller
+    assert loaded.training.choose.finetuned is not None
+    task = loaded.resolve(loaded.training.choose.finetuned)
+    open_adapter(task)
+    adapters = {"fine-tuned": [task], "fine-tuned + Δs": [task, adapter]}
+    file = kept / carry_file(task)
+    if not file.exists():
+        found = _refusals(plan, file.with_name(f"refusals-{file.name}"), adapters, model, None, on_event)
+        warning = carry_warning(*found.values())
+        write_file(file, json.dumps({"models": {name: rates(one) for name, one in found.items()}, "warning": warning}))
+    carry: dict[str, Any] = json.loads(content_of(file, MAX_BYTES))
+    return carry
+
+
+def _refusals(
+    plan: TrainingPlan,
+    file: Path,
+    adapters: Mapping[str, list[Path]],
+    model: Any | None,
+    tokenizer: Any | None,
+    on_event: Listener,
+) -> dict[str, Sides]:
+    """name -> refusals of the aligned model with these adapters, kept in a file one after the other."""
+    from safemerge_recipes.evaluation.separation import Sides
+    from safemerge_recipes.training.score import refusals
+
+    ask = plan.loaded.training.choose
+    assert ask is not None  # asked by the caller
+    known: dict[str, Any] = json.loads(content_of(file, MAX_BYTES)) if file.exists() else {}
+    for name, folders in adapters.items():
+        if name not in known:
+            on_event(Note(f"scoring {name}"))
+            if model is None:
+                check_extra()
+                model = _model(plan.loaded)[0]
+            tokenizer = tokenizer or _tokenizer(plan.loaded)
+            known[name] = asdict(refusals(model, tokenizer, folders, ask))
+            write_file(file, json.dumps(known))
+    return {name: Sides(**one) for name, one in known.items()}
+
+
+def with_carry(record: dict[str, Any], carry: Mapping[str, Any]) -> dict[str, Any]:
+    """A record that also says whether the adapter carries anything to one fine-tuned model."""
+    scores = record["scores"]
+    warnings = [*scores["warnings"], *([carry["warning"]] if carry["warning"] else [])]
+    return record | {"scores": scores | {"models": scores["models"] | carry["models"], "warnings": warnings}}
 
 
 def _record(

@@ -218,6 +218,33 @@ def test_sizes_are_scored_and_one_is_kept(folder: Path, call: Any) -> None:
     assert "| aligned + Δs of 8 rows |" in card
 
 
+def test_a_kept_adapter_is_checked_with_each_fine_tuned_one(folder: Path, own_cache: Path) -> None:
+    """What is known of one fine-tuned model says nothing of another."""
+    shapes = {f"model.layers.{block}.self_attn.q_proj": (32, 32) for block in range(2)}
+    for seed in (5, 6):
+        save_adapter(shapes, folder / f"task-{seed}", seed, 0.5)
+    said: list[list[str]] = []
+    for task in ("task-5", "task-6", "task-5", None):
+        path = training_file(
+            folder, train={"epochs": 1}, output="./checked",
+            choose={"limit": 2, **({"finetuned": f"./{task}"} if task else {})},
+        )  # fmt: skip
+        seen: list[Any] = []
+        found = train_adapter(load_training(path), on_event=seen.append)
+        said.append([one.text for one in seen if isinstance(one, Note)])
+        record = json.loads((folder / "checked" / "train.json").read_text())
+        assert record["settings"]["choose"]["finetuned"] == (f"./{task}" if task else None)
+        assert ("fine-tuned + Δs" in record["scores"]["models"]) == (task is not None)
+        assert found.scores == record["scores"]
+    assert said[0] == [
+        "training with 16 rows", "scoring aligned", "scoring aligned + Δs of 16 rows", "scoring fine-tuned",
+        "scoring fine-tuned + Δs",
+    ]  # fmt: skip
+    assert said[1] == ["scoring fine-tuned", "scoring fine-tuned + Δs"]
+    assert said[2] == said[3] == []
+    assert len(list(found.path.glob("carry-*.json"))) == 2
+
+
 def test_safeinstruct_trains_on_task_and_safety_rows_in_one_set(folder: Path) -> None:
     (folder / "task.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{n} + 1", "completion": str(n + 1)}) + "\n" for n in range(6))
@@ -324,6 +351,7 @@ def test_a_recipe_uses_the_adapter_of_its_training_file(folder: Path, call: Any)
     assert trained["key"] == training_key(load_training(folder / "wing.yaml"))
     assert trained["data"]["kinds"] == {"harmful": 8, "harmless": 8}
     assert call("verify", folder / "merged").code == 0
+    assert "carries anything to this fine-tuned adapter was not checked" in " ".join(done.out.split())
     again = call("run", recipe, "--force")
     assert again.code == 0, again.err
     training_file(folder, "wing.yaml", train=own)  # on the base, not on the aligned model
