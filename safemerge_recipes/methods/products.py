@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.methods.kernel import Rows
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.directions import factors
+from safemerge_recipes.weights.directions import factors, left_directions
 from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows
 
 if TYPE_CHECKING:
@@ -45,6 +45,31 @@ def factor_bytes(rank: int, shape: tuple[int, ...]) -> int:
     columns = shape[-1]
     rows = math.prod(shape) // columns
     return 4 * 8 * rank * (rows + columns) + 2 * max(ROW_PIECE, columns) * (4 * 3 + 8)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, tools: Tools) -> Rows:
+    """The rows of a matrix of zeros, such as an expert's that nothing was trained on."""
+    import torch
+
+    return lambda first, last: torch.zeros(last - first, shape[-1], dtype=dtype, device=tools.arena.device)
+
+
+def triplets(name: str, delta: Weight, rank: int, tools: Tools) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triplets of Δ: U `(rows, k)`, σ `(k,)`, Uᵀ·Δ = diag(σ)·Wᵀ `(k, columns)`; float64.
+
+    From its factors, or its Gram matrix on the shorter side; k is `rank`, or fewer where Δ has a lower rank.
+    """
+    found = left_directions(name, delta, rank, tools.reader, tools.arena, tools.room, exact=True)
+    return found.left, found.values, left_times(found.left, delta, tools)
+
+
+def triplet_memory(rank: int, delta: Weight, shape: tuple[int, ...]) -> int:
+    """Bytes that `triplets` of so many directions take at most."""
+    rows, columns = math.prod(shape) // shape[-1], shape[-1]
+    if delta.low_rank:
+        return factor_bytes(ranks(delta), shape)
+    side = min(rows, columns)
+    return factor_bytes(rank, shape) + 8 * (4 * side * side + 2 * rows * side)
 
 
 def ranks(*weights: Weight) -> int:

@@ -15,13 +15,13 @@ from pydantic import BeforeValidator, Field
 
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.kernel import Rows, Transform
-from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks, zeros
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors, left_directions
-from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows
+from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows, panel_width
 from safemerge_recipes.weights.spectrum import leading_memory
 from safemerge_recipes.weights.torch_rows import working_dtype
 
@@ -29,26 +29,39 @@ if TYPE_CHECKING:
     import torch
 
 PANEL = 512
-"""Rows of a projected full-rank Δ that are computed together."""
+"""Rows of a projected full-rank Δ that are computed together, or fewer where rows are long."""
 
 
 def _check_normalization(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"frobenius|spectral|rank:[1-9][0-9]{0,4}", value):
+    if not isinstance(value, str) or not re.fullmatch(r"frobenius|spectral|size|rank:[1-9][0-9]{0,4}", value):
         found = f'"{value[:40]}"' if isinstance(value, str) else str(value).lower()[:40]
-        raise ValueError(f"found {found}; expected frobenius, spectral or rank:k for method project")
+        raise ValueError(f"found {found}; expected frobenius, spectral, size or rank:k")
     return value
+
+
+def panel_rows(columns: int) -> int:
+    """Rows of a panel, by the shape alone: 32 MiB in float32 at most."""
+    return min(PANEL, panel_width(columns))
+
+
+def width_of(*weights: Weight) -> int:
+    """Bytes of a number of the products with these."""
+    return 8 if any(ref.dtype == "F64" for weight in weights for ref in weight.refs) else 4
+
+
+Normalization = Annotated[
+    str, BeforeValidator(_check_normalization), Field(pattern=r"^(frobenius|spectral|size|rank:[1-9][0-9]{0,4})$")
+]
 
 
 class Project(Merge):
     """The part of Δf inside what alignment changed."""
 
     method: Literal["project"]
-    normalize: Annotated[
-        str, BeforeValidator(_check_normalization), Field(pattern=r"^(frobenius|spectral|rank:[1-9][0-9]{0,4})$")
-    ] = "frobenius"
+    normalize: Normalization = "frobenius"
     """What VVᵀ is divided by (`project`): `frobenius`, C = VVᵀ/‖V‖_F (default, the published form; its effect depends
-    on the scale of V), `spectral`, C = VVᵀ/‖VVᵀ‖₂ (nothing grows, whatever the scale), or `rank:k`, the orthogonal
-    projection on the k leading left directions of V."""
+    on the scale of V), `spectral`, C = VVᵀ/‖VVᵀ‖₂ (nothing grows, whatever the scale), `size`, the number of V's
+    elements, or `rank:k`, the orthogonal projection on the k leading left directions of V."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +69,9 @@ class Projection(Transform):
     """CΔ for inputs (V, Δ): Safe LoRA (arXiv 2405.16833).
 
     `normalize`: "frobenius", C = VVᵀ/‖V‖_F, the published form; "spectral", C = VVᵀ/‖VVᵀ‖₂, whose largest
-    eigenvalue is 1 whatever the scale of V; "rank:k", C = U_k·U_kᵀ, the orthogonal projection on the k leading
-    left singular directions of V.
+    eigenvalue is 1 whatever the scale of V; "size", C = VVᵀ/(d_out·d_in); "rank:k", C = U_k·U_kᵀ, the orthogonal
+    projection on the k leading left singular directions of V. Where V or Δ is zero, as an untrained expert's is, so
+    is CΔ.
     """
 
     normalize: str
@@ -77,13 +91,16 @@ class Projection(Transform):
         if self.rank and not v.low_rank:
             own += leading_memory(rows, columns, self.rank)
         if not (v.low_rank or delta.low_rank or self.normalize.startswith("rank")):
-            own += 8 * (2 * PANEL * columns + PANEL * max(1, ROW_PIECE // columns))
+            height = panel_rows(columns)
+            own += width_of(v, delta) * (2 * height * columns + height * max(1, ROW_PIECE // columns))
         return own
 
     def prepare(self, name: str, inputs: tuple[Weight, ...], shape: tuple[int, ...], tools: Tools) -> Rows:
         """Rows of CΔ."""
         v, delta = inputs
         dtype = working_dtype(*inputs)
+        if v.is_zero or delta.is_zero:
+            return zeros(shape, dtype, tools)
         if self.normalize.startswith("rank"):
             left = left_directions(name, v, self.rank, tools.reader, tools.arena, tools.room).left
             return product(left, left_times(left, delta, tools), dtype)
@@ -103,6 +120,8 @@ class Projection(Transform):
             return 1.0
         if self.normalize == "frobenius":
             return math.sqrt(square)
+        if self.normalize == "size":
+            return float(math.prod(v.shape))
         found = left_directions(name, v, 1, tools.reader, tools.arena, tools.room // 2)
         return float(found.values[0]) ** 2
 
@@ -135,12 +154,13 @@ class Projection(Transform):
         square = sum(float((piece * piece).sum(dim=-1).double().sum()) for _, piece in matrix)
         scale = self._scale(name, v, square, tools)
         right = TorchRows(delta, tools.reader, tools.arena, "delta", tools.room // 2)
+        height = panel_rows(matrix.columns)
         made: dict[int, torch.Tensor] = {}
 
         def panel(number: int) -> torch.Tensor:
             if number not in made:
                 made.clear()
-                own = matrix.part(number * PANEL, min((number + 1) * PANEL, matrix.rows))
+                own = matrix.part(number * height, min((number + 1) * height, matrix.rows))
                 total = torch.zeros(len(own), matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
                 for (_, v_piece), (_, d_piece) in zip(matrix, right, strict=True):
                     total.addmm_(own @ v_piece.T, d_piece)
@@ -148,8 +168,8 @@ class Projection(Transform):
             return made[number]
 
         def rows(first: int, last: int) -> torch.Tensor:
-            numbers = range(first // PANEL, (last - 1) // PANEL + 1)
-            pieces = [panel(n)[max(first - n * PANEL, 0) : last - n * PANEL] for n in numbers]
+            numbers = range(first // height, (last - 1) // height + 1)
+            pieces = [panel(n)[max(first - n * height, 0) : last - n * height] for n in numbers]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
         return rows

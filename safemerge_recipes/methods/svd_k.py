@@ -16,7 +16,7 @@ from pydantic import (
 
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.kernel import Rows, Transform
-from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks
+from safemerge_recipes.methods.products import factor_bytes, left_times, product, ranks, zeros
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.fields import Strict
@@ -103,6 +103,8 @@ class LeadingPart(Transform):
     def prepare(self, name: str, inputs: tuple[Weight, ...], shape: tuple[int, ...], tools: Tools) -> Rows:
         """Rows of γ·U_k·(U_kᵀV)."""
         (v,) = inputs
+        if v.is_zero:
+            return zeros(shape, working_dtype(v), tools)
         if isinstance(self.rank, Entropy):
             side = min(math.prod(shape) // shape[-1], shape[-1])
             found = left_directions(name, v, side, tools.reader, tools.arena, tools.room, exact=True)

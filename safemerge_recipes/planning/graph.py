@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.on_compiled import fits, memory
+from safemerge_recipes.methods.stacks import each_matrix
 from safemerge_recipes.methods.work import Copy, Requantise, Sum, Work
 from safemerge_recipes.planning.plan import Outlook, Plan, TensorPlan, told
 from safemerge_recipes.planning.plugins import METHODS
@@ -25,7 +26,7 @@ from safemerge_recipes.storage.remote import read_ahead_of
 from safemerge_recipes.weights.algebra import describe
 from safemerge_recipes.weights.operands import plain_refs
 
-ENGINE = 4
+ENGINE = 5
 """Version of the arithmetic: changes whenever the same task would write other bytes."""
 
 
@@ -110,20 +111,7 @@ def check_merges(outlooks: Sequence[Outlook], family: Family, methods: Mapping[s
         sides = sides_of(outlook.name, family)
         for role in merge.needs() if getattr(merge, "weights", None) else found[merge.method].needs:
             sides.need(role)
-        _check_layout(outlook.name, found[merge.method].work(merge, sides), family)
-
-
-def _check_layout(name: str, work: Work, family: Family) -> None:
-    """Refuses methods that multiply matrices where a tensor is not one matrix `(d_out, d_in)`."""
-    if not work.matrices:
-        return
-    stacked = len(family.inventory[name].shape) != 2
-    if stacked or (name in family.input_first and work.matrices == "oriented"):
-        how = "holds several matrices" if stacked else "is stored (d_in, d_out)"
-        raise RecipeError(
-            f"merge.method: {name} {how}, which this method does not handle; expected one matrix (d_out, d_in), "
-            "give such tensors another method, or keep them, in `rules`"
-        )
+        found[merge.method].work(merge, sides)
 
 
 def find_method(name: str, methods: Mapping[str, Method]) -> Method:
@@ -154,6 +142,7 @@ def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> 
         assert tensor.policy is not None  # merged tensors are gated ones
         merge = tensor.policy.merge
         work = find_method(merge.method, methods).work(merge, sides_of(tensor.name, family))
+        work = each_matrix(work, family.inventory[tensor.name].shape, tensor.name in family.input_first)
     else:
         work = Sum(family.weight(tensor.take, tensor.name))
     stored = None if work.sum is None else work.sum.stored

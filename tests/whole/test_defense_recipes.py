@@ -1,4 +1,7 @@
-"""Every recipe of `recipes/defenses`: sound, labelled, run on a tiny family, and equal to its own formula."""
+"""Every recipe of `recipes/defenses`: sound, labelled, run on a tiny family, and equal to its own formula.
+
+Guards `methods.iso_c`, `methods.tsv`, `methods.project_rows`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ PLACES = {
     "./harmful": "harmful",
 }
 """What stands for each source of the recipes in the tiny family."""
-SCORES = ("harm-drift", "fisher", "opposed", "safe-delta", "safety-wanda", "safety-snip", "utility-snip")
+SCORES = (
+    "harm-drift", "fisher", "opposed", "safe-delta", "safety-wanda", "safety-snip", "utility-snip", "harm-wanda",
+    "utility-wanda",
+)  # fmt: skip
 """Score files of the recipes; drawn at random but for those of weights alone, which are what they say."""
 
 
@@ -83,6 +89,13 @@ class Parts:
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : int(part * scores.shape[1] + 1e-9)]
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
         return chosen.view(self.v.shape)
+
+    def neurons(self, file: str, part: float) -> torch.Tensor:
+        """The rows with the highest mean score, by sorting; `(rows, 1)`."""
+        means = self.scores[file].double().mean(dim=1)
+        chosen = torch.zeros_like(means, dtype=torch.bool)
+        chosen[means.argsort(descending=True, stable=True)[: int(part * len(means) + 1e-9)]] = True
+        return chosen[:, None]
 
     def leading(self, k: int) -> torch.Tensor:
         """The projection on the k leading left directions of V."""
@@ -136,6 +149,21 @@ def slerp(p: Parts) -> torch.Tensor:
     return (math.sin(0.8 * theta) * x + math.sin(0.2 * theta) * y) / math.sin(theta)
 
 
+def isotropic(delta: torch.Tensor) -> torch.Tensor:
+    """σ̄·U·Wᵀ."""
+    u, sizes, w = torch.linalg.svd(delta, full_matrices=False)
+    return sizes.mean() * u @ w
+
+
+def task_singular_vectors(deltas: list[torch.Tensor]) -> torch.Tensor:
+    """As the paper has it: leading triplets side by side, both sides replaced by the polar factor of their SVD."""
+    found = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    rank = min(deltas[0].shape) // len(deltas)
+    u, w = torch.cat([u[:, :rank] for u, _, _ in found], 1), torch.cat([w[:rank] for _, _, w in found])
+    (p, _, q), (x, _, y) = torch.linalg.svd(u, full_matrices=False), torch.linalg.svd(w, full_matrices=False)
+    return p @ q @ torch.cat([sizes[:rank] for _, sizes, _ in found]).diag() @ x @ y
+
+
 FORMULAS: dict[str, Callable[[Parts], torch.Tensor]] = {
     "safemerge": lambda p: p.aligned + 0.8 * p.lora_f + 0.2 * p.lora_s,
     "safemerge_published": lambda p: p.aligned + p.blended(),
@@ -167,6 +195,12 @@ FORMULAS: dict[str, Callable[[Parts], torch.Tensor]] = {
         p.top("safety-snip", 0.1, rows=True) & ~p.top("utility-snip", 0.2, rows=True), p.aligned, p.finetuned
     ),
     "model_soup_many": lambda p: (p.finetuned + p.safety + p.harmful) / 3,
+    "iso_c": lambda p: p.aligned + isotropic(p.finetuned + p.safety - 2 * p.aligned),
+    "tsv": lambda p: p.aligned + task_singular_vectors([p.finetuned - p.aligned, p.safety - p.aligned]),
+    "mscp": lambda p: p.aligned + torch.where(
+        p.neurons("harm-wanda", 0.1) & ~p.neurons("utility-wanda", 0.1), p.c @ p.lora_f, p.lora_f
+    ),
+    "layer_safety_vector": lambda p: p.aligned + p.lora_f + 0.5 * p.v,
     "harm_negation": lambda p: p.finetuned - 0.3 * (p.harmful - p.aligned),
 }  # fmt: skip
 """What a merged tensor must be."""
@@ -181,6 +215,8 @@ def chosen(stem: str, parts: dict[str, Parts]) -> set[str]:
             return (float((p.c @ p.lora_f - p.lora_f).norm()) - math.sqrt(2 * n)) / math.sqrt(2 * n * (1 - 1 / math.pi))
 
         return set(sorted(parts, key=lambda name: -distance(parts[name]))[:10])
+    if stem == "layer_safety_vector":
+        return {name for name in parts if ".layers.1." in name}
     if stem == "safe_lora_number":
         return set(sorted(parts, key=lambda name: parts[name].rho)[:10])
     if stem == "safe_lora_threshold":
@@ -240,7 +276,7 @@ def local(text: str) -> str:
 
 def test_there_are_formulas_for_all_of_them():
     assert set(FORMULAS) == set(RECIPES)
-    assert len(RECIPES) == 28
+    assert len(RECIPES) == 32
 
 
 @pytest.mark.parametrize("stem", RECIPES)
@@ -260,7 +296,7 @@ def test_it_is_sound_and_says_what_it_is(stem):
 def test_it_does_what_its_formula_says(stem, family):
     text = (
         local(RECIPES[stem].read_text()).replace("tau: 0.35", f"tau: {TAU}").replace("at_most: 0.5", f"at_most: {TAU}")
-    )
+    ).replace("layers.1[0-5].", "layers.1.")
     prepared, written = run_recipe(family.root, text)
     parts = {name: Parts(family, name, scores(family)) for name in GATED}
     merged = {tensor.name for tensor in prepared.plan.tensors if tensor.action == "merge"}

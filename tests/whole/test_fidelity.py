@@ -2,7 +2,7 @@
 
 Guards `engine.adapter.config`, `engine.adapter.parts`, `engine.adapter.update`, `engine.adapter.write`,
 `sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`, `sources.vocabulary`,
-`sources.peft.config`, `sources.peft.keys`.
+`sources.peft.config`, `sources.peft.keys`, `methods.stacks`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safemerge_recipes.errors import CheckError, PlanError, RecipeError, SourceError
+from safemerge_recipes.errors import CheckError, PlanError, SourceError
 from safemerge_recipes.storage import cut
 from tests.fixtures import peft_families
 from tests.whole.fidelity_table import EXACT, KINDS, MIXTURES, Bench, cases
@@ -628,10 +628,54 @@ def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp
         verify(tmp_path / "out", resources, ignore)
 
 
-def test_methods_that_multiply_matrices_refuse_what_is_stored_otherwise(bench: Bench, tmp_path: Path) -> None:
-    base = peft_families.save_model("gpt2", tmp_path / "base", seed=3)
-    aligned = bench.model("gpt2")
-    sources = {"base": str(base), "aligned": str(aligned), "finetuned": {"adapter": str(bench.safety("gpt2"))}}
-    recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": "project"}}
-    with pytest.raises(RecipeError, match=r"c_attn\.weight is stored \(d_in, d_out\)"):
-        peft_families.run(recipe, tmp_path / "out")
+def _formula(merge: str, v: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """What the merges below make of one matrix (d_out, d_in), float64."""
+    if merge == "project":
+        return v @ v.T / v.norm() @ delta
+    if merge == "iso_c":
+        u, sizes, w = torch.linalg.svd(delta, full_matrices=False)
+        real = sizes > 1e-6 * sizes[0]
+        return sizes[real].sum() / max(int(real.sum()), 1) * u[:, real] @ w[real]
+    u, sizes, w = torch.linalg.svd(v, full_matrices=False)
+    return delta + (u[:, :2] * sizes[:2]) @ w[:2]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss"])
+def test_methods_that_multiply_matrices_take_each_one_the_way_round_that_the_formula_has_it(
+    tmp_path: Path, family: str
+) -> None:
+    """Stacks of experts, Conv1D, and stacks that are stored (d_in, d_out); adapters and full models."""
+    saving = {"save_original_format": False} if family in MIXTURES else {}
+    base = peft_families.save_model(family, tmp_path / "base", seed=3, **saving)
+    aligned = peft_families.save_model(family, tmp_path / "aligned", seed=0, **saving)
+    experts = KINDS["experts"](family) if family in MIXTURES else {"target_modules": "all-linear"}
+    adapter = peft_families.save_adapter(aligned, tmp_path / "adapter", **experts)
+    peft_families.fold(aligned, adapter, tmp_path / "tuned")
+    before, middle, after = (peft_families.tensors(p) for p in (base, aligned, tmp_path / "tuned"))
+    merges: dict[str, dict[str, Any]] = {
+        "project": {}, "svd_k": {"rank": 2}, "iso_c": {"weights": {"finetuned": 1}},
+    }  # fmt: skip
+    stacked = False
+    for kind, finetuned in (("adapter", {"adapter": str(adapter)}), ("full", str(tmp_path / "tuned"))):
+        sources = {"base": str(base), "aligned": str(aligned), "finetuned": finetuned}
+        for merge, keys in merges.items():
+            out = tmp_path / f"{kind}-{merge}"
+            recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": merge, **keys}}
+            plan = peft_families.run(recipe, out)
+            written = peft_families.tensors(out)
+            lines = [line["name"] for line in plan["tensors"] if line["action"] == "merge"]
+            assert lines
+            for name in lines:
+                v, delta = ((x - y).double() for x, y in ((middle[name], before[name]), (after[name], middle[name])))
+                stacked |= v.ndim == 3
+                turned = family == "gpt2" or (family == "gpt_oss" and v.ndim == 3)
+                if turned:
+                    v, delta = v.transpose(-1, -2), delta.transpose(-1, -2)
+                pairs = [(v, delta)] if v.ndim == 2 else list(zip(v, delta, strict=True))
+                parts = [_formula(merge, *pair) for pair in pairs]
+                wanted = torch.stack(parts).view(v.shape)
+                wanted = wanted.transpose(-1, -2) if turned else wanted
+                torch.testing.assert_close(
+                    written[name].double(), middle[name].double() + wanted, rtol=1e-5, atol=2e-5, msg=f"{merge} {name}"
+                )
+    assert stacked == (family in MIXTURES)
