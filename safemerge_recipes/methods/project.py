@@ -35,7 +35,7 @@ PANEL = 512
 def _check_normalization(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"frobenius|spectral|size|rank:[1-9][0-9]{0,4}", value):
         found = f'"{value[:40]}"' if isinstance(value, str) else str(value).lower()[:40]
-        raise ValueError(f"found {found}; expected frobenius, spectral, size or rank:k")
+        raise ValueError(f"found {found}; expected frobenius, spectral, size or rank:k for method project")
     return value
 
 

@@ -79,15 +79,15 @@ METHODS = Builtins(
         "dare_linear": "dare_linear:DARE_LINEAR",
         "dare_ties": "dare_ties:DARE_TIES",
         "task_arithmetic": "task_arithmetic:TASK_ARITHMETIC",
-        "iso_c": "iso_c:ISO_C",
-        "tsv": "tsv:TSV",
         "project": "project:PROJECT",
-        "project_rows": "project_rows:PROJECT_ROWS",
         "add_safety_vector": "add_safety_vector:ADD_SAFETY_VECTOR",
         "svd_k": "svd_k:SVD_K",
         "mask": "mask:MASK",
         "replace": "replace:REPLACE",
         "drop": "drop:DROP",
+        "iso_c": "iso_c:ISO_C",
+        "tsv": "tsv:TSV",
+        "project_rows": "project_rows:PROJECT_ROWS",
     },
 )
 """The built-in merge methods (`methods.base.Method`), by name."""

@@ -277,7 +277,7 @@ def test_words_for_values_of_several_kinds():
         ("{method: ties, normalize: spectral}", 'merge.normalize: found "spectral"; expected true or false'),
         (
             "{method: project, normalize: true}",
-            "merge.normalize: found true; expected frobenius, spectral or rank:k for method project",
+            "merge.normalize: found true; expected frobenius, spectral, size or rank:k for method project",
         ),
         (
             "{method: slerp, space: factors}",
@@ -520,7 +520,7 @@ def merges(draw):
         key: draw(parameters[key]) for key in keys if key in parameters and (key == "mask" or draw(st.booleans()))
     }
     if "normalize" in keys and draw(st.booleans()):
-        values["normalize"] = draw(st.sampled_from(["spectral", "rank:3"]) if method == "project" else st.booleans())
+        values["normalize"] = draw(st.sampled_from(["spectral", "rank:3"]) if "project" in method else st.booleans())
     return {"method": method, **values}
 
 
