@@ -168,7 +168,7 @@ class Masked(Kernel):
         ]
         share = found[0]
         if len(found) > 1:
-            share = _combined(self.how, share, found[1])
+            share = combined(self.how, share, found[1])
         if share.dtype == torch.bool:
             return torch.where(~share if self.invert else share, y, x)
         return torch.lerp(x, y, share.neg_().add_(1) if self.invert else share, out=x)
@@ -202,7 +202,8 @@ def _chosen(name: str, one: Chosen, choose: Any, start: int, score: torch.Tensor
     return score
 
 
-def _combined(how: str, m: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def combined(how: str, m: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """What two files choose together, as `Masked` has it: choices or shares."""
     import torch
 
     if m.dtype == other.dtype == torch.bool:

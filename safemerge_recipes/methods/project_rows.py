@@ -9,16 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.kernel import Rows, Transform
+from safemerge_recipes.methods.mask import MaskFile, combined
 from safemerge_recipes.methods.products import zeros
 from safemerge_recipes.methods.project import Normalization, Projection
 from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare, Sum
-from safemerge_recipes.recipe.fields import Strict, Text
 from safemerge_recipes.recipe.merge import Merge
 from safemerge_recipes.recipe.merge_keys import Space
 from safemerge_recipes.recipe.numbers import exact
@@ -34,37 +34,13 @@ if TYPE_CHECKING:
     from safemerge_recipes.storage.reader import Reader
 
 
-class RowScores(Strict):
-    """A score of every element, and which rows it chooses."""
-
-    path: Text
-    """A safetensors file as `mask` takes it; a row's score is the mean of its elements' (`project_rows`)."""
-    threshold: float | None = None
-    """Rows with a score above it are chosen. Without `threshold` and `top` scores are shares, 0 (keep) to 1 (project).
-    """
-    top: float | None = Field(default=None, gt=0, le=1)
-    """The part of the rows that is chosen, those with the highest scores: ⌊top·d_out⌋, ties by position."""
-
-    @model_validator(mode="after")
-    def _one_way(self) -> RowScores:
-        if self.top is not None and self.threshold is not None:
-            raise ValueError("found threshold and top; expected one of them")
-        return self
-
-
-class RowMask(RowScores):
-    """The rows to project."""
-
-    minus: RowScores | None = None
-    """Rows that this file chooses too are left out: harmful minus utility."""
-
-
 class ProjectRows(Merge):
     """Chosen rows become their projection."""
 
     method: Literal["project_rows"]
-    mask: RowMask
-    """The rows to project (`project_rows`)."""
+    mask: MaskFile
+    """The elements to replace (`mask`), or the rows to project (`project_rows`): those with the highest mean scores
+    (`top`), with a mean above `threshold`, or, with neither, shares of rows."""
     normalize: Normalization = "frobenius"
     """What VVᵀ is divided by (`project_rows`), as for `project`."""
     space: Space = "delta"
@@ -72,7 +48,15 @@ class ProjectRows(Merge):
     @property
     def mask_files(self) -> tuple[str, ...]:
         """The paths of its score files."""
-        return tuple(file.path for file in (self.mask, self.mask.minus) if file is not None)
+        return tuple(file.path for _, file in self.mask.files())
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> ProjectRows:
+        if self.mask.fill != "safety":
+            raise ValueError("found mask.fill for method project_rows, which fills with the projection; expected none")
+        if any(file.per != "tensor" for _, file in self.mask.files()):
+            raise ValueError("found mask.per for method project_rows, which ranks a tensor's rows; expected none")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +96,15 @@ def _open(tools: Tools) -> tuple[Reader, Arena]:
 
 @dataclass(frozen=True, slots=True)
 class ProjectedRows(Transform):
-    """(1 − m)·x + m·Cx row by row for inputs (V, x, scores…); a second file's share is taken away: m·(1 − other).
+    """(1 − m)·x + m·Cx row by row for inputs (V, x, scores…); m of two files and `invert` as for `mask`.
 
     Panels of rows in which nothing is chosen are not projected, so that few rows cost few products.
     """
 
     projection: Projection
     chosen: tuple[RowChoice, ...]
+    how: str
+    invert: bool
     matrices: ClassVar[str] = "oriented"
 
     def memory(self, inputs: tuple[Weight, ...], shape: tuple[int, ...]) -> int:
@@ -133,8 +119,9 @@ class ProjectedRows(Transform):
         if x.is_zero:
             return zeros(shape, working_dtype(v), tools)
         share, *other = (one.share(name, file, tools) for one, file in zip(self.chosen, scores, strict=True))
-        for away in other:
-            share = share * (1 - away)
+        for one in other:
+            share = combined(self.how, share, one)
+        share = 1 - share if self.invert else share
         projected = self.projection.prepare(name, (v, x), shape, tools)
         own = TorchRows(x, *_open(tools), "own")
 
@@ -152,11 +139,12 @@ def work(merge: ProjectRows, sides: Sides) -> Prepare | Sum:
     origin, (x,) = sides.weighed(("finetuned",), merge.space)
     if x.is_zero:
         return Sum(origin)
-    files = [file for file in (merge.mask, merge.mask.minus) if file is not None]
-    refs = [mask_ref(sides.masks, file.path, sides.name, sides.shape) for file in files]
-    chosen = tuple(RowChoice(file.threshold, file.top) for file in files)
+    files = merge.mask.files()
+    refs = [mask_ref(sides.masks, file.path, sides.name, sides.shape) for _, file in files]
+    chosen = tuple(RowChoice(file.threshold, file.top) for _, file in files)
     inputs = (sides.v, x, *(Weight.of(Stored(ref)) for ref in refs))
-    return Prepare(origin, inputs, ProjectedRows(Projection(merge.normalize), chosen))
+    transform = ProjectedRows(Projection(merge.normalize), chosen, files[-1][0], merge.mask.invert)
+    return Prepare(origin, inputs, transform)
 
 
 PROJECT_ROWS = Method(
