@@ -39,8 +39,8 @@ class ProjectRows(Merge):
 
     method: Literal["project_rows"]
     mask: MaskFile
-    """The elements to replace (`mask`), or the rows to project (`project_rows`): those with the highest mean scores
-    (`top`), with a mean above `threshold`, or, with neither, shares of rows."""
+    """The rows to project (`project_rows`): those with the highest mean scores (`top`), with a mean above `threshold`,
+    or, with neither, a mean from 0 (keep) to 1 (project)."""
     normalize: Normalization = "frobenius"
     """What VVᵀ is divided by (`project_rows`), as for `project`."""
     space: Space = "delta"

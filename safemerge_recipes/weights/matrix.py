@@ -67,9 +67,16 @@ class TorchRows:
         self._held = held
 
     def part(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last), in memory of their own."""
-        (piece,) = self._evaluate(first * self.columns, last * self.columns)
-        return piece.view(-1, self.columns).clone()
+        """Rows [first, last), in memory of their own; evaluated a piece at a time, so that no buffer grows with them."""
+        import torch
+
+        out = torch.empty(last - first, self.columns, dtype=self.dtype, device=self._device)
+        for at in range(first, last, self._step):
+            end = min(at + self._step, last)
+            out[at - first : end - first] = self._evaluate(at * self.columns, end * self.columns)[0].view(
+                -1, self.columns
+            )
+        return out
 
     def panel(self, columns: slice) -> torch.Tensor:
         """All rows of some columns, `(rows, len(columns))`. Reads the whole matrix again unless it is held."""
