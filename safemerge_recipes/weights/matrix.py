@@ -67,7 +67,7 @@ class TorchRows:
         self._held = held
 
     def part(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last), in memory of their own; evaluated a piece at a time, so that no buffer grows with them."""
+        """Rows [first, last), in memory of their own; evaluated a piece at a time, so no buffer grows."""
         import torch
 
         out = torch.empty(last - first, self.columns, dtype=self.dtype, device=self._device)
