@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from benchmarks.timing.agreement import compare_checkpoints, compare_rho, read_rho
-from benchmarks.timing.contest import ENGINE, HELP, MERGEKIT, PYTHON, TORCH, Bench, Case, Contestant
+from benchmarks.timing.contest import ENGINE, HELP, HOLES, MERGEKIT, PYTHON, TORCH, Bench, Case, Contestant
 
 # One merge, told to both: weights 0.8 and 0.2 on every tensor of the two models.
 FULL_MERGES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any]]] = {
@@ -176,13 +176,14 @@ def planning(size: str, bench: Bench) -> Case:
     """Plan a model far larger than this machine: headers alone decide."""
     sparse = Bench(bench.data / size, bench.data, bench.work, bench.env, bench.root)
     roles = sparse.sources(aligned="aligned", finetuned="finetuned", safety="safety")
-    kinds = {kind: sparse.recipe(f"plan-{size}-{kind}", roles, {kind: True}) for kind in ("always", "never")}
+    recipes = {kind: sparse.recipe(f"plan-{size}-{kind}", roles, {kind: True}) for kind in ("always", "never")}
+    kinds = {kind: [*HOLES, *bench.ours(recipe, None)[len(ENGINE) :]] for kind, recipe in recipes.items()}
     parse = "import sys, huggingface_hub as h; [h.get_local_safetensors_metadata(p) for p in sys.argv[1:]]"
     return Case(
         f"plan-{size}", f"plan {size}",
         [
-            Contestant("ours, always", bench.ours(kinds["always"], None), warm=HELP),
-            Contestant("ours, never", bench.ours(kinds["never"], None)),
+            Contestant("ours, always", kinds["always"], warm=HELP),
+            Contestant("ours, never", kinds["never"]),
             Contestant("headers parsed by huggingface_hub", [*PYTHON, "-c", parse, *roles.values()]),
         ],
     )  # fmt: skip

@@ -15,6 +15,8 @@ from benchmarks.peers.floor import weight_files
 
 PYTHON = [sys.executable]
 ENGINE = [*PYTHON, "-m", "safemerge_recipes.cli.app"]
+HOLES = [*PYTHON, "-m", "benchmarks.timing.holes"]
+"""The engine where sources are headers and holes."""
 HELP = [*ENGINE, "--help"]
 TORCH = [*PYTHON, "-c", "import torch"]
 MERGEKIT = str(Path(sys.executable).with_name("mergekit-yaml"))
