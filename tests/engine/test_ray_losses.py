@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 import safemerge_recipes as sm
-from safemerge_recipes.events import Event, PhaseStarted, TensorDone
+from safemerge_recipes.events import Event, FileSealed, PhaseStarted, TensorDone
 from tests.fixtures import s3_server as s3
 from tests.fixtures import sharded_family
 from tests.fixtures.program import digests, finish, run, spawn
 from tests.fixtures.ray_cluster import cluster
 from tests.fixtures.sharded_family import make_family, write_recipe
 
+psutil = pytest.importorskip("psutil")  # Ray brings it
 LARGE = {"self_attn.q_proj": (1024, 2048), "self_attn.k_proj": (512, 2048), "mlp.gate_proj": (2048, 1024),
          "mlp.up_proj": (2048, 1024), "mlp.down_proj": (1024, 2048)}  # fmt: skip
 
@@ -48,8 +49,6 @@ def _expected(recipe: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["node", "worker"])
 def test_a_lost_node_or_worker_costs_time_and_no_byte(large: Path, what: str) -> None:
-    import psutil
-
     expected, struck = _expected(large), []
     with cluster(nodes=2) as made:
 
@@ -72,6 +71,40 @@ def test_a_lost_node_or_worker_costs_time_and_no_byte(large: Path, what: str) ->
         result = sm.run(large, large.parent / "out", executor="ray", on_event=strike)
     assert struck
     assert digests(result.output) == expected
+
+
+def _slowed(process: psutil.Process, over: threading.Event) -> None:
+    """Lets the workers below a node's process run a tenth of the time."""
+    while not over.is_set():
+        workers = [one for one in process.children(recursive=True) if one.cmdline()[:1] == ["ray::write"]]
+        for stop in (True, False):
+            for one in workers:
+                with contextlib.suppress(psutil.Error):
+                    one.suspend() if stop else one.resume()
+            over.wait(0.45 if stop else 0.05)
+
+
+@pytest.mark.slow
+def test_a_slow_node_costs_time_and_no_byte(large: Path) -> None:
+    expected, over, written = _expected(large), threading.Event(), []
+    with cluster(nodes=2) as made:
+        slow = next(iter(made.worker_nodes))
+        raylet = psutil.Process(slow.all_processes["raylet"][0].process.pid)
+        hinder = threading.Thread(target=_slowed, args=(raylet, over))
+
+        def look(event: Event) -> None:
+            if isinstance(event, PhaseStarted) and event.name == "write":
+                hinder.start()
+            if isinstance(event, FileSealed):
+                written.append(event.name)
+
+        try:
+            result = sm.run(large, large.parent / "out", executor="ray", on_event=look)
+        finally:
+            over.set()
+            hinder.join()
+    assert digests(result.output) == expected
+    assert len(written) == len(set(written)) >= 10  # each once: none was given up and made again
 
 
 @pytest.mark.slow
