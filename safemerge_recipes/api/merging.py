@@ -94,11 +94,11 @@ def run(
         WriteError: stopped while writing; the same call goes on from there.
         CheckError: the output is written, but scoring it failed.
     """
+    from safemerge_recipes.engine.executor import digests_of
     from safemerge_recipes.engine.executors import find
     from safemerge_recipes.engine.shared_output import check_target
     from safemerge_recipes.pipeline import carry_out, fetch, prepare
     from safemerge_recipes.planning.prepared import Prepared
-    from safemerge_recipes.storage.digests import Digests, threads_for
 
     planned = recipe if isinstance(recipe, Prepared) else None
     engine = find(executor, ray_address)
@@ -120,8 +120,7 @@ def run(
     resolved = planned.resolved if planned else opened(loaded, on_event)
     if suite is not None:
         _warn_of_template(resolved, on_event)
-    threads = threads_for(resources.workers, resources.memory)
-    with closing(engine), closing(Digests(resolved.identities, threads=threads)) as digests:  # hashing takes long
+    with closing(engine), closing(digests_of(engine, resolved.identities, resources)) as digests:  # begins at once
         prepared = planned or prepare(resolved, resources, on_event, executor=engine)
         result = carry_out(prepared, target, digests, on_event, force=force, allow_empty=allow_empty, executor=engine)
     return result if suite is None else _scored(result, loaded, suite, on_event, told=bool(output))

@@ -10,6 +10,8 @@ from safemerge_recipes.engine.journal import Notes
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.events import Listener
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.storage.digests import Digests, threads_for
+from safemerge_recipes.storage.identity import FileIdentity
 from safemerge_recipes.storage.workers import Resources
 
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ class Sealed:
 
     files: Mapping[str, str]
     tensors: Mapping[str, str]
+
+
+def digests_of(by: Executor, identities: Sequence[FileIdentity], resources: Resources) -> Digests:
+    """Begins to hash the inputs: as the executor does, where it has `digests(identities, resources)`, else here."""
+    begin = getattr(by, "digests", None)
+    if begin is None:
+        return Digests(identities, threads=threads_for(resources.workers, resources.memory))
+    found: Digests = begin(identities, resources)
+    return found
 
 
 class Executor(Protocol):

@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
-from safemerge_recipes.errors import ReadError, SourceError
+from safemerge_recipes.errors import ReadError, SafemergeError
 from safemerge_recipes.storage.blobs import BlobClaim
 from safemerge_recipes.storage.cache import recall, remember
 from safemerge_recipes.storage.files import reading
@@ -41,6 +41,12 @@ class InputDigest:
     when: Literal["now", "earlier"]
 
 
+def known_digest(identity: FileIdentity) -> InputDigest | None:
+    """The digest that an earlier run remembered of a file."""
+    known = recall("digests", _digest_key(identity))
+    return InputDigest(known, "earlier") if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known) else None
+
+
 def file_digest(
     identity: FileIdentity, stop: threading.Event | None = None, *, use_cache: bool = True
 ) -> InputDigest | None:
@@ -51,9 +57,9 @@ def file_digest(
     Raises:
         SourceError: the file changed meanwhile, or a blob is not what its name says.
     """
-    known = recall("digests", _digest_key(identity)) if use_cache else None
-    if isinstance(known, str) and re.fullmatch(r"[0-9a-f]{64}", known):
-        return InputDigest(known, "earlier")
+    known = known_digest(identity) if use_cache else None
+    if known is not None:
+        return known
     claim = None if is_url(identity.path) else BlobClaim.of(identity.path, identity.size)
     digest = hashlib.sha256()
     with closing(_pieces(identity.path)) as all_of_it:
@@ -109,7 +115,7 @@ class Digests:
         known = known or {}
         self._found: dict[str, InputDigest | None] = {one.path: known.get(one.path) for one in identities}
         self._left = deque((n, one) for n, one in enumerate(identities) if one.path not in known)
-        self._errors: dict[int, OSError | SourceError] = {}
+        self._errors: dict[int, OSError | SafemergeError] = {}
         self.cancelled = threading.Event()
         self._threads: list[threading.Thread] = []
         for _ in range(min(threads, len(self._left))):
@@ -127,7 +133,7 @@ class Digests:
                 return
             try:
                 self._found[identity.path] = self._digest(identity)
-            except (OSError, SourceError) as error:
+            except (OSError, SafemergeError) as error:
                 self._errors[number] = error
                 self._left.clear()  # those before it are under way
 

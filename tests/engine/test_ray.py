@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from safemerge_recipes.engine.executors import ray as executor
+from safemerge_recipes.storage import digests as hashing
 from tests.fixtures.program import digests, run, spawn
 from tests.fixtures.ray_cluster import cluster
 from tests.fixtures.sharded_family import make_family
@@ -38,15 +39,28 @@ def _fresh(root: Path, name: str) -> None:
     os.environ["SAFEMERGE_CACHE"] = str(root / name)  # measured anew
 
 
-def test_a_whole_run_gives_the_output_of_a_local_one(two_nodes: Any, recipe: Path) -> None:
+def _inputs(out: Path) -> dict[str, str]:
+    record = json.loads((out / "safemerge_manifest.json").read_text())
+    return {f"{one['source']}/{one['file']}": one["sha256"] for one in record["inputs"]}
+
+
+def _not_here(*asked: Any, **how: Any) -> None:
+    raise AssertionError("the driver hashes a source")
+
+
+def test_a_whole_run_gives_the_output_of_a_local_one(
+    two_nodes: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = recipe.parent
     _fresh(root, "here")
     assert run("run", recipe, "--output", root / "here-out")[0] == 0
     _fresh(root, "there")
+    monkeypatch.setattr(hashing, "file_digest", _not_here)
     code, printed, err = run("run", recipe, "--output", root / "there-out", "--executor", "ray", "--json")
     assert code == 0, err
     assert json.loads(printed)["resumed"] == 0
     assert digests(root / "there-out") == digests(root / "here-out")
+    assert _inputs(root / "there-out") == _inputs(root / "here-out")
     plans = [
         json.loads((root / out / "safemerge_plan.json").read_text())["tensors"] for out in ("here-out", "there-out")
     ]

@@ -1,4 +1,4 @@
-"""The executor of a Ray cluster: a task is one weight file, or some tensors to measure.
+"""The executor of a Ray cluster: a task is one weight file, some tensors to measure, or one source to hash.
 
 The driver plans, sends tasks (paths, offsets, sums: some kilobytes each), journals, and holds no tensor. Workers read
 the sources and write the output by the same paths, on a file system that all nodes mount. Bytes and offsets are
@@ -18,7 +18,8 @@ from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone
 from safemerge_recipes.planning.graph import Graph
-from safemerge_recipes.storage.identity import fingerprint
+from safemerge_recipes.storage.digests import Digests, InputDigest, known_digest, remember_digest
+from safemerge_recipes.storage.identity import FileIdentity, check_unchanged, fingerprint
 from safemerge_recipes.storage.workers import Resources
 
 if TYPE_CHECKING:
@@ -26,7 +27,20 @@ if TYPE_CHECKING:
     from safemerge_recipes.gate.moments import Effort, Moments
 
 from safemerge_recipes.engine.executors.ray_cluster import Cluster, connected
-from safemerge_recipes.engine.executors.ray_tasks import SPOKEN, Board, MeasureJob, WriteJob, measure, versions, write
+from safemerge_recipes.engine.executors.ray_tasks import (
+    SPOKEN,
+    Board,
+    HashJob,
+    MeasureJob,
+    WriteJob,
+    measure,
+    sha256,
+    versions,
+    write,
+)
+
+MOST_HASHED = 64
+"""Sources that are hashed at a time."""
 
 
 class OnRay:
@@ -51,6 +65,12 @@ class OnRay:
         """See `Executor`: ends a cluster of its own."""
         self._ray = None
         self._held.close()
+
+    def digests(self, identities: Sequence[FileIdentity], resources: Resources) -> Digests:
+        """Hashes the sources on the cluster: a task is one file. Raises PlanError when it cannot be reached."""
+        if all(known_digest(one) is not None for one in identities):
+            return Digests(identities)
+        return Hashing(self._cluster(resources), identities)
 
     def measure(
         self, asked: Sequence[Asked], effort: Effort, rank: int, null: bool, resources: Resources, on_event: Listener
@@ -128,6 +148,32 @@ class OnRay:
         cluster.do(write, jobs(), take, look)
         store.commit()
         return Sealed(files, tensors)
+
+
+class Hashing(Digests):
+    """Digests that workers of a cluster find; a thread here waits for each that is under way."""
+
+    def __init__(self, cluster: Cluster, identities: Sequence[FileIdentity]) -> None:
+        self._cluster = cluster
+        super().__init__(identities, threads=min(cluster.slots(), MOST_HASHED))
+
+    def _digest(self, identity: FileIdentity) -> InputDigest | None:
+        known = known_digest(identity)
+        if known is not None:
+            return known
+        job = HashJob(identity.path, Prints().of([identity.path]), versions())
+        found = self._cluster.one(sha256, job, self.cancelled)
+        if found is None:
+            return None
+        check_unchanged([identity])
+        remember_digest(identity, found)
+        return InputDigest(found, "now")
+
+    def close(self) -> None:
+        """Ends what is under way, before the cluster is let go of."""
+        super().close()
+        for thread in self._threads:
+            thread.join()
 
 
 def _own(resources: Resources) -> Resources:

@@ -76,7 +76,7 @@ class Cluster:
     ray: Any
     gpu: bool
 
-    def _slots(self) -> int:
+    def slots(self) -> int:
         """Jobs that it can do at once, as it is now: one that grows may have no node yet."""
         return max(1, int(self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 0)))
 
@@ -100,7 +100,7 @@ class Cluster:
         more = True
         try:
             while more or flying:
-                while more and len(flying) < 2 * self._slots():
+                while more and len(flying) < 2 * self.slots():
                     job = next(jobs, None)
                     if job is None:
                         more = False
@@ -114,6 +114,16 @@ class Cluster:
         except BaseException:
             self._cancel(list(flying))
             raise
+
+    def one(self, function: Callable[..., Any], job: Any, over: threading.Event) -> Any:
+        """The result of one job on one core, None when `over` is set before. Raises as `do`."""
+        options = self.ray.remote(function).options(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")
+        ref = options.remote(job)
+        while not self.ray.wait([ref], timeout=SPOKEN)[0]:
+            if over.is_set():
+                self._cancel([ref])
+                return None
+        return self._result(ref)
 
     def _result(self, ref: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What a Ray worker is told and does: write one weight file, or measure some tensors. Imports no Ray."""
+"""What a Ray worker is told and does: write one weight file, measure some tensors, hash a source. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from safemerge_recipes._version import __version__
 from safemerge_recipes.engine.executor import Sealed
 from safemerge_recipes.engine.store import Store
 from safemerge_recipes.engine.whole_file import write_files
-from safemerge_recipes.errors import PlanError, SafemergeError, SourceError
+from safemerge_recipes.errors import PlanError, ReadError, SafemergeError, SourceError
 from safemerge_recipes.events import ignore
 from safemerge_recipes.planning.graph import ENGINE, Graph
-from safemerge_recipes.storage.identity import fingerprint
+from safemerge_recipes.storage.digests import file_digest
+from safemerge_recipes.storage.identity import FileIdentity, fingerprint
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.weights import compiled
 
@@ -59,6 +60,15 @@ class MeasureJob:
     rank: int
     null: bool
     resources: Resources
+    inputs: Mapping[str, tuple[int, str]]
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HashJob:
+    """A source file to hash, and as in `WriteJob` what a worker must know besides."""
+
+    path: str
     inputs: Mapping[str, tuple[int, str]]
     versions: tuple[str, ...]
 
@@ -112,7 +122,20 @@ def measure(job: MeasureJob) -> Measured | SafemergeError:
         return error
 
 
-def check(job: WriteJob | MeasureJob) -> None:
+def sha256(job: HashJob) -> str | SafemergeError:
+    """The sha256 of a source file, remembered on this node as by a local run."""
+    try:
+        check(job)
+        found = file_digest(FileIdentity.of(job.path))
+        assert found is not None  # nobody stops it
+        return found.sha256
+    except SafemergeError as error:
+        return error
+    except OSError as error:
+        return ReadError(f"{job.path}: {error.strerror}; it was readable when planned")
+
+
+def check(job: WriteJob | MeasureJob | HashJob) -> None:
     """Raises SafemergeError where the worker is no place for this job."""
     import socket
 
