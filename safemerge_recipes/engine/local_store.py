@@ -40,6 +40,8 @@ class LocalStore:
 
     tries = 1
     """A disk that fails is not asked again."""
+    held = 0
+    """See `Store`."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.folder, self.layout = folder, layout

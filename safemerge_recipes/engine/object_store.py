@@ -17,8 +17,50 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.remote import fetch, filesystem, look, persistently, told
 from safemerge_recipes.storage.safetensors import TensorRef
 
-PART = 64 << 20
-"""Bytes of a part of an upload; S3 takes 10 000 of a file."""
+PART = 33 << 20
+"""Bytes of a part of an upload; S3 takes 10 000 of a file. glibc keeps for itself what is smaller than 32 MiB, so that
+parts that grow there take more and more memory."""
+COPIES = 3
+"""Of a part: as it is filled, and as its library takes and sends it."""
+
+
+class _Upload:
+    """An upload under way, which its library is given a whole part at a time.
+
+    Args:
+        file: fsspec's.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.at = file, 0
+        self._part, self._filled = memoryview(bytearray(PART)), 0
+
+    def write(self, view: memoryview) -> None:
+        """Adds bytes."""
+        view = view.cast("B")
+        self.at += len(view)
+        while view:
+            taken = view[: PART - self._filled]
+            self._part[self._filled : self._filled + len(taken)] = taken
+            self._filled, view = self._filled + len(taken), view[len(taken) :]
+            if self._filled == PART:
+                self._send()
+
+    def _send(self) -> None:
+        self.file.write(self._part[: self._filled])
+        self._filled = 0
+
+    def complete(self) -> None:
+        """Sends what is left and makes the object."""
+        self._send()
+        self.file.close()
+
+    def discard(self) -> None:
+        """Throws it away."""
+        with contextlib.suppress(Exception):  # whatever the library raises: nothing is lost
+            self.file.discard()
+        with contextlib.suppress(AttributeError):
+            self.file.closed = True  # or the collector would complete it
 
 
 class ObjectStore:
@@ -26,10 +68,12 @@ class ObjectStore:
 
     tries = 3
     """Times that a file is written before a failing store is given up; its library tries each request again."""
+    held = COPIES * PART
+    """See `Store`."""
 
     def __init__(self, url: str, layout: Layout) -> None:
         self.url, self.layout = url, layout
-        self._uploads: dict[int, tuple[Any, int]] = {}
+        self._uploads: dict[int, _Upload] = {}
 
     def __reduce__(self) -> tuple[type[ObjectStore], tuple[str, Layout]]:
         return ObjectStore, (self.url, self.layout)
@@ -61,21 +105,18 @@ class ObjectStore:
 
     def write(self, shard: int, offset: int, view: memoryview) -> None:
         """See `Store`. Raises OSError also where bytes come out of order."""
-        upload, at = self._upload(shard)
-        if offset != at:
-            raise OSError(errno.ESPIPE, f"{self.layout.files[shard]}: byte {offset} came at byte {at}")
+        upload = self._upload(shard)
+        if offset != upload.at:
+            raise OSError(errno.ESPIPE, f"{self.layout.files[shard]}: byte {offset} came at byte {upload.at}")
         with told(self._url(shard)):
             upload.write(view)
-        self._uploads[shard] = upload, at + len(view)
 
-    def _upload(self, shard: int) -> tuple[Any, int]:
+    def _upload(self, shard: int) -> _Upload:
         if shard not in self._uploads:
             fs, path = filesystem(self._url(shard))
-            header = self.layout.headers[shard]
             with told(self._url(shard)):
-                upload = fs.open(path, "wb", block_size=PART)
-                upload.write(header)
-            self._uploads[shard] = upload, len(header)
+                self._uploads[shard] = _Upload(fs.open(path, "wb", block_size=PART))
+                self._uploads[shard].write(memoryview(self.layout.headers[shard]))
         return self._uploads[shard]
 
     def copy(self, shard: int, offset: int, ref: TensorRef, reader: Reader) -> Iterator[int]:
@@ -96,11 +137,11 @@ class ObjectStore:
 
     def seal(self, shard: int) -> None:
         """See `Store`: the upload is completed; the store must say the size that was sent."""
-        upload, at = self._upload(shard)
+        upload = self._upload(shard)
         with told(self._url(shard)):
-            upload.close()
+            upload.complete()
         del self._uploads[shard]
-        size = look(self._url(shard))[0]
+        at, size = upload.at, look(self._url(shard))[0]
         if at != self.layout.sizes[shard] or size != at:
             raise WriteError(
                 f"{self._url(shard)}: the store says {size} bytes where {at} were sent, {self.layout.sizes[shard]} "
@@ -112,9 +153,6 @@ class ObjectStore:
 
     def close(self) -> None:
         """See `Store`: what is not sealed is thrown away."""
-        for upload, _ in self._uploads.values():
-            with contextlib.suppress(Exception):  # whatever the library raises: nothing is lost
-                upload.discard()
-            with contextlib.suppress(AttributeError):
-                upload.closed = True  # or the collector would complete it
+        for upload in self._uploads.values():
+            upload.discard()
         self._uploads.clear()

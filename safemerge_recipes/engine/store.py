@@ -22,6 +22,10 @@ class Store(Protocol):
         """Times that a whole file is written before a failure that may pass is given up."""
 
     @property
+    def held(self) -> int:
+        """Bytes of its own for each file that is being written."""
+
+    @property
     def layout(self) -> Layout:
         """What lies where."""
 

@@ -6,13 +6,25 @@ pieces and factors, and may hold a matrix between passes where the budget allows
 
 from __future__ import annotations
 
-from safemerge_recipes.planning.graph import Task, task_memory
-from safemerge_recipes.storage.workers import SLACK
+from dataclasses import replace
+
+from safemerge_recipes.planning.graph import Graph, Task, task_memory
+from safemerge_recipes.storage.workers import SLACK, Resources, fit_workers, worst
 
 
 def room_of(task: Task, share: int) -> int:
     """Bytes that a task may hold between passes within a worker's share."""
     return max(0, share - task_memory(task))
+
+
+def writers(graph: Graph, held: int, resources: Resources) -> Resources:
+    """Resources with as many workers as may each write a file of which `held` bytes wait to be sent.
+
+    Raises:
+        PlanError: not even one may.
+    """
+    name, need = worst((task.slot.name, task_memory(task)) for task in graph.tasks)
+    return replace(resources, workers=fit_workers([(name, need + held)], resources.workers, resources.memory))
 
 
 def projected_peak(largest: int, workers: int, measured: int = 0) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from safemerge_recipes.engine import object_store
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.storage import remote
 from tests.fixtures import s3_server as s3
@@ -298,6 +299,42 @@ def test_a_listing_in_a_strangers_folder_is_not_believed(family: Path, tmp_path:
         tmp_path, sources={role: str(family / role) for role in MODEL_ROLES} | {"finetuned": str(stranger)}
     )
     assert run("plan", path)[0] == 0
+
+
+class _Sent:
+    """What an upload's library is given."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def write(self, view: memoryview) -> None:
+        """Notes the size."""
+        self.sizes.append(len(view))
+
+    def close(self) -> None:
+        """Notes the end."""
+        self.closed = True
+
+
+def test_an_upload_is_given_whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "PART", 10)
+    sent = _Sent()
+    upload = object_store._Upload(sent)
+    for size in (3, 25, 0, 2, 4):
+        upload.write(memoryview(bytes(size)))
+    upload.complete()
+    assert upload.at == 34
+    assert sent.sizes == [10, 10, 10, 4]
+    assert sent.closed
+
+
+def test_what_waits_to_be_sent_counts_as_memory(family: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, urls=False, root=family)
+    code, _, err = run("run", recipe, "--output", "memory://bucket/small", "--max-memory", "120MB")
+    assert code == 4
+    assert "alone needs 132." in err
 
 
 def test_memory_is_a_store_too(family: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from safemerge_recipes.engine.whole_file import write_files
 from safemerge_recipes.errors import WriteError
 from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone, ignore
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.memory import writers
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.place import Place
 from safemerge_recipes.storage.workers import Resources, check, run_parallel
@@ -110,6 +111,8 @@ class Parts:
     ) -> Sealed:
         """See `Executor`: writes the files of its share, and says what all workers have written so far."""
         stop = threading.Event()
+        resources = writers(graph, store.held, resources) if store.held else resources
+        own = Resources(1, resources.share - store.held, resources.device)
         keys = {task.slot.name: task.key for task in graph.tasks}
         turn = threading.Lock()
 
@@ -127,7 +130,7 @@ class Parts:
             with self._leases.held(file):
                 forget_receipt(self.place, file)
                 sealed = write_files(
-                    graph.alone(shard), store.alone(shard), Resources(1, resources.share, resources.device), {}, stop,
+                    graph.alone(shard), store.alone(shard), own, {}, stop,
                     lambda nbytes: on_event(BytesDone(nbytes)),
                 )  # fmt: skip
                 check(stop)
