@@ -7,6 +7,8 @@ own name; where it is not, they stay what they are, are copied together, and are
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,13 +19,15 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.quantised import SCALES, Code, Quantised
+from safemerge_recipes.weights.quantised import SCALES, TABLES, Code, Quantised, ScaleCodes
 
 BLOCK = 128
 """Rows and columns that share a scale in FP8 checkpoints that do not say otherwise."""
 MX_BLOCK = 32
 """Elements that share a scale of MXFP4."""
 
+_SMALL = 4096
+"""Bytes of a tensor that says how others are read, at most."""
 _FP8: Mapping[str, Code] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 _ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
 
@@ -190,9 +194,10 @@ def _group(kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping
     name = root if "" in parts or "_scale_inv" in parts or "_scale" in parts else f"{root}.weight"
     if kind == "bitsandbytes 8-bit":
         return Group(name, kind, root, parts, _rows_of_bytes(parts.get(".weight"), parts[".SCB"]))
-    if kind in ("GPTQ or AWQ", "bitsandbytes 4-bit"):
-        own = "AWQ" if kind == "GPTQ or AWQ" and _is_awq(parts) else "GPTQ" if kind == "GPTQ or AWQ" else kind
-        return Group(name, kind if own == kind else f"{kind}: {own} by its shapes", root, parts, None)
+    if kind == "bitsandbytes 4-bit":
+        return Group(name, kind, root, parts, _four_bits(parts))
+    if kind == "GPTQ or AWQ":
+        return Group(name, f"{kind}: {'AWQ' if _is_awq(parts) else 'GPTQ'} by its shapes", root, parts, None)
     return Group(name, *_scaled(kind, root, parts, config))
 
 
@@ -252,6 +257,40 @@ def _rows_of_bytes(codes: TensorRef | None, scales: TensorRef) -> Quantised | No
     return Quantised(codes, scales, "int8", codes.shape, (1, codes.shape[1]), 127.0)
 
 
+def _four_bits(parts: Mapping[str, TensorRef]) -> Quantised | None:
+    """bitsandbytes' NF4 and FP4: table[code] · absmax of each `blocksize` of a row; absmax may be codes itself."""
+    state = next((ref for end, ref in parts.items() if end.startswith(".weight.quant_state.")), None)
+    codes, scales, table = (parts.get(f".weight{end}") for end in ("", ".absmax", ".quant_map"))
+    if state is None or codes is None or scales is None or table is None or codes.dtype != "U8":
+        return None
+    try:
+        said = json.loads(_bytes_of(state))
+        code, each, (rows, columns) = said["quant_type"], int(said["blocksize"]), map(int, said["shape"])
+        if code not in TABLES or _floats(table) != struct.unpack("<16f", struct.pack("<16f", *TABLES[code])):
+            return None
+        if min(rows, columns, each) < 1 or columns % 2 or 2 * codes.nbytes != rows * columns:
+            return None
+        if columns % each or scales.numel != rows * columns // each:
+            return None  # blocks that begin in one row and end in another
+        form = (rows, columns), (1, each)
+        if scales.dtype == "F32":
+            return Quantised(codes, scales, code, *form)
+        own = _scale_codes(parts, said, scales)
+        return Quantised(codes, scales, code, *form, scale_codes=own) if own else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _scale_codes(parts: Mapping[str, TensorRef], said: Mapping[str, Any], scales: TensorRef) -> ScaleCodes | None:
+    """How bitsandbytes' doubly quantised scales are read."""
+    table, most = parts.get(".weight.nested_quant_map"), parts.get(".weight.nested_absmax")
+    each, offset = int(said["nested_blocksize"]), float(said["nested_offset"])
+    if table is None or most is None or {table.dtype, most.dtype} != {"F32"} or scales.dtype != "U8" or each < 1:
+        return None
+    fits = table.numel == 256 and most.numel == -(-scales.numel // each) and math.isfinite(offset)
+    return ScaleCodes(table, most, each, offset) if fits else None
+
+
 def _mxfp4(blocks: TensorRef | None, scales: TensorRef | None) -> Quantised | None:
     """gpt-oss: blocks `(…, rows, groups, 16)` hold the transpose of a weight `(…, groups·32, rows)`."""
     if blocks is None or scales is None or {blocks.dtype, scales.dtype} != {"U8"} or len(blocks.shape) < 3:
@@ -301,13 +340,28 @@ def _stored_shape(ref: TensorRef) -> tuple[int, int]:
     form = {"I64": "<2q", "I32": "<2i"}.get(ref.dtype)
     if form is None or ref.numel != 2:
         return 0, 0
+    rows, columns = struct.unpack(form, _bytes_of(ref))
+    return (rows, columns) if 0 < rows <= 1 << 40 and 0 < columns <= 1 << 40 else (0, 0)
+
+
+def _floats(ref: TensorRef) -> tuple[float, ...]:
+    """A small tensor of float32."""
+    return struct.unpack(f"<{ref.numel}f", _bytes_of(ref)) if ref.dtype == "F32" else ()
+
+
+def _bytes_of(ref: TensorRef) -> bytes:
+    """A small tensor that says how others are to be read; nothing of a large one. Raises SourceError."""
+    if ref.nbytes > _SMALL:
+        return b""
     try:
         with reading(ref.path) as file:
             file.seek(ref.offset)
-            rows, columns = struct.unpack(form, file.read(ref.nbytes))
-    except (OSError, struct.error):
-        raise SourceError(f"{ref.path}: a weight_shape cannot be read; was the file changed?") from None
-    return (rows, columns) if 0 < rows <= 1 << 40 and 0 < columns <= 1 << 40 else (0, 0)
+            found: bytes = file.read(ref.nbytes)
+    except OSError:
+        found = b""
+    if len(found) != ref.nbytes:
+        raise SourceError(f"{ref.path}: byte {ref.offset} cannot be read; was the file changed?")
+    return found
 
 
 def dequantise(label: str) -> str:

@@ -19,7 +19,7 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import Stored, Weight
-from safemerge_recipes.weights.quantised import Quantised, rounding, values
+from safemerge_recipes.weights.quantised import UPPER_FIRST, Quantised, rounding, values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,20 +28,31 @@ FAST = {"e4m3": compiled.E4M3, "int8": compiled.INT8, "e2m1": compiled.E2M1}
 """Codes that the compiled kernel knows; all others go by table."""
 
 
-def scales_of(ref: TensorRef, reader: Reader, divisor: float = 1.0) -> np.ndarray:
-    """Stored scales in float32."""
+def _read(ref: TensorRef, reader: Reader) -> np.ndarray:
+    """A tensor's bytes."""
     import numpy as np
 
     raw = np.empty(ref.nbytes, np.uint8)
     reader.read_bytes(ref.path, ref.offset, raw.data)
-    if ref.dtype in ("F8_E8M0", "U8"):  # 2^(byte − 127); 255 is not a number
+    return raw
+
+
+def scales_of(operand: Quantised, reader: Reader) -> np.ndarray:
+    """The scales of one matrix in float32, one behind the other."""
+    import numpy as np
+
+    ref, raw = operand.scales, _read(operand.scales, reader)
+    if (own := operand.scale_codes) is not None:
+        table, most = (_read(one, reader).view("<f4") for one in (own.table, own.absmax))
+        found = table[raw] * most[np.arange(len(raw)) // own.block] + np.float32(own.offset)
+    elif ref.dtype in ("F8_E8M0", "U8"):  # 2^(byte − 127); 255 is not a number
         found = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
         found[raw == 255] = np.nan
     elif ref.dtype == "BF16":
         found = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         found = raw.view(f"<f{itemsize(ref.dtype)}").astype(np.float32)
-    return found if divisor == 1 else (found / np.float32(divisor)).astype(np.float32)
+    return found if operand.divisor == 1 else (found / np.float32(operand.divisor)).astype(np.float32)
 
 
 class Dequantiser:
@@ -75,11 +86,13 @@ class Dequantiser:
             flat = replace(flat, stored_shape=(math.prod(stack), rows, columns))
             flat = flat.member(number)
         self._matrix, self._at = flat, number
-        scales = scales_of(flat.scales, self.reader, flat.divisor).reshape(flat.grid)
+        scales = scales_of(flat, self.reader).reshape(flat.grid)
         self._scales = np.ascontiguousarray(np.square(scales) if self.noise else scales)
         if flat.turned:
             self._codes = self.arena.array(f"{self.slot}:matrix", flat.codes.nbytes, np.uint8)
             self.reader.read_bytes(flat.codes.path, flat.codes.offset, self._codes.data)
+            if flat.code in UPPER_FIRST:
+                self._codes[...] = self._codes << 4 | self._codes >> 4
 
     def fill(self, start: int, stop: int, out: np.ndarray) -> None:
         """Elements [start, stop) of the flattened weight, whole rows, into `out`."""
@@ -103,6 +116,8 @@ class Dequantiser:
         width, ref = self.operand.row_bytes, self._matrix.codes
         codes = self.arena.array(f"{self.slot}:codes", count * width, np.uint8)
         self.reader.read_bytes(ref.path, ref.offset + row * width, codes.data)
+        if self.operand.code in UPPER_FIRST:
+            codes[...] = codes << 4 | codes >> 4
         self._decode(codes, row, count, 0, out.shape[1], out)
 
     def _turned(self, first: int, count: int, out: np.ndarray) -> None:

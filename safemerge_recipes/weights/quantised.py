@@ -1,7 +1,8 @@
 """A quantised weight as an exact operand: stored codes, each worth a number, times the scale of the block it lies in.
 
-FP8 and int8 codes are a byte each, those of MXFP4 and packed int4 half a byte, the lower half first. Only frozen
-descriptions and the tables of what codes are worth; `dequantise` makes the numbers. Knows no names of tensors.
+FP8 and int8 codes are a byte each; those of MXFP4 and packed int4 half a byte, the lower half first, and those of
+bitsandbytes the upper half first. Only frozen descriptions and the tables of what codes are worth; `dequantise` makes
+the numbers. Knows no names of tensors.
 """
 
 from __future__ import annotations
@@ -17,11 +18,32 @@ from safemerge_recipes.weights.algebra import Naming, Operand, Stored, Weight
 if TYPE_CHECKING:
     import numpy as np
 
-Code = Literal["e4m3", "e5m2", "int8", "offset8", "e2m1", "offset4"]
-"""Numbers of a byte or half a byte: FP8, two's complement, excess 128; FP4, excess 8."""
+Code = Literal["e4m3", "e5m2", "int8", "offset8", "e2m1", "offset4", "nf4", "fp4"]
+"""Numbers of a byte or half a byte: FP8, two's complement, excess 128; FP4, excess 8, NF4 and FP4 of bitsandbytes."""
+HALF = ("e2m1", "offset4", "nf4", "fp4")
+"""Codes of half a byte."""
+UPPER_FIRST = ("nf4", "fp4")
+"""Those of which the first lies in the upper half."""
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """Dtypes in which scales are stored; of the last two the value is 2^(byte − 127)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleCodes:
+    """Scales that are codes themselves: table[code] · absmax of the block of scales + offset, each rounded to float32.
+
+    Attributes:
+        table: what a code is worth, float32 `(256,)`.
+        absmax: float32 `(⌈scales / block⌉,)`.
+        block: scales that share one of these.
+        offset: added to all.
+    """
+
+    table: TensorRef
+    absmax: TensorRef
+    block: int
+    offset: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +58,7 @@ class Quantised(Operand):
         block: rows and columns that share a scale.
         divisor: what the scale is too large by.
         turned: whether the weight is the transpose of each stored matrix.
+        scale_codes: what `scales` are worth where they are codes; of one matrix, not of a stack.
     """
 
     codes: TensorRef
@@ -45,6 +68,7 @@ class Quantised(Operand):
     block: tuple[int, int]
     divisor: float = 1.0
     turned: bool = False
+    scale_codes: ScaleCodes | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,13 +78,14 @@ class Quantised(Operand):
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        """Codes and scales."""
-        return (self.codes, self.scales)
+        """Codes, scales, and what these are worth."""
+        own = self.scale_codes
+        return (self.codes, self.scales, *((own.table, own.absmax) if own else ()))
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return 4 if self.code in ("e2m1", "offset4") else 8
+        return 4 if self.code in HALF else 8
 
     @property
     def row_bytes(self) -> int:
@@ -94,6 +119,8 @@ class Quantised(Operand):
     def describe(self, name: Naming) -> str:
         """Codes, scales and how they go together."""
         how = f"{self.code}{self.stored_shape}/{self.block}/{self.divisor!r}T{self.turned}"
+        if (own := self.scale_codes) is not None:
+            how += f",{name(own.table)},{name(own.absmax)}/{own.block}+{own.offset!r}"
         return f"Quantised({name(self.codes)},{name(self.scales)}:{how})"
 
     def memory(self, block: int) -> int:
@@ -109,14 +136,29 @@ Read = (Stored, Quantised)
 
 _FLOATS = {"e4m3": (3, 7), "e5m2": (2, 15), "e2m1": (1, 1)}
 """Bits of the mantissa, and the exponent's bias."""
+TABLES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(
+        sign * value
+        for sign in (1.0, -1.0)
+        for value in (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+    ),
+}  # fmt: skip
+"""NF4: quantiles of a normal distribution (QLoRA, arXiv 2305.14314); FP4: as bitsandbytes has it."""
 
 
 def _count(code: Code) -> int:
-    return 1 << (4 if code in ("e2m1", "offset4") else 8)
+    return 1 << (4 if code in HALF else 8)
 
 
 def _worth(code: Code, number: int) -> float:
     """The value of a code."""
+    if code in TABLES:
+        return TABLES[code][number]
     if code == "int8":
         return float(number - 256 if number > 127 else number)
     if code in ("offset8", "offset4"):

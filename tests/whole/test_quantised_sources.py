@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,7 +71,8 @@ def close(written: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(written.double(), wanted.double(), rtol=step, atol=1e-7)
 
 
-KINDS = [kind if kind in ("FP8 blocks", "int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
+EVERY_DAY = ("FP8 blocks", "int4", "NF4 twice")
+KINDS = [kind if kind in EVERY_DAY else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -470,6 +472,34 @@ def test_values_of_llm_int8_are_those_of_bitsandbytes() -> None:
     found = llm_int8("w.weight", weight)
     theirs = functional.int8_vectorwise_dequant(found["w.weight"], found["w.SCB"])
     torch.testing.assert_close(theirs.double(), worth(found, "w.weight"), rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("kind", "twice", "block"), [("nf4", True, 64), ("nf4", False, 128), ("fp4", True, 64)])
+def test_values_of_4_bits_are_those_of_bitsandbytes(
+    tmp_path: Path, kind: str, twice: bool, block: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit of float32, from tensors that bitsandbytes wrote."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from safemerge_recipes.sources.quantised import groups
+    from safemerge_recipes.storage.arena import Arena
+    from safemerge_recipes.storage.reader import Reader
+    from safemerge_recipes.storage.safetensors import read_header
+    from safemerge_recipes.weights.dequantise import Dequantiser
+
+    if not native:
+        monkeypatch.setattr(compiled, "LIBRARY", None)
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(2))
+    codes, state = functional.quantize_4bit(weight, blocksize=block, quant_type=kind, compress_statistics=twice)
+    stored = {f"w.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    save_file({"w.weight": codes, **stored}, tmp_path / "model.safetensors")
+    found = groups(read_header(tmp_path / "model.safetensors"), {})["w.weight"]
+    assert (found.kind, found.operand.shape) == ("bitsandbytes 4-bit", (40, 128))
+    out = np.empty((40, 128), np.float32)
+    with Reader(1) as reader:
+        for start, stop in ((0, 7 * 128), (7 * 128, 40 * 128)):
+            Dequantiser(found.operand, reader, Arena(), "x").fill(start, stop, out.reshape(-1)[start:stop])
+    assert torch.equal(torch.from_numpy(out), functional.dequantize_4bit(codes, state))
 
 
 # Loaded by transformers, from an output in which some weights are plain and others quantised
