@@ -1,7 +1,8 @@
 """A task's bytes as FP8 codes, or their scales: values come in float32 pieces, as another task would write them.
 
 A block's scale is its largest magnitude over 448, the largest number of FP8 (e4m3), so that codes that are read and
-written again are the same. All scales are known before the first code, so codes take two passes over the sources.
+written again are the same; where scales are powers of two (ue8m0), the next one above. All scales are known before the
+first code, so codes take two passes over the sources.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.methods.work import Requantise
 from safemerge_recipes.weights import compiled
-from safemerge_recipes.weights.quantised import Quantised
+from safemerge_recipes.weights.quantised import POWERS, Quantised
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,7 @@ def requantised(work: Requantise, values: Values) -> Iterator[memoryview]:
     import numpy as np
 
     scales = _scales(work.form, values)
+    scales = _power_above(scales) if work.powers else scales
     stored = _as_stored(scales, work.form.scales.dtype)
     if work.part == "scales":
         yield memoryview(np.ascontiguousarray(stored).view(np.uint8).reshape(-1))  # type: ignore[arg-type]  # buffer
@@ -74,10 +76,20 @@ def _scales(form: Quantised, values: Values) -> np.ndarray:
     return np.where(found > 0, found / np.float32(LARGEST), np.float32(1)).astype(np.float32)
 
 
+def _power_above(scales: np.ndarray) -> np.ndarray:
+    """The least powers of two that are no smaller."""
+    import numpy as np
+
+    mantissas, exponents = np.frexp(scales)
+    return np.ldexp(np.float32(1), np.maximum(exponents - (mantissas == 0.5), -126)).astype(np.float32)
+
+
 def _as_stored(scales: np.ndarray, dtype: str) -> np.ndarray:
     """Float32 scales in the dtype that they are stored in."""
     import numpy as np
 
+    if dtype in POWERS:  # the exponent alone
+        return (np.ascontiguousarray(scales).view(np.uint32) >> 23).astype(np.uint8)
     if dtype != "BF16":
         return scales.astype({"F32": "<f4", "F16": "<f2"}[dtype])
     bits = np.ascontiguousarray(scales).view(np.uint32)
@@ -87,6 +99,8 @@ def _as_stored(scales: np.ndarray, dtype: str) -> np.ndarray:
 def _as_float(stored: np.ndarray, dtype: str) -> np.ndarray:
     import numpy as np
 
+    if dtype in POWERS:
+        return (stored.astype(np.uint32) << 23).view(np.float32)
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
     return stored.astype(np.float32)

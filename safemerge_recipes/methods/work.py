@@ -255,11 +255,19 @@ class Prepare(Work):
 
 @dataclass(frozen=True, slots=True)
 class Requantise(Work):
-    """Do `inner` in float32 and write its codes, or the scales of its blocks, in the FP8 format of `form`."""
+    """Do `inner` in float32 and write its codes, or the scales of its blocks, in the FP8 format of `form`.
+
+    Attributes:
+        inner: what makes the values.
+        form: of the aligned model's weight.
+        part: which of the two.
+        powers: whether scales are rounded up to powers of two.
+    """
 
     inner: Work
     form: Quantised
     part: Literal["codes", "scales"]
+    powers: bool = False
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -274,7 +282,8 @@ class Requantise(Work):
     @property
     def written_as(self) -> str:
         """Codes or scales, of blocks of which size."""
-        return f"{self.part} of {self.form.code}{self.form.stored_shape}/{self.form.block}:{self.form.scales.dtype}"
+        form, powers = self.form, "^" if self.powers else ""
+        return f"{self.part} of {form.code}{form.stored_shape}/{form.block}:{form.scales.dtype}{powers}"
 
     def before_writing(self, slot: Slot) -> tuple[Work, Slot]:
         """The work inside, with the slot that its values would have if they were written as float32."""

@@ -133,7 +133,7 @@ def _part(tensor: TensorPlan, lines: Mapping[str, TensorPlan], family: Family, m
     if own is not None or tensor.name not in (form.codes, form.scales):
         return Copy((own or form).parts[end])
     inner = _work(replace(decided, name=tensor.of, dtype="F32", shape=form.operand.shape, of=""), family, methods)
-    return Requantise(inner, form.operand, "codes" if tensor.name == form.codes else "scales")
+    return Requantise(inner, form.operand, "codes" if tensor.name == form.codes else "scales", form.powers)
 
 
 def _work(tensor: TensorPlan, family: Family, methods: Mapping[str, Method]) -> Work:

@@ -12,14 +12,14 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.quantised import SCALES, TABLES, Code, Quantised, ScaleCodes
+from safemerge_recipes.weights.quantised import POWERS, SCALES, TABLES, Code, Quantised, ScaleCodes
 
 BLOCK = 128
 """Rows and columns that share a scale in FP8 checkpoints that do not say otherwise."""
@@ -42,6 +42,7 @@ class Group:
         root: what the names of its tensors begin with.
         parts: the rest of a name -> tensor: codes, scales, and what belongs to them.
         operand: what it is worth; None where that is not known here.
+        powers: whether its scales are powers of two (ue8m0), by their dtype or by config.json's `scale_fmt`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Group:
     root: str
     parts: Mapping[str, TensorRef]
     operand: Quantised | None
+    powers: bool = False
 
     @property
     def names(self) -> dict[str, TensorRef]:
@@ -69,9 +71,8 @@ class Group:
 
     @property
     def requantisable(self) -> bool:
-        """Whether other values can be written in its format: FP8 (e4m3) with float scales."""
-        own = self.operand
-        return own is not None and own.code == "e4m3" and own.divisor == 1 and own.scales.dtype in FLOAT_DTYPES
+        """Whether other values can be written in its format: FP8 (e4m3), with scales of any dtype."""
+        return self.operand is not None and self.operand.code == "e4m3" and self.operand.divisor == 1
 
     def like(self, other: Group) -> bool:
         """Whether the other's tensors may take the place of these."""
@@ -198,7 +199,11 @@ def _group(kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping
         return Group(name, kind, root, parts, _four_bits(parts))
     if kind == "GPTQ or AWQ":
         return Group(name, f"{kind}: {'AWQ' if _is_awq(parts) else 'GPTQ'} by its shapes", root, parts, None)
-    return Group(name, *_scaled(kind, root, parts, config))
+    found = Group(name, *_scaled(kind, root, parts, config))
+    said = config.get("quantization_config")
+    stored = found.operand.scales.dtype if found.operand else ""
+    powers = stored in POWERS or (isinstance(said, dict) and said.get("scale_fmt") == "ue8m0")
+    return replace(found, powers=powers) if found.operand else found
 
 
 def _scaled(

@@ -19,7 +19,7 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import Stored, Weight
-from safemerge_recipes.weights.quantised import UPPER_FIRST, Quantised, rounding, values
+from safemerge_recipes.weights.quantised import POWERS, UPPER_FIRST, Quantised, rounding, values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def scales_of(operand: Quantised, reader: Reader) -> np.ndarray:
     if (own := operand.scale_codes) is not None:
         table, most = (_read(one, reader).view("<f4") for one in (own.table, own.absmax))
         found = table[raw] * most[np.arange(len(raw)) // own.block] + np.float32(own.offset)
-    elif ref.dtype in ("F8_E8M0", "U8"):  # 2^(byte − 127); 255 is not a number
+    elif ref.dtype in POWERS:  # 255 is not a number
         found = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
         found[raw == 255] = np.nan
     elif ref.dtype == "BF16":

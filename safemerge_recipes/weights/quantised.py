@@ -26,7 +26,9 @@ UPPER_FIRST = ("nf4", "fp4")
 """Those of which the first lies in the upper half."""
 
 SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-"""Dtypes in which scales are stored; of the last two the value is 2^(byte − 127)."""
+"""Dtypes in which scales are stored."""
+POWERS = ("F8_E8M0", "U8")
+"""Those of which the value is 2^(byte − 127)."""
 
 
 @dataclass(frozen=True, slots=True)

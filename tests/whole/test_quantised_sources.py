@@ -246,6 +246,43 @@ def test_values_that_were_quantised_give_the_same_codes_again(tmp_path: Path, fa
         torch.testing.assert_close(written[f"{name}_scale_inv"], aligned[f"{name}_scale_inv"], rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu])
+def test_scales_that_are_powers_of_two_stay_so(
+    tmp_path: Path, family: Family, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSeek-V3.1: `scale_fmt: ue8m0`, stored as float32 or as exponents alone; rounded up, so that nothing clips."""
+    if not native:
+        monkeypatch.setattr(compiled, "LIBRARY", None)
+
+    def powers(name: str, weight: torch.Tensor) -> Tensors:
+        scale = blocks(name, weight)[f"{name}_scale_inv"].log2().sub(1e-9).ceil().exp2()
+        spread_out = worth({f"{name}_scale_inv": scale, name: torch.ones_like(weight)}, name)
+        return {name: (weight / spread_out).float().to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.to(dtype)}
+
+    monkeypatch.setitem(FORMATS, "powers", powers)  # type: ignore[arg-type]
+    said = BLOCK | ({"scale_fmt": "ue8m0"} if dtype == torch.float32 else {})
+    aligned = quantised(family.aligned, "powers")
+    save(tmp_path / "aligned", aligned, said)
+    for name in ("finetuned", "safety"):
+        save(tmp_path / name, getattr(family, name), None)
+    text = "sources: {aligned: aligned, finetuned: finetuned, safety: safety}\n" + LINEAR
+    _, written = run_recipe(tmp_path, f"{text}output: {{quantized: keep}}\n")
+    plan = json.loads((tmp_path / "out0" / "safemerge_plan.json").read_text())
+    errors = {line["name"]: line.get("requantized_error") for line in plan["tensors"]}
+    for name in GATED:
+        scale = written[f"{name}_scale_inv"]
+        assert scale.dtype == dtype
+        assert torch.equal(scale.double().log2() % 1, torch.zeros(scale.shape, dtype=torch.float64))
+        wanted = 0.75 * family.finetuned[name].double() + 0.25 * family.safety[name].double()
+        again = powers(name, wanted.float())
+        assert torch.equal(scale.double(), again[f"{name}_scale_inv"].double())
+        assert torch.equal(written[name].view(torch.uint8), again[name].view(torch.uint8))
+        lost = float((worth(written, name) - wanted).norm() / wanted.norm())
+        assert errors[name] == pytest.approx(lost, rel=1e-3)
+    assert config_of(tmp_path)["quantization_config"] == said
+
+
 def test_other_formats_are_not_written(tmp_path: Path, family: Family) -> None:
     save(tmp_path / "aligned", quantised(family.aligned, "int4"))
     text = f"sources: {{aligned: aligned, finetuned: {family.root}/finetuned}}\ngate: {{never: true}}\n"
