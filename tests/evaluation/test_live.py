@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from safemerge_recipes.errors import CheckError  # noqa: E402
 from safemerge_recipes.evaluation.live import LiveModel  # noqa: E402
@@ -17,6 +17,7 @@ from safemerge_recipes.recipe.loading import load_recipe  # noqa: E402
 from safemerge_recipes.storage.digests import Digests  # noqa: E402
 from safemerge_recipes.storage.workers import Resources  # noqa: E402
 from tests.fixtures.chat_family import llama, make_family, save_model, tokenizer  # noqa: E402
+from tests.fixtures.quantise import blocks  # noqa: E402
 
 RESOURCES = Resources(1, 1 << 28)
 
@@ -167,3 +168,28 @@ def test_full_checkpoints_in_shards_load_too(tmp_path):
     carry_out(prepared, tmp_path / "out", Digests(prepared.identities), ignore)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert_is(live, {name: value for file in files for name, value in load_file(file).items()})
+
+
+@pytest.mark.slow
+def test_a_family_on_a_quantised_base_is_scored_as_it_would_be_written(tmp_path):
+    """FP8, which transformers turns into plain weights where no GPU is; both models answer alike to rounding."""
+    from transformers import AutoModelForCausalLM
+
+    recipe = make_family(tmp_path)
+    file, config = tmp_path / "base" / "model.safetensors", tmp_path / "base" / "config.json"
+    stored = {}
+    for name, weight in load_file(file).items():
+        stored |= blocks(name, weight.float(), (128, 128)) if "proj" in name else {name: weight}
+    save_file(stored, file, metadata={"format": "pt"})
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": fp8}))
+    live = LiveModel(prepared_for(recipe, "gate.never=true"), device="cpu", dtype="float32")
+    prompt = torch.arange(5, 25)[None]
+    other = prepared_for(recipe, "gate.always=true", "merge.alpha=0.2")
+    before = live.model(prompt).logits
+    live.become(other.graph)
+    carry_out(other, tmp_path / "out", Digests(other.identities), ignore)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found, wanted = live.model(prompt).logits, model(prompt).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3 * wanted.abs().max().item())
+    assert (found - before).abs().max() > 20 * (found - wanted).abs().max()
