@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 from safemerge_recipes.storage.place import Place
+from safemerge_recipes.storage.threads import Thread
 
 BEAT, SILENCE = 5.0, 30.0
 """Seconds between two words of a holder, and after which it counts as gone."""
@@ -53,7 +54,7 @@ class Leases:
                     self._place.write(f"{_FOLDER}/{unit}", f"{self._me} {count}".encode())
 
         self._place.write(f"{_FOLDER}/{unit}", f"{self._me} 0".encode())
-        speaker = threading.Thread(target=speak, daemon=True)
+        speaker = Thread(speak)
         speaker.start()
         try:
             yield

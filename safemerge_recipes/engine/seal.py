@@ -16,6 +16,7 @@ from safemerge_recipes.events import FileSealed, Listener
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.storage.finite import non_finite
 from safemerge_recipes.storage.read_ahead import AHEAD, ahead
+from safemerge_recipes.storage.threads import Thread
 from safemerge_recipes.storage.workers import StoppedError
 
 HASH_CHUNK = 1 << 21
@@ -42,7 +43,7 @@ class Sealer:
         self._left = deque(graph.by_file())
         count = min(1 + workers // WORKERS_EACH, len(self._left))
         self.chunk = max(LEAST_CHUNK, HASH_CHUNK >> max(0, count - 1).bit_length())
-        self._threads = [threading.Thread(target=self._work, name="seal", daemon=True) for _ in range(count)]
+        self._threads = [Thread(self._work, "seal") for _ in range(count)]
         self._digests: dict[str, str] = {}
         self._tensors: dict[str, str] = {}
         self._error: BaseException | None = None
@@ -56,7 +57,7 @@ class Sealer:
             self._changed.notify_all()
 
     def result(self) -> Sealed:
-        """What was sealed, when all of it is. Raises what went wrong."""
+        """What was sealed, when all of it is. Raises what went wrong, StoppedError where the workers were stopped."""
         self.join()
         self._work()  # where the system had no thread left
         if self._error is not None:
@@ -88,8 +89,6 @@ class Sealer:
         try:
             while not self.stop.is_set() and (taken := self._next()):
                 self._seal(*taken)
-        except StoppedError:
-            pass
         except BaseException as error:  # raised again by `result`
             self._error = self._error or error
             self.stop.set()

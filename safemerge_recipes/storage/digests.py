@@ -24,6 +24,7 @@ from safemerge_recipes.storage.cache import recall, remember
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
 from safemerge_recipes.storage.remote import is_url, pieces
+from safemerge_recipes.storage.threads import Thread
 
 CHUNK = 1 << 20
 """Bytes hashed at once."""
@@ -117,9 +118,9 @@ class Digests:
         self._left = deque((n, one) for n, one in enumerate(identities) if one.path not in known)
         self._errors: dict[int, OSError | SafemergeError] = {}
         self.cancelled = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
         for _ in range(min(threads, len(self._left))):
-            thread = threading.Thread(target=self._work, name="hash", daemon=True)
+            thread = Thread(self._work, "hash")
             with contextlib.suppress(RuntimeError):  # no more threads: the others do it, or `result`
                 thread.start()
                 self._threads.append(thread)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
+from safemerge_recipes.storage.threads import Thread
 from safemerge_recipes.storage.workers import StoppedError, check
 
 Item = TypeVar("Item")
@@ -22,13 +23,14 @@ def ahead(items: Iterator[Item], stop: threading.Event) -> Iterator[Item]:
     Raises:
         StoppedError: `stop` was set.
     """
+    over = threading.Event()
     made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=1)
 
     def put(item: Item | None, error: BaseException | None) -> None:
-        while not stop.is_set():
+        while not (stop.is_set() or over.is_set()):
             with contextlib.suppress(queue.Full):
                 return made.put((item, error), timeout=0.2)
-        check(stop)
+        raise StoppedError
 
     def make() -> None:
         with contextlib.suppress(StoppedError):  # nobody listens any more
@@ -40,21 +42,26 @@ def ahead(items: Iterator[Item], stop: threading.Event) -> Iterator[Item]:
             else:
                 put(None, None)
 
+    maker = Thread(make, "ahead")
     try:
-        threading.Thread(target=make, name="ahead", daemon=True).start()
+        maker.start()
     except RuntimeError:  # no more threads: one after the other
         for one in items:
             check(stop)
             yield one
         return
-    while True:
-        try:
-            item, error = made.get(timeout=0.2)
-        except queue.Empty:
-            check(stop)
-            continue
-        if error is not None:
-            raise error
-        if item is None:
-            return
-        yield item
+    try:
+        while True:
+            try:
+                item, error = made.get(timeout=0.2)
+            except queue.Empty:
+                check(stop)
+                continue
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:  # what the items are made of may be closed now
+        over.set()
+        maker.join()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.storage.arena import Arena
+from safemerge_recipes.storage.threads import Thread
 
 Item = TypeVar("Item")
 
@@ -116,7 +117,7 @@ def run_parallel(
     `light` promises that the work does not use torch, which takes longer to load than much of it takes to do.
     An error stops the others at their next piece (`stop` is set) and is raised here; Ctrl-C likewise. Of several bad
     sources the first in the order of items is named, however many workers there are: those before it are finished.
-    Raises StoppedError where somebody else has set `stop`.
+    No thread runs on when it raises. Raises StoppedError where somebody else has set `stop`.
     """
     queue = deque(enumerate(items))
     errors: dict[int, BaseException] = {}
@@ -152,7 +153,7 @@ def run_parallel(
             over(-1, error)
 
     before = _threads() if not light else 0
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(workers, len(items)))]
+    threads = [Thread(worker) for _ in range(min(workers, len(items)))]
     try:
         for thread in threads:
             try:
@@ -163,8 +164,7 @@ def run_parallel(
                 threads = threads[: threads.index(thread)]
                 break
         for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
+            thread.join()
     except BaseException:
         stop.set()
         for thread in threads:

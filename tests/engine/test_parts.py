@@ -184,7 +184,8 @@ def test_a_worker_that_is_told_to_stop_says_how_to_go_on(recipe: Path) -> None:
     assert child.returncode == 5
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
-    assert not list((recipe.parent / "out").rglob("*.part"))
+    assert not list(Path(f"{recipe.parent}/out.part").rglob("*.part"))
+    assert not list(Path(f"{recipe.parent}/out.part").rglob("*.tmp"))
     assert run("run", recipe, "--part", "1/1")[0] == 0
     _finalized(recipe)
 

@@ -1,8 +1,13 @@
-"""Errors of a worker reach the caller, whatever they are."""
+"""Errors of a worker reach the caller, whatever they are, and nobody is left behind.
+
+Guards `storage.threads`.
+"""
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -88,3 +93,24 @@ def test_fewer_threads_than_wanted_do_all_the_work(monkeypatch: pytest.MonkeyPat
     allowed = 0
     with pytest.raises(PlanError, match="no more threads"):
         run_parallel([1], lambda item, arena: None, 6, "cpu", threading.Event(), light=True)
+
+
+def test_a_signal_ends_no_wait_before_the_threads_end() -> None:
+    """`threading.Thread.join` believes a thread gone once a signal has broken off the wait for it."""
+    ended = []
+
+    def work(item: int, arena: Any) -> None:
+        time.sleep(0.3)
+        ended.append(item)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            run_parallel([1, 2, 3], work, 2, "cpu", threading.Event(), light=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert sorted(ended) == [1, 2]
