@@ -5,6 +5,7 @@ Guards `evaluation.quiet`, `evaluation.tasks.hooks`.
 
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -117,7 +118,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def test_a_model_that_always_refuses_scores_so(refuser, no_network, capfd):
+def test_a_model_that_always_refuses_scores_so(refuser, no_network, capfd, tmp_path, monkeypatch):
+    git, asked = tmp_path / "git", tmp_path / "asked"
+    git.write_text(f"#!/bin/sh\necho $* >>{asked}\necho fatal: not a git repository >&2\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
     scores = evaluate(
         refuser,
         ["safemerge_refusal", "safemerge_overrefusal"],
@@ -138,7 +144,8 @@ def test_a_model_that_always_refuses_scores_so(refuser, no_network, capfd):
     # Quiet: bars, logs and warnings stay inside.
     out = capfd.readouterr()
     assert out.out == ""
-    assert [line for line in out.err.splitlines() if "not a git repository" not in line] == []
+    assert out.err == ""
+    assert not asked.exists()
 
 
 def test_scores_are_those_of_plain_lm_eval(random_model, tokenizer, no_network):
