@@ -584,6 +584,51 @@ def test_an_fp8_output_loads_in_transformers(tmp_path: Path, family: Family, for
         torch.testing.assert_close(state[name].double(), tensor, rtol=2**-20, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["experts", "attention"])
+def test_a_gpt_oss_loads_in_transformers(tmp_path: Path, where: str) -> None:
+    """Experts that are merged are written plain; where attention alone is, they stay MXFP4."""
+    from transformers import GptOssConfig, GptOssForCausalLM, Mxfp4Config
+
+    torch.manual_seed(0)
+    sizes = GptOssConfig(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=48,
+    )  # fmt: skip
+    plain = {name: tensor.bfloat16() for name, tensor in GptOssForCausalLM(sizes).state_dict().items()}
+    stacks = [name for name, tensor in plain.items() if "experts" in name and tensor.ndim == 3]
+    assert len(stacks) == 4
+    changed = stacks if where == "experts" else [name for name in plain if name.endswith("q_proj.weight")]
+    models: dict[str, Tensors] = {}
+    for role in ("aligned", "finetuned"):
+        tensors = {
+            n: t + 0.05 * torch.randn(t.shape) * (role == "finetuned" and n in changed) for n, t in plain.items()
+        }
+        packed = {n: mxfp4(n, tensors[n].float()) for n in stacks}
+        models[role] = {n: t.bfloat16() for n, t in tensors.items() if n not in stacks}
+        models[role] |= {name: tensor for own in packed.values() for name, tensor in own.items()}
+        save(tmp_path / role, models[role], None)
+        config = sizes.to_dict() | {
+            "architectures": ["GptOssForCausalLM"],
+            "quantization_config": {"quant_method": "mxfp4"},
+        }
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+    run_recipe(
+        tmp_path,
+        "sources: {aligned: aligned, finetuned: finetuned, safety: aligned}\n"
+        f"gate: {{always: true, scope: '{'*experts*' if where == 'experts' else '*q_proj*'}'}}\n"
+        "merge: {method: linear, alpha: 0.5}\noutput: {dtype: float32}\n",
+    )
+    more = {} if where == "experts" else {"quantization_config": Mxfp4Config(dequantize=True)}
+    assert ("quantization_config" in config_of(tmp_path)) == (where == "attention")
+    state = loaded(tmp_path / "out0", **more)
+    for name in plain:
+        wanted = worth(models["finetuned"], name)
+        if name in changed:
+            wanted = (wanted + worth(models["aligned"], name)) / 2
+        torch.testing.assert_close(state[name].double(), wanted, rtol=2**-7, atol=1e-6, msg=name)
+
+
 def compressed(kind: str, bits: int, strategy: str, group: int | None, form: str) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": kind, "strategy": strategy, "group_size": group, "symmetric": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
