@@ -15,7 +15,7 @@ from safemerge_recipes.methods.tools import Tools
 from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.merge import Weighted
 from safemerge_recipes.weights.algebra import Weight, total
-from safemerge_recipes.weights.torch_rows import working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 
 class IsoC(Weighted):

@@ -18,7 +18,8 @@ from safemerge_recipes.recipe.builtins import Role
 from safemerge_recipes.recipe.merge import Custom
 from safemerge_recipes.storage.cut import PIECE
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
+from safemerge_recipes.weights.torch_rows import Evaluator
 
 if TYPE_CHECKING:
     import torch

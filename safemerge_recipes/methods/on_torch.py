@@ -15,7 +15,8 @@ from safemerge_recipes.storage.finite import refuse_non_finite
 from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.workers import check
 from safemerge_recipes.weights.algebra import has_factors
-from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
+from safemerge_recipes.weights.torch_rows import Evaluator
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import factors, left_directions
 from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows, panel_width
 from safemerge_recipes.weights.spectrum import leading_memory
-from safemerge_recipes.weights.torch_rows import working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from safemerge_recipes.recipe.numbers import exact
 from safemerge_recipes.sources.masks import mask_ref
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.matrix import ROW_PIECE, TorchRows
-from safemerge_recipes.weights.torch_rows import working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 if TYPE_CHECKING:
     import torch

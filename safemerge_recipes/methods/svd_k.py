@@ -25,7 +25,7 @@ from safemerge_recipes.recipe.merge_keys import Gamma
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.directions import left_directions
 from safemerge_recipes.weights.spectrum import leading_memory
-from safemerge_recipes.weights.torch_rows import working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 if TYPE_CHECKING:
     import torch

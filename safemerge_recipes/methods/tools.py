@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from safemerge_recipes.storage.arena import Arena
-from safemerge_recipes.storage.reader import Reader
+if TYPE_CHECKING:
+    from safemerge_recipes.storage.arena import Arena
+    from safemerge_recipes.storage.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from safemerge_recipes.methods.work import Prepare, Sum
 from safemerge_recipes.recipe.merge import Weighted
 from safemerge_recipes.weights.algebra import Weight
 from safemerge_recipes.weights.spectrum import NEGLIGIBLE
-from safemerge_recipes.weights.torch_rows import working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 if TYPE_CHECKING:
     import torch

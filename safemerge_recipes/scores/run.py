@@ -86,7 +86,8 @@ def _versions() -> dict[str, str]:
 
 def _of_weights(subject: Subject, out: ScoreFile, reader: Reader, device: str, on_event: Listener) -> None:
     """|W| or |δ|, piece by piece; of |δ| perhaps what is opposed to the safety model's."""
-    from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
+    from safemerge_recipes.weights.torch_factors import working_dtype
+    from safemerge_recipes.weights.torch_rows import Evaluator
 
     arena = Arena(device)
     for name in subject.names:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
+from safemerge_recipes.weights.torch_factors import working_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,8 @@ class TorchRows:
     def __init__(
         self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int = 0, piece: int = ROW_PIECE
     ) -> None:
+        from safemerge_recipes.weights.torch_rows import Evaluator  # only where a tensor is read: starts need not wait
+
         self.columns = weight.shape[-1]
         self.rows = math.prod(weight.shape) // self.columns
         self.dtype, self._device = working_dtype(weight), arena.device

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     import torch
 
 
+def working_dtype(*weights: Weight) -> torch.dtype:
+    """float64 if any stored tensor is float64, else float32."""
+    import torch
+
+    wide = any(ref.dtype == "F64" for weight in weights for ref in weight.refs)
+    return torch.float64 if wide else torch.float32
+
+
 def load(reader: Reader, ref: TensorRef, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """A whole stored tensor in the given dtype. For LoRA factors and other small things only."""
     arena = Arena(device)

@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def working_dtype(*weights: Weight) -> torch.dtype:
-    """float64 if any stored tensor is float64, else float32."""
-    import torch
-
-    wide = any(ref.dtype == "F64" for weight in weights for ref in weight.refs)
-    return torch.float64 if wide else torch.float32
-
-
 class Evaluator:
     """Evaluates several weights of one tensor together, piece by piece, reading each stored piece once.
 

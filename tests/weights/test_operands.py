@@ -14,8 +14,9 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef, read_header
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from safemerge_recipes.weights.operands import Fused, LowRankStack, Rescaled, Rows, Transposed, member, transposed
+from safemerge_recipes.weights.torch_factors import working_dtype
 from safemerge_recipes.weights.torch_operands import OPENED
-from safemerge_recipes.weights.torch_rows import Evaluator, working_dtype
+from safemerge_recipes.weights.torch_rows import Evaluator
 
 torch.manual_seed(0)
 TENSORS = {
