@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+ROLES = ("base", "aligned", "finetuned", "safety")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -19,6 +20,7 @@ class Architecture:
     adapted: tuple[str, ...] = ATTENTION + MLP
     shard_bytes: int | None = None
     sparse: bool = False
+    roles: tuple[str, ...] = ROLES
 
     def adapted_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the weights an adapter changes, with their shapes (d_out, d_in), in checkpoint order."""
@@ -130,12 +132,19 @@ def deepseek_v3() -> Architecture:
     return Architecture(config, _model(vocab, hidden, inside), (), 8_000_000_000, sparse=True)
 
 
+def llama_8b() -> Architecture:
+    """Return Llama-3.1-8B's shape as most fine-tune it: two models, and adapters on q and v."""
+    full = llama(4096, 32, 14336, 32, 8, 128256, shard_bytes=5_000_000_000)
+    return replace(full, adapted=("q_proj", "v_proj"), roles=("base", "aligned"))
+
+
 SIZES = {
     "tiny": lambda: llama(64, 2, 128, 4, 2, 320),
     "llama-0.3b": lambda: llama(1024, 16, 4096, 16, 4, 32000),
     "llama-1.1b": lambda: llama(2048, 16, 8192, 32, 8, 32000),
     "moe-small": lambda: qwen3_moe(512, 12, 64, 256, 8, 4, 32000, shard_bytes=200_000_000),
     "sparse-70b": lambda: llama(8192, 80, 28672, 64, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
+    "llama-8b": llama_8b,
     "sparse-8b": lambda: llama(4096, 32, 14336, 32, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
     "sparse-405b": lambda: llama(16384, 126, 53248, 128, 8, 128256, shard_bytes=5_000_000_000, sparse=True),
     "blocks-70b": lambda: llama(8192, 4, 28672, 64, 8, 320, shard_bytes=1_000_000_000, sparse=True),

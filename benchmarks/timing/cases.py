@@ -114,6 +114,24 @@ def adapters(bench: Bench) -> Case:
     )  # fmt: skip
 
 
+def beside_copy(bench: Bench) -> Case:
+    """Gate and merge two adapters beside a bare copy of the model, which is the least that anybody does."""
+    name, out = "beside-copy", bench.work / "beside-copy" / "model"
+    tau = quantiles(bench, _adapter_recipe(bench, name, {"tau": 0.35}), 0.5)[0]
+    recipe = _adapter_recipe(bench, name, {"tau": tau})
+    copy = ["sh", "-c", 'mkdir -p "$1" && cp "$0"/* "$1" && sync', str(bench.role("aligned")), str(out)]
+    return Case(
+        name, "two adapters beside a bare copy with sync",
+        [
+            Contestant("bare copy", copy, out),
+            Contestant("ours", bench.ours(recipe, out), out, warm=HELP),
+            bench.known(["base", "aligned", "finetuned-adapter", "safety-adapter"], recipe, out),
+            Contestant("gate alone", bench.ours(recipe, None)),
+        ],
+        bench.files("aligned"),
+    )  # fmt: skip
+
+
 def _published(bench: Bench, *more: str) -> list[str]:
     roles = {"base": "base", "aligned": "aligned", "finetuned": "finetuned-adapter"}
     given = [text for role, folder in roles.items() for text in (f"--{role}", str(bench.role(folder)))]
@@ -227,6 +245,7 @@ def memory(bench: Bench) -> Case:
 CASES: dict[str, Callable[[Bench], Case]] = {
     **{method: partial(full_merge, method) for method in FULL_MERGES},
     "adapters": adapters,
+    "beside-copy": beside_copy,
     "gate-adapters": gate_adapters,
     "gate-full": gate_full,
     "retune-adapters": partial(retune, "adapters"),

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing.families import DATA, ROLES, make_family
+from benchmarks.timing.architectures import ROLES
+from benchmarks.timing.families import DATA, make_family
 from benchmarks.timing.run import RESULTS, machine
 from benchmarks.timing.stored import allow_holes
 from safemerge_recipes.api import load_recipe

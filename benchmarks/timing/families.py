@@ -25,7 +25,6 @@ from benchmarks.timing.architectures import SIZES, Architecture
 from benchmarks.timing.stored import Files, lay_out, write_json, write_tokenizer
 
 PLAIN = argparse.RawDescriptionHelpFormatter
-ROLES = ("base", "aligned", "finetuned", "safety")
 ADAPTERS = {"finetuned-adapter": "aligned", "safety-adapter": "aligned", "alignment-adapter": "base"}
 DATA = Path(__file__).parents[1] / "data"
 
@@ -43,15 +42,17 @@ def make_family(size: str, data: Path = DATA, seed: int = 0) -> Path:
         return folder
     marker.unlink(missing_ok=True)
     architecture = SIZES[size]()
-    places = {r: lay_out(folder / r, architecture.tensors, "BF16", architecture.shard_bytes) for r in ROLES}
-    for role in ROLES:
+    places = {
+        r: lay_out(folder / r, architecture.tensors, "BF16", architecture.shard_bytes) for r in architecture.roles
+    }
+    for role in architecture.roles:
         write_json(folder / role / "config.json", architecture.config)
         write_json(folder / role / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
         write_tokenizer(folder / role)
     if not architecture.sparse:
-        files = {role: Files(places[role]) for role in ROLES}
+        files = {role: Files(places[role]) for role in architecture.roles}
         _over_tensors(_fill_tensor, architecture.tensors, seed, files)
-        for role in ROLES:
+        for role in architecture.roles:
             files[role].close()
         write_adapters(folder, architecture, seed)
     write_json(marker, stamp)
@@ -99,7 +100,7 @@ def _spectrum(rank: int) -> np.ndarray:
 
 
 def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, Files]) -> None:
-    """Write one tensor of all four models: W, W + V, and the latter plus each update, rounded to bf16."""
+    """Write one tensor of all models there are: W, W + V, and the latter plus each update, rounded to bf16."""
     import torch
 
     draws = Draws(seed, name)
@@ -120,6 +121,8 @@ def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, 
             weight += 1.0  # norm scales lie around one
         stored = {"base": weight.to(torch.bfloat16)}
         for role, on in (("aligned", "base"), ("finetuned", "aligned"), ("safety", "aligned")):
+            if role not in files:
+                continue
             noise = torch.from_numpy(draws.normal(role, count, columns, block=block))
             noise *= sizes[role] * (1.0 - shares[role] if rank else 1.0) ** 0.5
             if rank:

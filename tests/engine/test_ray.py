@@ -96,9 +96,14 @@ def test_a_name_or_address_that_leads_nowhere(recipe: Path) -> None:
     assert not out.exists()
 
 
-def test_a_cluster_that_cannot_be_reached(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ray://127.0.0.1:9", "auto"))]
+)
+def test_a_cluster_that_cannot_be_reached(recipe: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     out = recipe.parent / "out"
-    child = spawn("run", recipe, "--output", out, "--executor", "ray", "--ray-address", "ray://127.0.0.1:9")
+    if address == "auto":
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    child = spawn("run", recipe, "--output", out, "--executor", "ray", "--ray-address", address)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 4, err
     assert "cannot be reached" in err

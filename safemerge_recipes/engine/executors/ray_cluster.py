@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ Key = TypeVar("Key")
 
 RETRIES = 5
 """Times that a task runs again after its worker was lost."""
+REACHED = 10.0
+"""Seconds within which a cluster's head must take a connection."""
 
 
 @contextlib.contextmanager
@@ -35,8 +38,9 @@ def connected(address: str | None, resources: Resources) -> Iterator[Any]:
     started = own if address is None and "RAY_ADDRESS" not in os.environ else {}
     before = signal.getsignal(signal.SIGTERM)  # Ray's own would end the program without a word
     try:
+        _reach(address)
         ray.init(address, log_to_driver=False, logging_level="ERROR", configure_logging=False, **started)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OverflowError, OSError, TimeoutError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PlanError(
             f"--ray-address {address or 'local'}: the cluster cannot be reached: {first[:300]}; expected a running "
@@ -50,6 +54,19 @@ def connected(address: str | None, resources: Resources) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody listens: for a head that is gone Ray itself waits for minutes."""
+    given = address
+    if address == "auto" or (address is None and os.environ.get("RAY_ADDRESS")):
+        with contextlib.suppress(ImportError, AttributeError):  # another version keeps it elsewhere
+            from ray._private.services import get_ray_address_from_environment
+
+            given = get_ray_address_from_environment("auto", None)
+    host, _, port = (given or "").removeprefix("ray://").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
 
 
 @contextlib.contextmanager
