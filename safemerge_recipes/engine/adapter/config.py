@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 
 from safemerge_recipes.engine.adapter.parts import Collector
+from safemerge_recipes.sources.experts import FUSED
 
 
 def finished(collected: Collector) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors by key, and the config."""
     parts = collected.parts
+    parameters = _parameters(collected)
     if not parts.tensors and not parts.whole:
         raise PlanError("output.format: adapter: the merged model is the aligned model; there is nothing to write")
     rank = Counter(parts.ranks.values()).most_common(1)[0][0] if parts.ranks else 8
@@ -43,7 +45,8 @@ def finished(collected: Collector) -> tuple[dict[str, torch.Tensor], dict[str, A
         "lora_alpha": rank,
         "rank_pattern": dict(sorted(other.items())),
         "alpha_pattern": dict(sorted(other.items())),
-        "target_modules": sorted(parts.ranks),
+        "target_modules": sorted(parts.ranks.keys() - parameters),
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         "modules_to_save": sorted(set(saved)) or None,
         "trainable_token_indices": parts.tokens or None,
         "bias": bias,
@@ -51,12 +54,39 @@ def finished(collected: Collector) -> tuple[dict[str, torch.Tensor], dict[str, A
         "lora_dropout": 0.0,
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": any(name in collected.family.input_first for name in parts.notes),
+        "fan_in_fan_out": any(
+            name in collected.family.input_first and not collected.experts.fused(name) for name in parts.notes
+        ),
         "inference_mode": True,
     }
     if revision is not None:
         config["revision"] = revision
     return {f"{KEY_PREFIX}{name}": parts.tensors[name] for name in sorted(parts.tensors)}, config
+
+
+def _parameters(collected: Collector) -> set[str]:
+    """Takes up the parameters of experts, by their names in memory. PEFT nests the layers of one module: the first
+    parameter's innermost."""
+    parts, found = collected.parts, set[str]()
+    adapted = list(collected.experts.adapted())
+    both = {one.parent for one in adapted if one.parameter == FUSED[0]} & {
+        one.parent for one in adapted if one.parameter == FUSED[1]
+    }
+    for one in adapted:
+        name = f"{one.parent}.{one.parameter}"
+        if one.parent in collected.experts.groups and name not in collected.in_memory and ".mlp." not in name:
+            raise PlanError(
+                f"output.format: adapter: {one.parent}: experts that lie one by one on disk are one parameter in "
+                "memory, whose name only an adapter among the sources would tell; say `format: full`"
+            )
+        name = collected.in_memory.get(name, name)
+        root = name.rpartition(".")[0]
+        inner = ".base_layer" if one.parent in both and one.parameter == FUSED[0] else ""
+        parts.tensors[f"{root}{inner}.lora_A.weight"] = one.a
+        parts.tensors[f"{root}{inner}.lora_B.weight"] = one.b
+        parts.ranks[name] = one.rank
+        found.add(name)
+    return found
 
 
 def _complete(collected: Collector, module: str, whole: bool) -> None:

@@ -7,6 +7,8 @@ no LoRA products (norms, embeddings, biases) are carried over whole. Whatever PE
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,15 @@ from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.tensor_names import is_block_matrix
 from safemerge_recipes.weights.algebra import Stored, Weight
 from safemerge_recipes.weights.factors import recompress, truncate
-from safemerge_recipes.weights.operands import Rows
+from safemerge_recipes.weights.operands import LowRankStack, Rows, member
 from safemerge_recipes.weights.torch_factors import joined_factors
 
 if TYPE_CHECKING:
     import torch
 
 
-from safemerge_recipes.engine.adapter.update import evaluated, inner_products, refuse_unfit
+from safemerge_recipes.engine.adapter.experts import ExpertUpdates
+from safemerge_recipes.engine.adapter.update import evaluated, inner_products
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class Collector:
         self.parts = Parts()
         self.arena = Arena()
         self.in_memory = {disk: name for model in family.models.values() for name, disk in model.translated}
+        self.experts = ExpertUpdates.of({name: ref.shape for name, ref in family.inventory.items()})
 
     def reference(self, name: str) -> Weight:
         """The weight that the adapter will lie on: that of the full model underneath the aligned one."""
@@ -65,7 +69,8 @@ class Collector:
         if ref is None or ref.shape != self.family.inventory[name].shape:
             raise PlanError(
                 f"output.format: adapter: {name} is not in the aligned model in this form (a head of its own, or "
-                "another vocabulary); say `format: full`"
+                "another vocabulary), and an adapter adds to a matrix of the same shape: no sum gives it rows; say "
+                "`format: full`"
             )
         return Weight.of(Stored(ref))
 
@@ -91,8 +96,9 @@ class Collector:
         base, copied = reference.stored, task.work.copied
         if copied is not None and base is not None and same_bytes(copied, base):
             return
-        for weight in weights:
-            refuse_unfit(name, weight)
+        if self.experts.fused(name) or self.experts.place(name) is not None:
+            self.expert(name, task, work)
+            return
         work = work.factored(inner_products(self.reader, self.arena))
         if work.sum is not None and work.sum.low_rank:
             self.exact(name, work.sum)
@@ -115,7 +121,12 @@ class Collector:
 
     def approximate(self, name: str, task: Task, work: Work) -> None:
         """A dense update, truncated to the wanted rank."""
-        weights = work.ranked
+        rank = self.wanted(name, work.ranked)
+        b, a, lost = truncate(self.dense(name, task, work), rank)
+        self.write(name, b, a, lost)
+
+    def wanted(self, name: str, weights: Sequence[Weight]) -> int:
+        """The rank to truncate to: the recipe's, or the bound that updates of low rank have together."""
         own = [operand.rank for weight in weights for _, operand in weight if hasattr(operand, "rank")]
         rank = self.rank or (sum(own) if all(weight.low_rank for weight in weights) else 0)
         if not rank:
@@ -123,12 +134,52 @@ class Collector:
                 f"output.format: adapter: {name}: its update has no small exact rank; say `output.rank`, "
                 "or `format: full`"
             )
-        rows, columns = task.slot.shape
-        need = 4 * 4 * rows * columns
+        return rank
+
+    def dense(self, name: str, task: Task, work: Work) -> torch.Tensor:
+        """All values of an update, float32, where memory allows."""
+        need = 4 * 4 * math.prod(task.slot.shape)
         if need > self.memory:
             raise PlanError(f"--max-memory: truncating {name} needs {need} bytes; raise it, or say `format: full`")
-        b, a, lost = truncate(evaluated(task, work, self.reader, self.arena), rank)
-        self.write(name, b, a, lost)
+        return evaluated(task, work, self.reader, self.arena)
+
+    def expert(self, name: str, task: Task, work: Work) -> None:
+        """The update of a parameter of all experts, or of one expert's matrix: factors for each matrix."""
+        import torch
+
+        place = self.experts.place(name)
+        if place is not None:
+            parent, parameter, number, which = place
+            places = [(number, which)]
+        else:
+            parent, _, parameter = name.rpartition(".")
+            places = [(number, 0) for number in range(task.slot.shape[0])]
+
+        def of(weight: Weight, number: int) -> Weight:
+            return weight if place is not None else member(weight, number)
+
+        inputs = [[of(weight, number) for weight in work.ranked] for number, _ in places]
+        total, values, lost, rank = work.sum, None, 0.0, 0
+        stacked = [operand for weight in work.weights for _, operand in weight if isinstance(operand, LowRankStack)]
+        turned = stacked[0].transposed if stacked else name in self.family.input_first
+        for (number, which), own in zip(places, inputs, strict=True):
+            update = Weight() if total is None else of(total, number)
+            if total is not None and update.is_zero:
+                continue
+            if update.low_rank:
+                pair = joined_factors(update, self.reader, torch.float64, self.arena.device)
+                assert pair is not None
+                b, a, part = *pair, 0.0
+                if self.rank is not None and b.shape[1] > self.rank:
+                    b, a, part = recompress(b, a, self.rank)
+            else:
+                values = self.dense(name, task, work) if values is None else values
+                matrix = values if place is not None else values[number]
+                b, a, part = truncate(matrix, self.wanted(name, [weight for weight in own if not weight.is_zero]))
+            self.experts.put(parent, parameter, number, which, (b.double(), a.double()), turned and place is None)
+            lost, rank = max(lost, part), max(rank, b.shape[1])
+        if rank:
+            self.parts.notes[name] = {"rank": rank, "lost_energy": lost}
 
     def write(self, name: str, b: torch.Tensor, a: torch.Tensor, lost: float) -> None:
         """Factors of a layer's or an embedding's update, in the orientation that PEFT stores."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from safemerge_recipes.errors import PlanError
 from safemerge_recipes.methods import on_torch
 from safemerge_recipes.methods.kernel import Dot
 from safemerge_recipes.methods.tools import Tools
@@ -14,7 +13,6 @@ from safemerge_recipes.planning.graph import Task
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.weights.algebra import Weight
-from safemerge_recipes.weights.operands import LowRankStack, Rescaled
 from safemerge_recipes.weights.torch_factors import joined_factors
 
 if TYPE_CHECKING:
@@ -32,19 +30,6 @@ def inner_products(reader: Reader, arena: Arena) -> Dot:
         return float(((left[0].T @ right[0]) * (left[1] @ right[1].T)).sum())
 
     return dot
-
-
-def refuse_unfit(name: str, weight: Weight) -> None:
-    """Raises PlanError where an update has no plain-LoRA form."""
-    for _, operand in weight:
-        if isinstance(operand, Rescaled):
-            raise PlanError(
-                f"output.format: adapter: {name}: a DoRA update has no plain-LoRA equivalent; say `format: full`"
-            )
-        if isinstance(operand, LowRankStack) or ".experts." in f".{name}.":
-            raise PlanError(
-                f"output.format: adapter: {name}: updates of experts are not written as adapters; say `format: full`"
-            )
 
 
 def evaluated(task: Task, work: Work, reader: Reader, arena: Arena) -> torch.Tensor:

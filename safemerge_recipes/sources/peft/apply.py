@@ -296,6 +296,8 @@ class _Application:
                 if sizes != shape[-2:]:
                     raise self.refuse_shape(f"{root}.{fitting[0]}", sizes, shape[-2:])
                 self.separate(experts, fitting[0], LowRankStack(b, a, scale, count))
+                if root != experts.parent:
+                    self.translated.append((f"{root}.{fitting[0]}", f"{experts.parent}.{fitting[0]}"))
         if places:
             raise SourceError(
                 f"{keys.path}: target_parameters names {root}.{next(iter(places))}, which it does not hold"
