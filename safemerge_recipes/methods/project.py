@@ -154,23 +154,29 @@ class Projection(Transform):
         square = sum(float((piece * piece).sum(dim=-1).double().sum()) for _, piece in matrix)
         scale = self._scale(name, v, square, tools)
         right = TorchRows(delta, tools.reader, tools.arena, "delta", tools.room // 2)
-        height = panel_rows(matrix.columns)
-        made: dict[int, torch.Tensor] = {}
+        height, device = panel_rows(matrix.columns), tools.arena.device
+        # Two buffers for all panels: the allocator would keep more of freed ones than the budget knows.
+        panels = torch.empty(2, min(height, matrix.rows), matrix.columns, dtype=matrix.dtype, device=device)
+        at = -1
 
         def panel(number: int) -> torch.Tensor:
-            if number not in made:
-                made.clear()
-                own = matrix.part(number * height, min((number + 1) * height, matrix.rows))
-                total = torch.zeros(len(own), matrix.columns, dtype=matrix.dtype, device=tools.arena.device)
+            nonlocal at
+            first, last = number * height, min((number + 1) * height, matrix.rows)
+            total = panels[1, : last - first]
+            if at != number:
+                own = matrix.part(first, last, panels[0])
+                total.zero_()
                 for (_, v_piece), (_, d_piece) in zip(matrix, right, strict=True):
                     total.addmm_(own @ v_piece.T, d_piece)
-                made[number] = total.div_(scale)
-            return made[number]
+                total.div_(scale)
+                at = number
+            return total
 
         def rows(first: int, last: int) -> torch.Tensor:
             numbers = range(first // height, (last - 1) // height + 1)
-            pieces = [panel(n)[max(first - n * height, 0) : last - n * height] for n in numbers]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            if len(numbers) == 1:
+                return panel(numbers[0])[first - numbers[0] * height : last - numbers[0] * height]
+            return torch.cat([panel(n)[max(first - n * height, 0) : last - n * height].clone() for n in numbers])
 
         return rows
 

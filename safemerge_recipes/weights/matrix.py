@@ -68,11 +68,13 @@ class TorchRows:
             yield slice(first, last), piece
         self._held = held
 
-    def part(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last), in memory of their own; evaluated a piece at a time, so no buffer grows."""
+    def part(self, first: int, last: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [first, last), a piece at a time, in memory of their own or at the beginning of `out`."""
         import torch
 
-        out = torch.empty(last - first, self.columns, dtype=self.dtype, device=self._device)
+        if out is None:
+            out = torch.empty(last - first, self.columns, dtype=self.dtype, device=self._device)
+        out = out[: last - first]
         for at in range(first, last, self._step):
             end = min(at + self._step, last)
             out[at - first : end - first] = self._evaluate(at * self.columns, end * self.columns)[0].view(

@@ -252,3 +252,35 @@ def test_a_score_file_of_another_model_is_refused_before_measuring(family: Path,
     swapped = api.load_recipe(family / "recipe.yaml", [merge, "sources.finetuned.adapter=./safety"])
     with pytest.raises(SourceError, match=r"other\.safetensors: was made from another finetuned model"):
         api.plan(swapped, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["wanda", "snip", "safe-delta"])
+def test_the_stated_memory_is_kept(family: Path, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 260 MB in float32: one block of it at a time, and no more than is stated, imports aside."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from safemerge_recipes.scores import run
+    from tests.fixtures.own_memory import OwnMemory
+
+    tok = AutoTokenizer.from_pretrained(family / "base")
+    config = LlamaConfig(
+        vocab_size=len(tok), hidden_size=640, intermediate_size=1280, num_hidden_layers=16, num_attention_heads=4,
+        num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=3,
+    )  # fmt: skip
+    for seed, role in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / role)
+        tok.save_pretrained(tmp_path / role)
+    (tmp_path / "recipe.yaml").write_text(
+        "sources: {aligned: ./base, finetuned: ./tuned}\ngate: {always: true}\nmerge: {method: drop}\n"
+    )
+    whole = sum(value.numel() * 4 for value in load_file(tmp_path / "base" / "model.safetensors").values())
+    stated = []
+    asked = run.memory_of
+    monkeypatch.setattr(run, "memory_of", lambda *given: stated.append(asked(*given)) or stated[-1])
+    rows = family / ("lines.txt" if by == "wanda" else "rows.jsonl")
+    scored(family, by, prompts=[rows])  # imports, and what torch keeps for good
+    with OwnMemory() as own:
+        scored(tmp_path, by, prompts=[rows])
+    assert 0 < own.grown <= stated[-1] + 16_000_000 < whole, (own.grown, stated, whole)
