@@ -220,6 +220,20 @@ def test_each_goes_on_with_the_work_of_the_other(executor: Executor, root: Path,
         assert _weights(folder) == _weights(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("sources", [FULL, ADAPTERS], ids=["checkpoints", "adapters"])
+def test_several_deltas_have_the_same_bytes_everywhere(
+    executor: Executor, root: Path, tmp_path: Path, sources: str
+) -> None:
+    more = "others: {third: base, fourth: {adapter: safety-adapter}}"
+    many = f"{sources[:-1]}, {more}}}"
+    weights = "weights: {finetuned: 0.7, safety: 0.3, third: 0.4, fourth: -0.2}"
+    prepared = _prepared(root, many, f"{{method: ties, density: 0.5, {weights}}}")
+    alone = replace(prepared, resources=replace(prepared.resources, workers=1))
+    _run(LOCAL, alone, tmp_path / "expected")
+    _run(executor, prepared, tmp_path / "found")
+    assert _weights(tmp_path / "found") == _weights(tmp_path / "expected")
+
+
 def test_values_that_are_no_numbers_are_refused_with_their_place(
     executor: Executor, root: Path, tmp_path: Path
 ) -> None:

@@ -113,6 +113,28 @@ def test_two_hundred_kill_points_and_as_many_double_kills(start, family, tmp_pat
     assert killed > 350  # the number of calls differs a little from run to run; a few kills come too late
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_run_of_several_deltas_killed_anywhere_goes_on_to_the_same_bytes(start, family, tmp_path, method):
+    recipe, _, calls = family
+    many = [
+        "--set", "sources.others={third: ./base}", "--set", f"merge.method={method}",
+        "--set", "merge.weights={finetuned: 0.7, safety: 0.5, third: -0.3}",
+    ]  # fmt: skip
+    if method == "ties":
+        many += ["--set", "merge.density=0.5"]
+    plain = tmp_path / "plain"
+    code, _, err = run("run", recipe, "--output", plain, *many)
+    assert code == 0, err
+    assert digests(plain) != family[1]
+    several = recipe, digests(plain), calls
+    killed = sum(
+        kill_and_resume(start, several, tmp_path, 1 + calls * number // 12, again=calls // 2, first=many)
+        for number in range(12)
+    )
+    assert killed > 8
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_replacing_an_output_is_safe_from_kills_too(start, family, tmp_path, number):
     recipe, expected, calls = family
