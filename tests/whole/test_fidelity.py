@@ -1,8 +1,8 @@
 """Adapters and checkpoints of every kind mean what PEFT and transformers say they mean, or are refused by name.
 
-Guards `engine.adapter.config`, `engine.adapter.parts`, `engine.adapter.update`, `engine.adapter.write`,
-`sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`, `sources.vocabulary`,
-`sources.peft.config`, `sources.peft.keys`, `methods.stacks`.
+Guards `engine.adapter.config`, `engine.adapter.experts`, `engine.adapter.parts`, `engine.adapter.update`,
+`engine.adapter.write`, `sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`,
+`sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`, `methods.stacks`.
 """
 
 from __future__ import annotations
@@ -582,6 +582,34 @@ def test_truncated_adapters_are_the_best_of_their_rank_and_say_what_is_lost(
         torch.testing.assert_close((written[name] - before[name]).double(), best, rtol=0, atol=1e-5)
         assert line["lost_energy"] == pytest.approx(float((s[rank:] ** 2).sum() / (s**2).sum()), abs=1e-5)
         assert line["rank"] == min(rank, *delta.shape)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "DoRA"), ("mixtral", "experts")])
+def test_updates_without_a_small_exact_rank_are_truncated_where_the_recipe_says_a_rank(
+    bench: Bench, tmp_path: Path, family: str, kind: str
+) -> None:
+    """DoRA rescales every row of W, TIES elects elements; of experts, each one's matrix is truncated by itself."""
+    tuned = peft_families.save_adapter(bench.model(family), tmp_path / "tuned", **KINDS[kind](family))
+    sources = {"aligned": str(bench.model(family)), "finetuned": {"adapter": str(tuned)}}
+    merge = {"method": "ties", "weights": {"finetuned": 1}, "density": 0.5}
+    recipe = {"sources": sources, "gate": {"always": True}, "merge": merge}
+    peft_families.run(recipe, tmp_path / "full")
+    plan = peft_families.run({**recipe, "output": {"format": "adapter", "rank": 3}}, tmp_path / "out")
+    peft_families.merge_with_peft(bench.model(family), tmp_path / "out", tmp_path / "peft")
+    before, full, written = (
+        peft_families.load_model(p).state_dict() for p in (bench.model(family), tmp_path / "full", tmp_path / "peft")
+    )
+    for name in before:
+        wanted, found = (model[name].double() - before[name].double() for model in (full, written))
+        if wanted.ndim < 2 or not bool(wanted.any()):
+            assert torch.equal(found, wanted), name
+            continue
+        parts = 2 if "gate_up" in name else 1  # gate and up are truncated apart, as they lie apart on disk
+        for delta, own in zip(wanted, found, strict=True) if wanted.ndim == 3 else [(wanted, found)]:
+            for one, two in zip(delta.chunk(parts), own.chunk(parts), strict=True):
+                u, s, vh = torch.linalg.svd(one, full_matrices=False)
+                torch.testing.assert_close(two, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-5)
+    assert any(line.get("lost_energy", 0) > 0.01 for line in plan["tensors"])
 
 
 def test_full_checkpoints_become_an_adapter_of_the_wanted_rank(bench: Bench, tmp_path: Path) -> None:

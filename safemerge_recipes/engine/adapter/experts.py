@@ -7,7 +7,7 @@ transformers holds the experts of a block in two parameters, `gate_up_proj` `(co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,15 +77,16 @@ class ExpertUpdates:
 
         for (parent, parameter), pairs in self.found.items():
             experts = self.groups.get(parent)
+            shape = experts.fused(parameter, self.shapes) if experts else self.shapes[f"{parent}.{parameter}"]
+            assert shape is not None  # only parameters of experts are put
+            count, rows, columns = shape
             if experts is None:
-                count, *sizes = self.shapes[f"{parent}.{parameter}"]
                 parts = [pairs.get((number, 0)) for number in range(count)]
             else:
-                count, *sizes = experts.fused(parameter, self.shapes) or ()
-                parts = [_joined(pairs, number, parameter, sizes) for number in range(count)]
+                parts = [_joined(pairs, number, parameter, rows) for number in range(count)]
             rank = max(part[0].shape[1] for part in parts if part is not None)
-            left = torch.zeros(count, sizes[0], rank, dtype=torch.float64)
-            right = torch.zeros(count, rank, sizes[1], dtype=torch.float64)
+            left = torch.zeros(count, rows, rank, dtype=torch.float64)
+            right = torch.zeros(count, rank, columns, dtype=torch.float64)
             for number, part in enumerate(parts):
                 if part is not None:
                     left[number, :, : part[0].shape[1]] = part[0]
@@ -97,14 +98,14 @@ class ExpertUpdates:
             yield Adapted(parent, parameter, a, b, rank)
 
 
-def _joined(pairs: Mapping[tuple[int, int], Pair], number: int, parameter: str, sizes: Iterable[int]) -> Pair | None:
+def _joined(pairs: Mapping[tuple[int, int], Pair], number: int, parameter: str, rows: int) -> Pair | None:
     """An expert's factors; gate above up, with one A where both have the same, else with A below A."""
     import torch
 
     first, second = pairs.get((number, 0)), pairs.get((number, 1))
     if parameter == FUSED[1] or (first is None and second is None):
         return first
-    half = next(iter(sizes)) // 2
+    half = rows // 2
     known = first if first is not None else second
     assert known is not None
     if first is not None and second is not None and torch.equal(first[1], second[1]):
