@@ -37,6 +37,7 @@ def test_one_wheel_fits_every_python_and_holds_the_whole_package(tmp_path: Path)
     assert sources() <= names
     recipes = {path.name for path in (ROOT / "recipes" / "defenses").glob("*.yaml")}
     assert {f"safemerge_recipes/recipes/defenses/{name}" for name in recipes} <= names
+    assert "safemerge_recipes/recipe/safemerge-recipe.schema.json" in names
     assert not {name for name in names if name.split("/")[0] not in ("safemerge_recipes", wheel_info(names))}
     assert {name for name in names if name.endswith(".so")} >= {"safemerge_recipes/weights/_merge.so"}
 
