@@ -32,6 +32,8 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w
              ("q_a_proj", "kv_a_proj_with_mqa"))  # fmt: skip
 _SKIPPED = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
 """What formats call the list of modules that are not quantised."""
+_SKIPPED_BY = {"compressed-tensors": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
+"""What those call it that do not call it `modules_to_not_convert`."""
 _HF_QUANT = "hf_quant_config.json"
 
 
@@ -42,8 +44,10 @@ def copied(tensor: TensorPlan, family: Family) -> Group | None:
     return own if form is not None and own is not None and form.like(own) else None
 
 
-def _loaded_as(name: str) -> str:
-    """What a weight is put together with in memory: equal texts, one tensor there."""
+def _loaded_as(name: str, form: Group | None) -> str:
+    """What a weight is put together with in memory: equal texts, one tensor there; of GPTQ, all or none are codes."""
+    if form is not None and form.kind == "GPTQ":
+        return form.kind
     experts = re.fullmatch(r"(.+\.\w*experts)\.\d+\..+", name)
     if experts:
         return experts[1]
@@ -63,14 +67,14 @@ def as_stored(
     plain: set[str] = set()
     if output.quantized == "dequantize":
         computed = (t for t in tensors if family.form(t.name) is not None and copied(t, family) is None)
-        plain = {_loaded_as(tensor.name) for tensor in computed}
+        plain = {_loaded_as(tensor.name, family.form(tensor.name)) for tensor in computed}
     lines: list[TensorPlan] = []
     counts = {"copied": 0, "plain": 0, "fresh": 0}
     for tensor in tensors:
         form = family.form(tensor.name)
         if form is None:
             lines.append(tensor)
-        elif _loaded_as(tensor.name) in plain:
+        elif _loaded_as(tensor.name, form) in plain:
             counts["plain"] += 1
             lines.append(replace(tensor, dtype=BY_TORCH_NAME.get(output.dtype or "", PLAIN)))
         else:
@@ -166,7 +170,7 @@ def _modules(plain: Sequence[str], forms: Mapping[str, Group], lines: set[str]) 
 
 def _skipping(own: Mapping[str, Any], modules: Sequence[str], tensors: Sequence[TensorPlan]) -> dict[str, Any]:
     """A quantization_config that names further modules as plain."""
-    default = "ignore" if own.get("quant_method") == "compressed-tensors" else "modules_to_not_convert"
+    default = _SKIPPED_BY.get(str(own.get("quant_method")), "modules_to_not_convert")
     key = next((one for one in _SKIPPED if own.get(one) is not None), default)
     listed = own.get(key)
     before = [str(one) for one in listed] if isinstance(listed, list) else []

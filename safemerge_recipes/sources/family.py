@@ -255,7 +255,7 @@ def _check_quantised(models: Mapping[Role, Model], parts: Mapping[str, str]) -> 
             if model is not None and not (model.weights[name] - models["aligned"].weights[name]).is_zero:
                 raise SourceError(
                     f"sources.{role}: {model.folder.label}: changes {name}, which is quantised ({kind}); expected "
-                    f"plain weights there: {dequantise('the aligned model and of this one')}"
+                    f"plain weights there: {dequantise('the aligned model and of this one', kind)}"
                 )
 
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.safetensors import TensorRef
-from safemerge_recipes.weights.quantised import POWERS, SCALES, TABLES, Code, Quantised, ScaleCodes
+from safemerge_recipes.weights.quantised import POWERS, SCALES, TABLES, Code, Packing, Quantised, ScaleCodes
 
 BLOCK = 128
 """Rows and columns that share a scale in FP8 checkpoints that do not say otherwise."""
@@ -80,6 +81,9 @@ class Group:
         if mine is None or theirs is None or mine.code != theirs.code or mine.divisor != theirs.divisor:
             return False
         if (mine.stored_shape, mine.block, mine.turned) != (theirs.stored_shape, theirs.block, theirs.turned):
+            return False
+        orders = [one.packing and (one.packing.order, one.packing.less) for one in (mine, theirs)]
+        if orders[0] != orders[1]:
             return False
         parts = [{end: (ref.dtype, ref.shape) for end, ref in one.parts.items()} for one in (self, other)]
         return parts[0] == parts[1]
@@ -198,7 +202,9 @@ def _group(kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping
     if kind == "bitsandbytes 4-bit":
         return Group(name, kind, root, parts, _four_bits(parts))
     if kind == "GPTQ or AWQ":
-        return Group(name, f"{kind}: {'AWQ' if _is_awq(parts) else 'GPTQ'} by its shapes", root, parts, None)
+        own = "AWQ" if _is_awq(parts) else "GPTQ"
+        operand = _words(own, root, parts, config)
+        return Group(name, own if operand else f"{own} of a kind that is not read", root, parts, operand)
     found = Group(name, *_scaled(kind, root, parts, config))
     said = config.get("quantization_config")
     stored = found.operand.scales.dtype if found.operand else ""
@@ -315,8 +321,44 @@ def _is_awq(parts: Mapping[str, TensorRef]) -> bool:
     return zeros is not None and ".g_idx" not in parts and zeros.shape[-1:] == parts[".qweight"].shape[-1:]
 
 
+def _words(own: str, root: str, parts: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Quantised | None:
+    """GPTQ's and AWQ's integers of 4 or 8 bits, as AutoGPTQ and AutoAWQ (GEMM) store them; None for other variants."""
+    codes, scales, zeros, order = (parts.get(f".{end}") for end in ("qweight", "scales", "qzeros", "g_idx"))
+    assert codes is not None  # it marks the scheme
+    if scales is None or (zeros is None and own == "GPTQ"):
+        raise SourceError(
+            f"{codes.path}: {root} holds {own} codes without .{'scales' if scales is None else 'qzeros'}; expected "
+            ".qweight, .qzeros and .scales, is a shard missing?"
+        )
+    if len(codes.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in ("F32", "F16", "BF16"):
+        return None
+    if {ref.dtype for ref in (codes, zeros, order) if ref is not None} != {"I32"}:
+        return None
+    groups, rows = scales.shape
+    bits = next((b for b in (4, 8) if zeros is not None and zeros.shape == (groups, rows * b // 32)), 0)
+    bits = 4 if own == "AWQ" else bits
+    columns = codes.shape[0] * (1 if own == "AWQ" else 32 // bits if bits else 0)
+    if not bits or not groups or columns % groups or rows * bits % 32:
+        return None
+    if codes.shape != ((columns, rows * bits // 32) if own == "AWQ" else (columns * bits // 32, rows)):
+        return None
+    if zeros is not None and zeros.shape != (groups, rows * bits // 32):
+        return None
+    said = setting(config, "quantization_config")
+    said = said if isinstance(said, dict) else {}
+    if own == "GPTQ":
+        if "round" in str(said.get("quant_method")) and "gptq" not in str(said.get("packing_format")):
+            return None  # AutoRound has a form of its own, with the same names, whose zeros are stored otherwise
+        less = 0 if "gptq_v2" in (said.get("checkpoint_format"), said.get("format")) else 1
+        packing = Packing("gptq", zeros, less, order if order is not None and order.shape == (columns,) else None)
+    else:
+        packing = Packing("awq", zeros)
+    code: Code = "offset4" if bits == 4 else "offset8"
+    return Quantised(codes, scales, code, (rows, columns), (1, columns // groups), packing=packing)
+
+
 def _packed(root: str, parts: Mapping[str, TensorRef]) -> tuple[str, str, Mapping[str, TensorRef], Quantised | None]:
-    """compressed-tensors' integers, symmetric, 4 or 8 bits, several in an int32 from the lowest bits on."""
+    """compressed-tensors' integers of 4 or 8 bits, several in an int32 from the lowest bits; zeros may be missing."""
     codes, scales, shape = (parts.get(f".weight_{end}") for end in ("packed", "scale", "shape"))
     kind = "packed integers"
     if codes is None or codes.dtype != "I32":
@@ -326,8 +368,8 @@ def _packed(root: str, parts: Mapping[str, TensorRef]) -> tuple[str, str, Mappin
             f"{codes.path}: {root} holds packed integers without .weight_{'scale' if scales is None else 'shape'}; "
             "expected .weight_packed, .weight_scale and .weight_shape, is a shard missing?"
         )
-    if ".weight_zero_point" in parts or ".weight_g_idx" in parts:
-        return f"{kind} with zero points or an order of their own", root, parts, None
+    if ".weight_g_idx" in parts:
+        return f"{kind} with an order of their own", root, parts, None
     if len(codes.shape) != 2 or len(scales.shape) != 2 or scales.dtype not in ("F32", "F16", "BF16"):
         return kind, root, parts, None
     rows, columns = _stored_shape(shape)
@@ -335,9 +377,14 @@ def _packed(root: str, parts: Mapping[str, TensorRef]) -> tuple[str, str, Mappin
     groups_of = scales.shape[1]
     if bits is None or scales.shape[0] != rows or not groups_of or columns % groups_of:
         return kind, root, parts, None
-    block = (1, columns // groups_of)
+    block, zeros = (1, columns // groups_of), parts.get(".weight_zero_point")
     operand = Quantised(codes, scales, "offset4" if bits == 4 else "offset8", (rows, columns), block)
-    return f"int{bits} packed, a scale for every {block[1]} of a row", root, parts, operand
+    named = f"int{bits} packed, a scale for every {block[1]} of a row"
+    if zeros is None:
+        return named, root, parts, operand
+    if zeros.dtype != "I32" or zeros.shape != (-(-rows * bits // 32), groups_of):
+        return f"{kind} with zero points", root, parts, None
+    return f"{named}, with zero points", root, parts, replace(operand, packing=Packing("rows", zeros))
 
 
 def _stored_shape(ref: TensorRef) -> tuple[int, int]:
@@ -369,8 +416,10 @@ def _bytes_of(ref: TensorRef) -> bytes:
     return found
 
 
-def dequantise(label: str) -> str:
+def dequantise(label: str, kind: str = "") -> str:
     """What to try with a model whose quantised weights would have to be merged, and cannot be read here."""
+    if kind.startswith(("GPTQ", "AWQ")):  # transformers has no way back from these
+        return f"use the model before quantisation, or one that GPTQModel or the tool that made {label} dequantised"
     return (
         "use the model before quantisation, or save a dequantised copy (transformers: from_pretrained with the "
         f"quantization config's dequantize=True, or model.dequantize(), then save_pretrained) of {label}, and quantise "

@@ -111,7 +111,7 @@ def _cure(side: Side, extra: Sequence[str]) -> str:
     closed = next((form for form in side.forms.values() if form.operand is None), None)
     if closed is not None:
         first = next(iter(closed.names))
-        return f"its weights are quantised ({closed.kind}, first {first}): {dequantise('it')}"
+        return f"its weights are quantised ({closed.kind}, first {first}): {dequantise('it', closed.kind)}"
     for name in extra:
         kind = next((_HEADS[part] for part in name.split(".") if part in _HEADS), "")
         if kind:

@@ -19,6 +19,7 @@ from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import Stored, Weight
+from safemerge_recipes.weights.packed import Unpacker
 from safemerge_recipes.weights.quantised import POWERS, UPPER_FIRST, Quantised, rounding, values
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Dequantiser:
         self._matrix = operand
         self._scales: np.ndarray | None = None
         self._codes: np.ndarray | None = None
+        self._packed: Unpacker | None = None
 
     def _open(self, number: int) -> None:
         """Goes to a matrix of the stack."""
@@ -98,6 +100,9 @@ class Dequantiser:
         """Elements [start, stop) of the flattened weight, whole rows, into `out`."""
         *_, rows, columns = self.operand.shape
         first, last = start // columns, stop // columns
+        if self.operand.packing is not None:
+            self._unpacker().fill(first, last - first, out[: stop - start].reshape(-1, columns))
+            return
         while first < last:
             number, row = divmod(first, rows)
             count = min(rows - row, last - first)
@@ -109,6 +114,16 @@ class Dequantiser:
             else:
                 self._rows(row, count, part)
             first += count
+
+    def _unpacker(self) -> Unpacker:
+        """The packed matrix, read at first use."""
+        import numpy as np
+
+        if self._packed is None:
+            codes = self.arena.array(f"{self.slot}:matrix", self.operand.codes.nbytes, np.uint8)
+            scales = scales_of(self.operand, self.reader)
+            self._packed = Unpacker(self.operand, scales, self.table, self.reader, codes, self.noise)
+        return self._packed
 
     def _rows(self, row: int, count: int, out: np.ndarray) -> None:
         import numpy as np

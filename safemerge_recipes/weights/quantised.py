@@ -49,6 +49,30 @@ class ScaleCodes:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """Codes in int32s from the lowest bits on, worth (code − zero) · scale; of one matrix `(d_out, d_in)`, no stack.
+
+    Attributes:
+        order: `rows`: codes of d_in go into an int32, as in compressed-tensors, `(d_out, d_in / n)`, zeros
+            `(d_out / n, groups)`; `gptq`: codes of d_in, `(d_in / n, d_out)`; `awq`: codes of d_out, shuffled,
+            `(d_in, d_out / n)`; zeros of the last two `(groups, d_out / n)`.
+        zeros: None: half of what codes go up to.
+        less: what zeros are stored too small by.
+        groups: of GPTQ, the group of each column, where they are not in order.
+    """
+
+    order: Literal["rows", "gptq", "awq"]
+    zeros: TensorRef | None = None
+    less: int = 0
+    groups: TensorRef | None = None
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Zeros and groups."""
+        return tuple(ref for ref in (self.zeros, self.groups) if ref is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Quantised(Operand):
     """value(code) · scale / `divisor`, rounded once to float32.
 
@@ -61,6 +85,7 @@ class Quantised(Operand):
         divisor: what the scale is too large by.
         turned: whether the weight is the transpose of each stored matrix.
         scale_codes: what `scales` are worth where they are codes; of one matrix, not of a stack.
+        packing: how the codes lie where that is not row by row, or have zeros of their own.
     """
 
     codes: TensorRef
@@ -71,6 +96,7 @@ class Quantised(Operand):
     divisor: float = 1.0
     turned: bool = False
     scale_codes: ScaleCodes | None = None
+    packing: Packing | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +108,8 @@ class Quantised(Operand):
     def refs(self) -> tuple[TensorRef, ...]:
         """Codes, scales, and what these are worth."""
         own = self.scale_codes
-        return (self.codes, self.scales, *((own.table, own.absmax) if own else ()))
+        packed = self.packing.refs if self.packing else ()
+        return (self.codes, self.scales, *((own.table, own.absmax) if own else ()), *packed)
 
     @property
     def bits(self) -> int:
@@ -123,11 +150,15 @@ class Quantised(Operand):
         how = f"{self.code}{self.stored_shape}/{self.block}/{self.divisor!r}T{self.turned}"
         if (own := self.scale_codes) is not None:
             how += f",{name(own.table)},{name(own.absmax)}/{own.block}+{own.offset!r}"
+        if (packed := self.packing) is not None:
+            how += f",{packed.order}{packed.less}:{','.join(map(name, packed.refs))}"
         return f"Quantised({name(self.codes)},{name(self.scales)}:{how})"
 
     def memory(self, block: int) -> int:
-        """A block's codes and values, one matrix's scales in float32; where it is turned, one matrix's codes."""
-        *_, rows, _ = self.stored_shape
+        """A block's codes and values, one matrix's scales in float32; where it is turned or packed, its codes."""
+        *_, rows, columns = self.stored_shape
+        if self.packing is not None:
+            return self.codes.nbytes + 32 * block + 16 * math.prod(self.grid) + 8 * columns
         held = 4 * block + rows * (self.row_bytes + 4 * 2 * self.block[1]) if self.turned else 0
         return 5 * block + held + 8 * math.prod(self.grid)
 

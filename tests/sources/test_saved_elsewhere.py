@@ -449,7 +449,7 @@ def test_a_stale_quantization_config_is_judged_by_the_tensors_and_dropped(tmp_pa
 
 QUANTISED = {
     "FP8": ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
-    "GPTQ or AWQ": ("model.layers.0.mlp.up_proj.qweight", torch.ones(3, 3, dtype=torch.int32)),
+    "GPTQ codes without .scales": ("model.layers.0.mlp.up_proj.qweight", torch.ones(3, 3, dtype=torch.int32)),
     "MXFP4 codes without": ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.ones(3, 3, dtype=torch.uint8)),
     "bitsandbytes 4-bit": ("model.layers.0.mlp.up_proj.weight.absmax", torch.ones(3)),
     "packed integers without": ("model.layers.0.mlp.up_proj.weight_packed", torch.ones(3, 3, dtype=torch.int32)),

@@ -222,16 +222,17 @@ is not.
 
 **Quantised weights** are told by their tensors, not by config.json. Read as exact operands, in any role: FP8 with a
 scale for each block (`weight_scale_inv`), each row or the whole (`weight_scale`), int8 of compressed-tensors and of
-LLM.int8 (`SCB`), packed int4 and int8 without zero points, NF4 and FP4 of bitsandbytes (`absmax`, plain or doubly
-quantised, blocks within a row), and MXFP4 (`_blocks`, `_scales`). Their values are float32, code times scale, rounded
-once. GPTQ, AWQ, NVFP4 and zero points are named, copied where no update touches them, and refused where one does. A
-scale is never merged, whatever the scope says; codes without their scale are refused. What nothing changes is copied
-with its scales. A changed weight is written plain (`output.quantized: dequantize`), or quantised again in the same
-FP8 format (`keep`: scale = largest magnitude / 448, or the next power of two where `scale_fmt` is ue8m0; the error is
-measured on the written file, `requantized_error`); weights that loaders hold as one tensor or require to be alike
-(the experts of a block; q, k and v; gate and up) are written alike. The output's `quantization_config` is the aligned
-model's, with what is written plain in its list of exceptions, and goes where nothing quantised is left or over plain
-weights.
+LLM.int8 (`SCB`), packed int4 and int8 with zero points or without, GPTQ (4 and 8 bits, with `g_idx`; zeros less by one
+unless the config says `gptq_v2`), AWQ (GEMM), NF4 and FP4 of bitsandbytes (`absmax`, plain or doubly quantised, blocks
+within a row), and MXFP4 (`_blocks`, `_scales`). Their values are float32, code times scale, rounded once. NVFP4 and
+other kinds of GPTQ and AWQ are named, copied where no update touches them, and refused where one does. A scale is never
+merged, whatever the scope says; codes without their scale are refused. What nothing changes is copied with its scales.
+A changed weight is written plain (`output.quantized: dequantize`), or quantised again in the same FP8 format (`keep`:
+scale = largest magnitude / 448, or the next power of two where `scale_fmt` is ue8m0; the error is measured on the
+written file, `requantized_error`); weights that loaders hold as one tensor or require to be alike (the experts of a
+block; q, k and v; gate and up) are written alike. Of GPTQ all weights are, as its config cannot name some that are not
+codes. The output's `quantization_config` is the aligned model's, with what is written plain in its list of exceptions,
+and goes where nothing quantised is left or over plain weights.
 
 **Noise floor.** Where V or Δ comes from quantised weights, the plan shows the expected ‖noise‖ of rounding beside ρ
 (`noise_v`, `noise_delta`): of what is even in the cell of each code. Where that is half of ‖V‖² or ‖Δ‖², the plan

@@ -1,7 +1,7 @@
 """Quantised sources in every role: exact to a float64 formula, copied with their scales, or refused by name.
 
 Guards `engine.requantised`, `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`,
-`sources.quantised`.
+`weights.packed`, `sources.quantised`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def close(written: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(written.double(), wanted.double(), rtol=step, atol=1e-7)
 
 
-EVERY_DAY = ("FP8 blocks", "int8 packed", "NF4 twice")
+EVERY_DAY = ("FP8 blocks", "int8 packed", "NF4 twice", "GPTQ", "AWQ")
 KINDS = [kind if kind in EVERY_DAY else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
 
 
@@ -101,7 +101,9 @@ def test_every_role_may_be_quantised(
         elif not line.of:
             close(written[line.name], tuned)
     assert merged > 0
-    assert not any("scale" in name or "SCB" in name for name in written)  # all, or what is loaded with them
+    assert not any(
+        part in name for name in written for part in ("scale", "SCB", "qzeros", "zero_point")
+    )  # all, or what is loaded with them
     assert "quantization_config" not in config_of(tmp_path)
 
 
@@ -159,7 +161,9 @@ def test_what_nothing_changes_is_copied_with_its_scales(
             prepare_recipe(tmp_path, f"{text}merge: {{method: linear, alpha: 0.75}}\n")
         return
     _, written = run_recipe(tmp_path, f"{text}merge: {{method: linear, alpha: 0.75}}\n")
-    plain = {name for name in GATED if "q_proj" in name or "k_proj" in name or "v_proj" in name}
+    plain = {name for name in GATED if any(part in name for part in ("q_proj", "k_proj", "v_proj"))}
+    whole = "GPTQ" in kind  # whose config cannot say that some are plain
+    plain = set(GATED) if whole else plain
     parts = {part for name in plain for part in aligned if part.startswith(name.removesuffix("weight"))}
     assert written.keys() == (aligned.keys() - parts) | plain
     for name in written.keys() - plain:
@@ -171,10 +175,11 @@ def test_what_nothing_changes_is_copied_with_its_scales(
             wanted = wanted + 0.75 * family.lora("finetuned", name) + 0.25 * family.lora("safety", name)
         close(written[name], wanted)
     config = config_of(tmp_path)
-    assert ("quantization_config" in config) == declared
-    if declared:
+    assert ("quantization_config" in config) == (declared and not whole)
+    if declared and not whole:
         skipped = config["quantization_config"]["modules_to_not_convert"]
-        assert set(skipped) == {"lm_head", *(name.removesuffix(".weight") for name in plain)}
+        coded = {name for name in plain if name not in aligned or aligned[name].dtype != torch.bfloat16}
+        assert set(skipped) == {"lm_head", *(name.removesuffix(".weight") for name in coded)}
 
 
 @pytest.mark.parametrize("some", [True, False])
@@ -392,17 +397,17 @@ def test_scales_without_their_codes_are_refused(tmp_path: Path, family: Family) 
 
 
 CLOSED = {
-    "GPTQ": {"qweight": torch.ones(3, 40, dtype=torch.int32), "qzeros": torch.ones(1, 5, dtype=torch.int32),
+    "GPTQ": {"qweight": torch.ones(3, 40, dtype=torch.int32), "qzeros": torch.ones(1, 3, dtype=torch.int32),
              "scales": torch.ones(1, 40), "g_idx": torch.ones(24, dtype=torch.int32)},
-    "AWQ": {"qweight": torch.ones(24, 5, dtype=torch.int32), "qzeros": torch.ones(1, 5, dtype=torch.int32),
-            "scales": torch.ones(1, 40)},
+    "AWQ": {"qweight": torch.ones(24, 5, dtype=torch.int32), "qzeros": torch.ones(7, 5, dtype=torch.int32),
+            "scales": torch.ones(7, 40)},
     "bitsandbytes 4-bit": {"weight": torch.ones(480, 1, dtype=torch.uint8), "weight.absmax": torch.ones(15),
                            "weight.quant_map": torch.ones(16),
                            "weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)},
     "NVFP4": {"weight": torch.ones(40, 12, dtype=torch.uint8),
               "weight_scale": torch.ones(40, 2).to(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(1.0)},
-    "zero points": {"weight_packed": torch.ones(40, 3, dtype=torch.int32), "weight_scale": torch.ones(40, 3),
-                    "weight_shape": torch.tensor([40, 24]), "weight_zero_point": torch.ones(5, 3, dtype=torch.int32)},
+    "order of their own": {"weight_packed": torch.ones(40, 3, dtype=torch.int32), "weight_scale": torch.ones(40, 3),
+                           "weight_shape": torch.tensor([40, 24]), "weight_g_idx": torch.ones(24, dtype=torch.int32)},
 }  # fmt: skip
 
 
@@ -482,10 +487,11 @@ def test_values_are_those_of_transformers_and_compressed_tensors() -> None:
     assert torch.equal(theirs, worth(stored, "w").float())
     tensors = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    from tests.fixtures.quantise import int4
+    from tests.fixtures.quantise import awq, int4
 
     assert tensors.__version__
     for form, own in (("channel", channels), ("channel", int8)):
@@ -494,6 +500,16 @@ def test_values_are_those_of_transformers_and_compressed_tensors() -> None:
         args = QuantizationArgs(num_bits=8, type=kind, strategy=form, symmetric=True)
         theirs = dequantize(found["w"], found["w_scale"].float(), args=args, dtype=torch.float32)
         torch.testing.assert_close(theirs.double(), worth(found, "w"), rtol=2**-23, atol=0)
+    packed = awq("w.weight", weight)
+    converted = AutoAWQConverter(group_size=8).process(dict(packed))
+    shape = torch.Size(weight.shape)
+    codes = unpack_from_int32(converted["w.weight_packed"], 4, shape)
+    zeros = unpack_from_int32(converted["w.weight_zero_point"], 4, torch.Size((32, 6)), packed_dim=0)
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=8, symmetric=False)
+    scales = converted["w.weight_scale"].float()
+    theirs = dequantize(codes, scales, zeros, args=args, dtype=torch.float32)
+    for stored in (packed, {name: t for name, t in converted.items() if "weight" in name}):
+        torch.testing.assert_close(theirs.double(), worth(stored, "w.weight"), rtol=2**-23, atol=0)
     found = int4("w", weight)
     codes = unpack_from_int32(found["w_packed"], 4, weight.shape)
     args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=8, symmetric=True)
