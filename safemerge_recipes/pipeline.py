@@ -23,7 +23,7 @@ from safemerge_recipes.engine.output import PartWritten, Result, check_apart, wr
 from safemerge_recipes.engine.receipts import Receipts, forget_receipt, joined, without
 from safemerge_recipes.engine.resume import reusable
 from safemerge_recipes.engine.shared_output import SharedOutput, shared_output
-from safemerge_recipes.errors import PlanError, ReadError, WriteError
+from safemerge_recipes.errors import PlanError, ReadError, SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted, ignore
 from safemerge_recipes.planning.decisions import Measure, check_gates, make_plan, survey
 from safemerge_recipes.planning.graph import Graph, build_graph, check_merges, task_memory
@@ -36,7 +36,7 @@ from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder, complete
-from safemerge_recipes.sources.side_files import no_tokenizer, side_files
+from safemerge_recipes.sources.side_files import half_a_tokenizer, no_tokenizer, side_files
 from safemerge_recipes.sources.trained import settled
 from safemerge_recipes.storage.digests import Digests, InputDigest, remember_digest
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
@@ -94,6 +94,9 @@ def resolve(
     lacking = no_tokenizer(beside)
     if lacking and lacking not in family.warnings:
         family = replace(family, warnings=(*family.warnings, lacking))
+    half = half_a_tokenizer(beside) if recipe.output.format == "full" else None
+    if half:
+        raise SourceError(f"{beside[half.partition(':')[0]].parent}: {half}; add what is missing, or remove that file")
     return Resolved(loaded, family, beside, outlooks, registry)
 
 

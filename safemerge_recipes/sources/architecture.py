@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.checkpoint import Checkpoint, read_object, same_bytes
 from safemerge_recipes.sources.model_config import dtype_edits, setting
 from safemerge_recipes.sources.quantised import quantised
-from safemerge_recipes.sources.side_files import CONFIG_FILES, copy_side_files, holds_vocabulary, tokenizer_files
+from safemerge_recipes.sources.side_files import (
+    CONFIG_FILES,
+    copy_side_files,
+    half_a_tokenizer,
+    holds_vocabulary,
+    tokenizer_files,
+)
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.files import written
 from safemerge_recipes.storage.layout import SINGLE_FILE, lay_out
@@ -43,7 +50,7 @@ class Loaded:
 
 
 def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
-    """What config.json says of the tensors that they do not bear out: dtype, ties, vocabulary, quantisation."""
+    """What config.json says of dtype, ties, vocabulary and quantisation that is not so; half a tokenizer."""
     config, tensors = checkpoint.config, checkpoint.tensors
     numbers: Counter[str] = Counter()
     for ref in tensors.values():
@@ -61,6 +68,12 @@ def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
     size = setting(config, "vocab_size")
     if len(rows) == 1 and type(size) is int and size not in rows:
         yield f"config.json: vocab_size is {size}; the embedding has {rows.pop()} rows"
+    try:
+        half = half_a_tokenizer(tokenizer_files(checkpoint.directory))
+    except SourceError as error:
+        half = str(error)
+    if half:
+        yield half
 
 
 def loads(checkpoint: Checkpoint) -> Loaded:

@@ -7,11 +7,13 @@ tokenizer_config.json) lies over it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import ReadError, SourceError
+from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.model_config import edited
 from safemerge_recipes.storage.files import check_file, content_of, inside, pieces_of, written
@@ -124,6 +126,37 @@ def no_tokenizer(files: Mapping[str, Path]) -> str | None:
     if any(map(_is_vocabulary, files)):
         return None
     return "no source has a tokenizer's vocabulary (tokenizer.json and the like), so the output has none"
+
+
+_WITHOUT_FILES = ("ByT5", "Canine", "Perceiver")
+"""Tokenizers of bytes, which have no vocabulary."""
+_WITH_MERGES = ("GPT2", "Qwen2", "Roberta", "Bart", "Whisper", "CLIP", "CodeGen", "Longformer", "LED")
+"""Tokenizers by merges, which vocab.json alone does not make."""
+_ABOUT = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""Files about a tokenizer that are none themselves."""
+
+
+def half_a_tokenizer(files: Mapping[str, Path]) -> str | None:
+    """What the files beside some weights lack of a tokenizer, where they hold a part of one that loads nowhere.
+
+    A vocabulary may go by names that are not known here, so that any file which may be one counts.
+    """
+    if "tokenizer.json" in files:
+        return None
+    about = read_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    owner = str(about.get("tokenizer_class") or "")
+    if "merges.txt" in files and "vocab.json" not in files:
+        return "merges.txt: there is no vocab.json beside it; expected both, or tokenizer.json"
+    if "vocab.json" in files and "merges.txt" not in files and owner.startswith(_WITH_MERGES):
+        return (
+            f"vocab.json: there is no merges.txt beside it, which {owner[:80]} needs; expected both, or tokenizer.json"
+        )
+    some = any(
+        re.search(r"vocab|tok|spm|piece|bpe|tekken|\.model$|\.tiktoken$", name) for name in files.keys() - {*_ABOUT}
+    )
+    if owner and not some and not owner.startswith(_WITHOUT_FILES) and "auto_map" not in about:
+        return f"tokenizer_config.json: names {owner[:80]}, no vocabulary lies beside it; expected tokenizer.json"
+    return None
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:

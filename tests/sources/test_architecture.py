@@ -20,6 +20,7 @@ from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.verification import verify
 from tests.fixtures import peft_families
 from tests.fixtures.plain_family import make_family, run_recipe
+from tests.fixtures.program import run
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,34 @@ def test_a_tokenizer_that_does_not_load_is_told(changed: Callable[..., Path]) ->
     assert any(
         line.startswith("tokenizer: transformers cannot load it") for line in loads(open_checkpoint(folder)).unchecked
     )
+
+
+HALVES = [
+    ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, "no vocabulary lies beside it"),
+    ({"merges.txt": {}}, "there is no vocab.json beside it"),
+    ({"vocab.json": {"a": 0}, "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, "no merges.txt"),
+]
+WHOLE = [
+    {"tokenizer.json": {}, "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}},
+    {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}},
+    {"tokenizer_config.json": {"chat_template": "{{ messages }}"}},
+    {"vocab.json": {"a": 0}, "tokenizer_config.json": {"tokenizer_class": "Wav2Vec2CTCTokenizer"}},
+    {"tokenizer_config.json": {"tokenizer_class": "DebertaV2Tokenizer"}, "spm.model": {}},
+]
+
+
+@pytest.mark.parametrize(("files", "told"), [*HALVES, *((files, None) for files in WHOLE)])
+def test_half_a_tokenizer_is_refused_before_a_run_and_by_verify(
+    llama: Path, changed: Callable[..., Path], tmp_path: Path, files: dict[str, Any], told: str | None
+) -> None:
+    folder = changed()
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    assert [told in line for line in disagreements(open_checkpoint(folder))] == ([True] if told else [])
+    text = f"sources: {{aligned: {llama}, finetuned: {folder}}}\ngate: {{never: true}}\noutput: {{path: out}}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, _, err = run("plan", tmp_path / "recipe.yaml")
+    assert (code, (told or "") in err) == (3 if told else 0, True), err
 
 
 @pytest.mark.parametrize(
