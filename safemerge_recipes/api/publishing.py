@@ -38,8 +38,10 @@ def publish(
         on_event: is told what goes on.
 
     Returns:
-        `files` with `size` and whether they are `changed` against the output, `licences` by role, `notes`; with
-        `upload` also `revision`, `commit`, `url`, `sent` and `removed`.
+        `files` with `size` and whether they are `changed` against the output, `licences` by role, `notes`, and which
+        files of an earlier model are `removed` from the repository. Without `upload` also what is `there`: of each
+        file `new`, `changed`, `unchanged` or None where that is not known, and in words. With `upload` also
+        `revision`, `commit`, `url` and `sent`.
 
     Raises:
         CheckError: the output is not sound.
@@ -50,7 +52,7 @@ def publish(
     """
     from safemerge_recipes.report.licences import licence_note
     from safemerge_recipes.sharing.parcel import make_parcel, signed
-    from safemerge_recipes.sharing.publish import send
+    from safemerge_recipes.sharing.publish import look, send
     from safemerge_recipes.sources.hub import is_id
 
     folder = Path(folder)
@@ -62,13 +64,20 @@ def publish(
     if private_key is not None:
         parcel = signed(parcel, folder, Path(private_key))
     note = licence_note(parcel.sources)
+    there = None if upload else look(parcel, repository, branch)
+    states = there.states if there else {}
     told: dict[str, Any] = {
         "repository": repository,
-        "files": [{"file": n, "size": parcel.size(n), "changed": n in parcel.changed} for n in parcel.files],
+        "files": [
+            {"file": n, "size": parcel.size(n), "changed": n in parcel.changed, "there": states.get(n)}
+            for n in parcel.files
+        ],
         "licences": {role: source.get("license") for role, source in parcel.sources.items()},
         "notes": [*([note] if note else []), *parcel.notes],
     }
-    if upload:
+    if there:
+        told |= {"there": there.note, "removed": there.removed}
+    else:
         title = f"{folder.name}, merged by safemerge-recipes"
         done = send(parcel, repository, branch, on_event, private=private, title=title)
         told |= {key: getattr(done, key) for key in ("revision", "commit", "url", "sent", "removed")}

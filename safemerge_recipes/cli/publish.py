@@ -52,12 +52,14 @@ def _lines(folder: Path, done: dict[str, Any], upload: bool) -> list[str]:
     total = size(sum(one["size"] for one in files))
     lines = [f"{folder} is sound; {len(files)} files, {total}, to {done['repository']}:"]
     for one in files:
-        note = "  (rewritten for others)" if one["changed"] else ""
-        lines.append(f"  {one['file']:<{width}}  {size(one['size']):>8}{note}")
+        note = f"  {one['there'] or '':<9}" + ("  (rewritten for others)" if one["changed"] else "")
+        lines.append(f"  {one['file']:<{width}}  {size(one['size']):>8}{note}".rstrip())
     lines.append("Licences: " + ", ".join(f"{role} {name or 'not stated'}" for role, name in done["licences"].items()))
     lines += [f"Note: {note}" for note in done["notes"]]
+    removed = ", ".join(done["removed"])
     if not upload:
+        lines.append(f"There: {done['there']}{f'; would be removed: {removed}' if removed else ''}")
         return [*lines, "Nothing was sent; --upload sends it."]
-    lines += [f"Removed there: {', '.join(done['removed'])}"] if done["removed"] else []
+    lines += [f"Removed there: {removed}"] if removed else []
     state = f"{len(done['sent'])} files sent" if done["sent"] else "nothing was left to send"
     return [*lines, f"{state}; {done['url']} (run it as {done['repository']}@{done['revision']})"]

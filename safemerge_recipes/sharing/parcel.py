@@ -27,7 +27,15 @@ from safemerge_recipes.engine.folder import (
     REPORT_FILE,
     SIGNATURE_FILE,
 )
-from safemerge_recipes.engine.manifest import FORMAT, LEFT_OUT, manifest_record, read_record, sealed, versions
+from safemerge_recipes.engine.manifest import (
+    FORMAT,
+    LEFT_OUT,
+    manifest_record,
+    read_record,
+    sealed,
+    sha256_of,
+    versions,
+)
 from safemerge_recipes.errors import PlanError, RecipeError, SourceError
 from safemerge_recipes.recipe.source import source_holders, split_revision
 from safemerge_recipes.recipe.yaml_text import read_yaml, write_yaml
@@ -52,17 +60,26 @@ class Parcel:
         changed: names of files whose content is another than the output's.
         sources: what is told of the sources, by role.
         notes: what the user should know before it is sent.
+        digests: file of the output -> its sha256, as the manifest has it.
     """
 
     files: Mapping[str, Path | bytes]
     changed: tuple[str, ...]
     sources: Mapping[str, Mapping[str, Any]]
     notes: tuple[str, ...]
+    digests: Mapping[str, str]
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of a file."""
+        content = self.files[name]
+        if isinstance(content, bytes):
+            return hashlib.sha256(content).hexdigest()
+        return self.digests.get(name) or sha256_of(content)
 
 
 def make_parcel(folder: Path, stand_ins: Mapping[str, str], *, answers: bool = False) -> Parcel:
@@ -99,7 +116,8 @@ def make_parcel(folder: Path, stand_ins: Mapping[str, str], *, answers: bool = F
     elif (folder / SIGNATURE_FILE).is_file():
         parcel[SIGNATURE_FILE] = folder / SIGNATURE_FILE
     notes += _unnamed(provenance["recipe"])
-    found = Parcel(dict(sorted(parcel.items())), tuple(changed), sources, tuple(notes))
+    digests = {entry["file"]: entry["sha256"] for entry in record["outputs"]}
+    found = Parcel(dict(sorted(parcel.items())), tuple(changed), sources, tuple(notes), digests)
     check_leaks(folder, found.files)
     return found
 

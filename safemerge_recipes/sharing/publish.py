@@ -7,7 +7,8 @@ that nobody ever sees half an output.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safemerge_recipes.errors import PlanError, SafemergeError, WriteError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.sharing.parcel import Parcel
 from safemerge_recipes.sources.refusals import HubError, told
+from safemerge_recipes.storage.files import content_of
 
 SMALL = 16_000_000
 """Bytes from which on a file is no text that git itself would hold."""
@@ -79,6 +81,48 @@ def _asking(repository: str) -> Iterator[None]:
             enable_progress_bars()
 
 
+@dataclass(frozen=True, slots=True)
+class There:
+    """What a repository has already of what would be sent.
+
+    Attributes:
+        states: file -> `new`, `changed` or `unchanged`; empty where the hub could not be asked.
+        removed: the files of an earlier model that would be removed there.
+        note: what this was compared with, in words.
+    """
+
+    states: Mapping[str, str]
+    removed: tuple[str, ...]
+    note: str
+
+
+def look(parcel: Parcel, repository: str, branch: str | None) -> There:
+    """Compares a parcel with what a branch of the repository holds; changes nothing, and never fails for the hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    api, compared = HfApi(), branch or "main"
+    try:
+        with _asking(repository):
+            try:
+                there = _tree(api, repository, compared)
+            except RevisionNotFoundError:
+                there, compared = _tree(api, repository, "main"), "main"
+            except RepositoryNotFoundError:
+                note = f"{repository} is not there yet, or not for everybody to see"
+                return There(dict.fromkeys(parcel.files, "new"), (), note)
+    except (PlanError, WriteError) as error:
+        return There({}, (), f"what is there already is not known ({error})")
+    states = {
+        name: "unchanged" if _same(parcel, name, there.get(name)) else "changed" if name in there else "new"
+        for name in parcel.files
+    }
+    stale = tuple(name for name in there if _is_stale(name, parcel))
+    found = Counter(states.values())
+    counts = ", ".join(f"{found[one]} {one}" for one in ("unchanged", "changed", "new"))
+    return There(states, stale, f"{counts}, compared with {compared} of {repository}")
+
+
 def send(
     parcel: Parcel, repository: str, branch: str | None, on_event: Listener, *, private: bool = False, title: str = ""
 ) -> Published:
@@ -98,7 +142,6 @@ def send(
         WriteError: broken off; the same call goes on.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.hf_api import RepoFile
 
     api = HfApi()
     with _asking(repository):
@@ -107,8 +150,7 @@ def send(
         revision = branch or _pull_request(api, repository, user, title)
         if branch is not None and branch != "main":
             api.create_branch(repository, branch=branch, exist_ok=True)
-        tree = api.list_repo_tree(repository, revision=revision, recursive=True)
-        there = {one.path: one.lfs.sha256 if one.lfs else one.blob_id for one in tree if isinstance(one, RepoFile)}
+        there = _tree(api, repository, revision)
         additions = [CommitOperationAdd(name, _held(content)) for name, content in parcel.files.items()]
         stale = [name for name in there if _is_stale(name, parcel)]
         on_event(PhaseStarted("upload", sum(one.upload_info.size for one in additions)))
@@ -121,7 +163,7 @@ def send(
         )  # fmt: skip
     number = revision.removeprefix("refs/pr/")
     url = f"{api.endpoint}/{repository}/" + (f"tree/{branch}" if branch else f"discussions/{number}")
-    sent = tuple(one.path_in_repo for one in additions if there.get(one.path_in_repo) not in _ids(one))
+    sent = tuple(name for name in parcel.files if not _same(parcel, name, there.get(name)))
     return Published(repository, revision, made.oid, url, sent, tuple(stale))
 
 
@@ -129,13 +171,25 @@ def _held(content: Path | bytes) -> Any:
     return content if isinstance(content, bytes) else str(content)
 
 
-def _ids(addition: Any) -> tuple[str, str | None]:
-    """What the hub may call a file: by the sha256 of a large one, by git's sha1 of a small one."""
-    small = addition.upload_info.size < SMALL
-    with addition.as_file() as file:
-        content = file.read() if small else b""
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return addition.upload_info.sha256.hex(), git if small else None
+def _tree(api: Any, repository: str, revision: str) -> dict[str, Any]:
+    """Name -> what the hub says of each file of a revision."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(repository, revision=revision, recursive=True)
+    return {one.path: one for one in tree if isinstance(one, RepoFile)}
+
+
+def _same(parcel: Parcel, name: str, there: Any) -> bool:
+    """Whether the hub has a file already: a large one by its sha256, a small one by git's sha1."""
+    if there is None or there.size != parcel.size(name):
+        return False
+    if there.lfs:
+        return bool(there.lfs.sha256 == parcel.sha256(name))
+    if parcel.size(name) >= SMALL:
+        return False
+    held = parcel.files[name]
+    content = held if isinstance(held, bytes) else content_of(held, SMALL)
+    return bool(there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest())
 
 
 def _is_stale(name: str, parcel: Parcel) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -283,9 +284,13 @@ class TestRefusals:
     def test_a_file_that_is_cut_off_and_then_comes(self, world):
         assert world("plan", world.recipe(ALWAYS))[0] == 0  # headers
         world.hub.fail("GET /lfs/", cut=True, times=2)
-        assert world("run", world.recipe(), "--output", world.home / "out")[0] == 0
-        whole = [one for one in world.hub.asked("GET /lfs/") if not one[2]]
-        assert len(whole) == 6  # four files, two of them again; what the client has got by then is less than a piece
+        pieces = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = 1000\n"
+        assert world("run", world.recipe(), "--output", world.home / "out", before=pieces)[0] == 0
+        asked = [one[2] for one in world.hub.asked("GET /lfs/")]
+        assert asked.count("") == 4
+        rest = [int(found[1]) for one in asked if (found := re.fullmatch(r"bytes=(\d+)-", one))]
+        assert len(rest) == 2  # two of them were cut off in the middle, and went on behind the last whole piece
+        assert all(at >= 1000 and at % 1000 == 0 for at in rest)
 
     @pytest.mark.slow
     def test_a_file_that_is_always_cut_off(self, world):

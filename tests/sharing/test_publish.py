@@ -22,11 +22,20 @@ from tests.fixtures.program import digests, run, spawn
 ADAPTER = "output: {format: adapter}\n"
 
 
+KEPT: dict[tuple[Path, str], Path] = {}
+"""Finished outputs by hub and recipe, which a test gets a copy of."""
+
+
 def merged(world, **content) -> Path:
-    """A finished output."""
-    code, _, err = world("run", world.recipe(**content), "--output", world.home / "out")
-    assert code == 0, err
-    return world.home / "out"
+    """A finished output, made once for all tests that ask for the same."""
+    out, key = world.home / "out", (world.folder, str(content))
+    if key not in KEPT:
+        code, _, err = world("run", world.recipe(**content), "--output", out)
+        assert code == 0, err
+        KEPT[key] = Path(shutil.copytree(out, world.folder.with_name(f"kept-{len(KEPT)}")))
+    elif not out.exists():
+        shutil.copytree(KEPT[key], out)
+    return out
 
 
 def published(world, folder: Path, *options: object) -> str:
@@ -52,7 +61,8 @@ class TestThereAndBack:
         world.hub.forget()
         code, told, err = world("publish", out, "--repo", "ann/merged")
         assert code == 0, err
-        assert not world.hub.requests
+        assert {one[0] for one in world.hub.requests} == {"GET"}
+        assert "There: ann/merged is not there yet, or not for everybody to see" in told
         assert "Nothing was sent; --upload sends it." in told
         assert "Licences: base apache-2.0, aligned apache-2.0, finetuned not stated, safety not stated" in told
         assert "The sources do not all state the same licence" in told
@@ -131,11 +141,44 @@ class TestThereAndBack:
     def test_weights_of_an_earlier_model_are_removed(self, world):
         old = {"model-00002-of-00002.safetensors": b"x", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
         world.hub.add("ann/merged", old)
-        told = published(world, merged(world), "--branch", "main")
-        assert "Removed there: model-00002-of-00002.safetensors, model.safetensors.index.json" in told
+        out = merged(world)
+        arguments = ("publish", out, "--repo", "ann/merged", "--branch", "main")
+        gone = "model-00002-of-00002.safetensors, model.safetensors.index.json"
+        assert f"compared with main of ann/merged; would be removed: {gone}\n" in world(*arguments)[1]
+        told = published(world, out, "--branch", "main")
+        assert f"Removed there: {gone}" in told
         tree = world.hub.repositories["ann/merged"].tree()
         assert "notes.md" in tree
         assert not {"model-00002-of-00002.safetensors", "model.safetensors.index.json"} & set(tree)
+
+
+class TestWhatIsThere:
+    def test_each_file_is_new_changed_or_unchanged(self, world):
+        out = merged(world)
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        files |= {"config.json": b"{}", "model.safetensors": files["model.safetensors"][::-1]}
+        del files["README.md"]
+        world.hub.add("ann/merged", files)
+        code, printed, err = world("publish", out, "--repo", "ann/merged", "--json")
+        assert code == 0, err
+        found = json.loads(printed)
+        states = {one["file"]: one["there"] for one in found["files"]}
+        assert (states.pop("config.json"), states.pop("model.safetensors")) == ("changed", "changed")
+        assert states.pop("README.md") == "new"
+        assert set(states.values()) == {"unchanged"}
+        assert found["there"] == f"{len(states)} unchanged, 2 changed, 1 new, compared with main of ann/merged"
+
+    @pytest.mark.slow
+    def test_a_branch_to_be_made_begins_as_main_and_a_hub_that_is_down_is_told(self, world):
+        out = merged(world)
+        world.hub.add("ann/merged", {path.name: path.read_bytes() for path in out.iterdir()})
+        arguments = ("publish", out, "--repo", "ann/merged", "--branch", "next")
+        assert " unchanged, 0 changed, 0 new, compared with main of ann/merged" in world(*arguments)[1]
+        world.hub.fail("/tree/", 500)
+        code, told, _ = world(*arguments)
+        assert (code, "what is there already is not known (ann/merged: the hub answers" in told) == (0, True)
+        code, told, _ = world(*arguments, offline=True)
+        assert (code, "HF_HUB_OFFLINE forbids" in told) == (0, True)
 
 
 @pytest.fixture
