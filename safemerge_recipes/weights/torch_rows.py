@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from safemerge_recipes.recipe.numbers import Rational
 from safemerge_recipes.storage.arena import Arena, torch_bytes
 from safemerge_recipes.storage.reader import Reader
+from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import Factored, Operand, Stored, Weight
 from safemerge_recipes.weights.dequantise import Dequantiser
 from safemerge_recipes.weights.quantised import Quantised, Read
@@ -33,6 +35,8 @@ class Evaluator:
     def __init__(
         self, weights: tuple[Weight, ...], reader: Reader, arena: Arena, slot: str, dtype: torch.dtype
     ) -> None:
+        import torch
+
         self.reader, self.arena, self.slot, self.dtype = reader, arena, slot, dtype
         self.stored = [
             [(float(coefficient), operand) for coefficient, operand in weight if isinstance(operand, Read)]
@@ -54,10 +58,16 @@ class Evaluator:
             for number, operand in enumerate(self.read)
             if isinstance(operand, Quantised)
         }
+        self.compiled = (
+            compiled.LIBRARY is not None and len(weights) == 1 and arena.device == "cpu" and dtype == torch.float32
+            and all(_is_difference(term) for term in weights[0])
+        )  # fmt: skip
 
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, ...]:
         """Elements [start, stop) of each flattened weight, in `dtype`, valid until the next call."""
         count = stop - start
+        if self.compiled:
+            return (self._difference(start, count),)
         pieces: dict[Operand, torch.Tensor] = {}
         for number, operand in enumerate(self.read):
             if isinstance(operand, Stored):
@@ -66,6 +76,19 @@ class Evaluator:
                 raw = self._dequantised(operand, start, stop)
             pieces[operand] = self.arena.take(f"{self.slot}:{number}", count, self.dtype).copy_(raw)
         return tuple(self._sum(number, pieces, start, stop) for number in range(len(self.stored)))
+
+    def _difference(self, start: int, count: int) -> torch.Tensor:
+        """The same values in one pass: V and Δ of full checkpoints, which a gate looks at again and again."""
+        raw = [
+            (coefficient, operand, self.reader.read(operand.ref, start, count, self.arena, f"{self.slot}:raw{number}"))
+            for number, (coefficient, operand) in enumerate(self.stored[0])
+            if isinstance(operand, Stored)
+        ]
+        out = self.arena.take(f"{self.slot}:0", count, self.dtype)
+        terms = compiled.terms([(coefficient, operand.ref.dtype, x.data_ptr()) for coefficient, operand, x in raw])
+        assert compiled.LIBRARY is not None
+        compiled.LIBRARY.sm_evaluate(compiled.Sum(terms, len(terms)), count, out.data_ptr())
+        return out
 
     def _dequantised(self, operand: Quantised, start: int, stop: int) -> torch.Tensor:
         """Values in float32: always made on the CPU, so that every device has the same."""
@@ -102,6 +125,12 @@ class Evaluator:
         for coefficient, piece in self.computed[number]:
             out.add_(piece(start, stop), alpha=coefficient)
         return out
+
+
+def _is_difference(term: tuple[Rational, Operand]) -> bool:
+    """Whether a stored tensor is added or taken away as it is, so that no product is rounded."""
+    coefficient, operand = term
+    return isinstance(operand, Stored) and operand.ref.dtype in compiled.DTYPES and abs(coefficient) == 1
 
 
 def _opened(operand: Operand, reader: Reader, arena: Arena, slot: str, dtype: torch.dtype) -> Piece:
