@@ -8,35 +8,31 @@ when a function here is called. Knows nothing of merging.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import CheckError, WriteError
-from safemerge_recipes.evaluation.choices import class_metrics
 from safemerge_recipes.evaluation.likelihood import refusal_likelihoods
+from safemerge_recipes.evaluation.listening import Listening
+from safemerge_recipes.evaluation.lm_results import prompt_id, task_scores
+from safemerge_recipes.evaluation.models import versions, wrap, wrap_by
 from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, quiet, torch_threads
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.evaluation.store import Store, key_of
 from safemerge_recipes.evaluation.suite import (
     ANSWER_TOKENS,
-    BACKENDS,
-    PACKAGES,
     Suite,
     check_backend,
     expand,
     load_suite,
 )
 
-__all__ = ["Metric", "Scores", "Subject", "TaskScores", "choose", "evaluate", "expand", "result_keys", "score"]
+__all__ = ["Metric", "Scores", "Subject", "TaskScores", "evaluate", "expand", "result_keys", "score"]
 
 
 Tell = Callable[[str, int, int], None]
@@ -175,9 +171,9 @@ def score(
         model, tokenizer = subject.open()
         with _told_when_stopped(subject.name, kept), quiet(False), kept_mode(model), torch_threads(threads):
             if backend == "hf":
-                loaded, settings = _load(model, tokenizer, subject.peft, device, dtype, batch_size)
+                loaded, settings = wrap(model, tokenizer, subject.peft, device, dtype, batch_size)
             else:
-                loaded, settings = _load_folder(backend, Path(model), subject.peft, device, dtype, batch_size)
+                loaded, settings = wrap_by(backend, Path(model), subject.peft, device, dtype, batch_size)
             if not chat_template:
                 settings["chat_template_sha256"] = None
             settings |= {"limit": limit, "seed": seed, "num_fewshot": num_fewshot}
@@ -187,12 +183,12 @@ def score(
                 began = time.perf_counter()
                 both = curved and _asks(suite, task)  # answers, then likelihoods: each half of the task
                 telling = partial(_share, told, task, sizes[task], 0.0, 0.5 if both else 1.0)
-                listening = _Listening(loaded, kept, keys[task], telling)
+                listening = Listening(loaded, kept, keys[task], telling)
                 raw = _run(listening, suite.tasks[task], task, settings, limit, seed, num_fewshot)
                 telling = partial(_share, told, task, sizes[task], 0.5, 1.0)
                 likely = _likelihoods(loaded, raw["samples"][task], settings, telling) if both else {}
                 source = dict(suite.sources[task]) if task in suite.sources else None
-                scores = replace(_task_scores(task, raw), source=source, likelihoods=likely)
+                scores = replace(task_scores(task, raw), source=source, likelihoods=likely)
                 found[task] = Scores(subject.name, {task: scores}, settings, round(time.perf_counter() - began, 3))
                 if kept is not None:
                     kept.keep(keys[task], subject.name, found[task])
@@ -208,7 +204,7 @@ def result_keys(subject: Subject, suite: Suite, **given: Any) -> dict[str, str]:
     defaults["auroc"] = True
     given = {name: value for name, value in given.items() if (name, value) != ("backend", "hf")}
     machine = Path("/dev/nvidiactl").exists()  # what `auto` stands for
-    known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, _versions()]
+    known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, versions()]
     return {task: key_of(subject.key, task, known) for task in suite.tasks}
 
 
@@ -226,137 +222,8 @@ def _share(told: Tell, task: str, size: int, begin: float, end: float, done: int
     told(task, int(size * (begin + (end - begin) * done / total)) if total else int(size * end), size)
 
 
-def _versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in PACKAGES}
-
-
-class _Listening:
-    """Stands before lm-eval's model: says how far it is, and answers what is kept without asking it again."""
-
-    def __init__(self, loaded: Any, store: Store | None, key: str, tell: Callable[[int, int], None]) -> None:
-        self._known: dict[str, Any] = {} if store is None else store.answers(key)
-        self._store, self._key, self._tell = store, key, tell
-        kinds = ("generate_until", "loglikelihood")
-        self._asked = {kind: getattr(type(loaded), kind).__get__(loaded) for kind in kinds}
-        self._done = self._total = 0
-        self.model = loaded
-        loaded.generate_until = lambda requests, **o: self._answer("generate_until", requests, o)
-        loaded.loglikelihood = lambda requests, **o: self._answer("loglikelihood", requests, o)
-        loaded.set_cache_hook(self)
-
-    def _answer(self, kind: str, requests: list[Any], options: dict[str, Any]) -> list[Any]:
-        sampled = kind == "generate_until" and any(one.args[1].get("do_sample") for one in requests)
-        names = [key_of(kind, one.args[0], one.args[1] if kind == "loglikelihood" else None) for one in requests]
-        left = [one for one, name in zip(requests, names, strict=True) if sampled or name not in self._known]
-        self._done, self._total = len(requests) - len(left), len(requests)
-        self._tell(self._done, self._total)
-        self._keeping = self._store is not None and not sampled
-        fresh = iter(self._asked[kind](left, **options) if left else ())
-        return [
-            next(fresh) if sampled or name not in self._known else _as_given(self._known[name])
-            for name in names
-        ]  # fmt: skip
-
-    def add_partial(self, kind: str, request: tuple[Any, Any], answer: Any) -> None:
-        """Is lm-eval's cache hook: called with every answer as soon as it is there."""
-        self._done = min(self._done + 1, self._total)
-        self._tell(self._done, self._total)
-        if self._keeping and self._store is not None:
-            name = key_of(kind, request[0], request[1] if kind == "loglikelihood" else None)
-            self._store.keep_answer(self._key, name, answer)
-
-
-def _as_given(answer: Any) -> Any:
-    return tuple(answer) if isinstance(answer, list) else answer
-
-
-def _load(
-    model: Any, tokenizer: Any, peft: Path | str | None, device: str, dtype: str, batch_size: int | None
-) -> tuple[Any, dict[str, Any]]:
-    """Return lm-eval's wrapper of the model and the settings it runs under."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
-
-    if isinstance(model, str | Path):
-        folder = Path(model).resolve()
-        if not (folder / "config.json").is_file():
-            raise CheckError(f"model {model}: found no config.json; expected a model folder")
-        device, dtype = choose(device, dtype)
-        batch_size = batch_size or (32 if device == "cpu" else 64)
-        adapter = None if peft is None else str(Path(peft).resolve())
-        if adapter and not Path(adapter, "adapter_config.json").is_file():
-            raise CheckError(f"adapter {peft}: found no adapter_config.json; expected a PEFT adapter folder")
-        try:
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-            wrapped = HFLM(
-                pretrained=str(folder),
-                tokenizer=tokenizer,
-                dtype=dtype,
-                device=device,
-                batch_size=batch_size,
-                peft=adapter,
-            )
-        except Exception as error:
-            what = f"{type(error).__name__}: {first_line(error)}"
-            raise CheckError(
-                f"model {model}: transformers could not load it ({what}). "
-                "`safemerge verify` checks a merged folder tensor by tensor."
-            ) from error
-    else:
-        if tokenizer is None:
-            raise CheckError("evaluation of a loaded model: found no tokenizer; expected `tokenizer=`")
-        if peft is not None:
-            raise CheckError("evaluation of a loaded model: apply the adapter before, or pass the folder")
-        batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    parameter = next(wrapped.model.parameters())
-    template = getattr(tokenizer, "chat_template", None)
-    settings = {
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
-        "batch_size": batch_size,
-        "threads": torch.get_num_threads() if parameter.device.type == "cpu" else None,
-        "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
-        "refusal_matcher": MATCHER_VERSION,
-        "versions": _versions(),
-    }
-    return wrapped, settings
-
-
-def _load_folder(
-    backend: str, folder: Path, peft: Path | str | None, device: str, dtype: str, batch_size: int | None
-) -> tuple[Any, dict[str, Any]]:
-    """Return lm-eval's model of this name for a folder and the settings it runs under."""
-    from lm_eval.api.registry import get_model
-    from transformers import AutoTokenizer
-
-    if peft is not None:
-        raise CheckError(f"evaluate.backend {backend}: adapters are applied with hf alone; expected a full model")
-    given: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size or "auto"}
-    if backend not in BACKENDS:  # those find their device and their batches themselves
-        device, dtype = choose(device, dtype)
-        given = {"device": device, "dtype": dtype, "batch_size": batch_size or (32 if device == "cpu" else 64)}
-    try:
-        template = getattr(AutoTokenizer.from_pretrained(folder), "chat_template", None)
-        wrapped = get_model(backend)(pretrained=str(folder.resolve()), **given)
-    except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckError(f"model {folder.name}: lm-eval's {backend} could not load it ({what})") from error
-    settings = {
-        **given,
-        "device": str(getattr(wrapped, "device", backend)),
-        "backend": backend,
-        "threads": None,
-        "chat_template_sha256": None if template is None else _sha256(json.dumps(template)),
-        "refusal_matcher": MATCHER_VERSION,
-        "versions": _versions(),
-    }
-    return wrapped, settings
-
-
 def _run(
-    listening: _Listening, task: Any, name: str, settings: Mapping[str, Any], limit: int | None, seed: int,
+    listening: Listening, task: Any, name: str, settings: Mapping[str, Any], limit: int | None, seed: int,
     shots: int | None,
 ) -> Any:  # fmt: skip
     import lm_eval
@@ -396,79 +263,4 @@ def _likelihoods(
     values = refusal_likelihoods(
         loaded.model, loaded.tokenizer, contexts, special_tokens=bare, tell=lambda done: tell(done, len(contexts))
     )
-    return {_prompt_id(row): value for row, value in zip(samples, values, strict=True)}
-
-
-def _task_scores(task: str, raw: Mapping[str, Any]) -> TaskScores:
-    """Turn lm-eval's results of one task into ours."""
-    samples = raw["samples"][task]
-    better = raw.get("higher_is_better", {}).get(task, {})
-    metrics = {}
-    for key, value in raw["results"][task].items():
-        metric, _, chosen = key.partition(",")
-        if not chosen or metric.endswith("_stderr"):
-            continue
-        rows = [row for row in samples if row.get("filter", "none") == chosen]
-        outcomes = {_prompt_id(row): float(row[metric]) for row in rows if _is_number(row.get(metric))}
-        metrics[metric if chosen == "none" else key] = Metric(
-            value=_finite(value),
-            stderr=_finite(raw["results"][task].get(f"{metric}_stderr,{chosen}")),
-            n=len(rows),
-            higher_is_better=better.get(metric),
-            outcomes=outcomes if len(outcomes) == len(rows) else {},
-        )
-    first = {_prompt_id(row): row for row in samples if row.get("filter", "none") == "none"}
-    metrics |= class_metrics(first)
-    answers = {}
-    for row in samples:
-        text = row["resps"][0][0]
-        # Multiple choice has likelihoods instead of an answer.
-        if isinstance(text, str):
-            answers[_prompt_id(row)] = text
-    return TaskScores(str(raw["versions"].get(task)), metrics, answers)
-
-
-def _prompt_id(row: Mapping[str, Any]) -> str:
-    """Return the row's own id where the task has one, else lm-eval's hash of the row."""
-    own = row["doc"].get("id") if isinstance(row["doc"], dict) else None
-    return str(own if own is not None else row["doc_hash"])
-
-
-def _is_number(value: Any) -> bool:
-    return _finite(value) is not None
-
-
-def _finite(value: Any) -> float | None:
-    """Return numbers, also numpy's, as floats; NaN, infinities and words as None."""
-    if value is None or isinstance(value, str | tuple | list | dict):
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def choose(device: str, dtype: str) -> tuple[str, str]:
-    """Return the device and dtype that `auto` stands for here; see `evaluate`."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckError(f"device {device}: no CUDA device is available here. Try `--device cpu`.")
-    if dtype == "auto" and device == "cpu":
-        dtype = "bfloat16" if _cpu_has_bfloat16() else "float32"
-    return device, dtype
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Return whether the processor computes in bfloat16; emulated, it is far slower than float32."""
-    import torch
-
-    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        supported = getattr(torch.cpu, probe, None)
-        if supported is not None and supported():
-            return True
-    return False
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return {prompt_id(row): value for row, value in zip(samples, values, strict=True)}

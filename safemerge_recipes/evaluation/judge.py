@@ -136,7 +136,7 @@ class Local:
     """
 
     def __init__(self, model: str, device: str = "auto") -> None:
-        from safemerge_recipes.evaluation.harness import choose
+        from safemerge_recipes.evaluation.models import choose
 
         device, dtype = choose(device, "auto")
         try:

@@ -18,7 +18,7 @@ from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal
 from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.produce import produce
 from safemerge_recipes.errors import CheckError
-from safemerge_recipes.evaluation.harness import choose
+from safemerge_recipes.evaluation.models import choose
 from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.events import ignore
 from safemerge_recipes.methods.tools import Tools

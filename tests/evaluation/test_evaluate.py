@@ -1,6 +1,7 @@
 """One model through lm-eval: what is sent, what comes back, what is refused.
 
-Guards `evaluation.quiet`, `evaluation.tasks.hooks`.
+Guards `evaluation.listening`, `evaluation.lm_results`, `evaluation.models`, `evaluation.quiet`,
+`evaluation.tasks.hooks`.
 """
 
 import json
