@@ -4,9 +4,9 @@
 
 The plans are made by the program over sparse files with real headers. A task is one weight file, as for Ray and for
 part workers: read, compute, hash, write. Its seconds follow from rates that were measured on one core and from what
-the node's disk or network gives each of the tasks under way there; tasks go to the next free place in order. Hashing
-of inputs is one thread of one process, or of each worker. Nothing is said of failures, stragglers or a storage system
-that gives less to many than to one.
+the node's disk or network gives each of the tasks under way there; tasks go to the next free place in order. Inputs are
+hashed on all cores, which the other work then lacks, so that the seconds of both are added. Nothing is said of
+failures, stragglers or a storage system that gives less to many than to one.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _own() -> int:
 
 
 def simulate(
-    graph: Graph, sources: int, node: Node, nodes: int, rates: Rates, *, known: bool, spread: bool, gate: bool
+    graph: Graph, sources: int, node: Node, nodes: int, rates: Rates, *, known: bool, gate: bool
 ) -> dict[str, float]:
     """Seconds of each phase on so many nodes.
 
@@ -92,7 +92,6 @@ def simulate(
         nodes: how many.
         rates: of one core.
         known: whether the sources' sha256 is remembered.
-        spread: whether every worker hashes a share of the sources, as parts do, or one process all of them.
         gate: whether full checkpoints are measured.
     """
     places = nodes * node.cores
@@ -110,20 +109,18 @@ def simulate(
         seconds += written * rates.sha256 + merged * rates.linear
         heapq.heapreplace(ends, ends[0] + seconds)
     write = max(ends)
-    hashers = places if spread else 1
-    hashing = 0.0 if known else max(sources * rates.sha256 / hashers, sources / (node.reads * (nodes if spread else 1)))
-    return {"measure": measure, "write": write, "hash": hashing, "all": max(measure + write, hashing)}
+    hashing = 0.0 if known else max(sources * rates.sha256 / places, sources / (node.reads * nodes))
+    return {"measure": measure, "write": write, "hash": hashing, "all": measure + write + hashing}
 
 
 WAYS = {
-    "one node, local disk": (LOCAL, 1, False, False),
-    "the same, inputs known": (LOCAL, 1, True, False),
-    "Ray, 8 nodes": (REMOTE, 8, False, False),
-    "Ray, 8 nodes, inputs known": (REMOTE, 8, True, False),
-    "parts, 8 nodes": (REMOTE, 8, False, True),
-    "parts, 32 nodes": (REMOTE, 32, False, True),
+    "one node, local disk": (LOCAL, 1, False),
+    "the same, inputs known": (LOCAL, 1, True),
+    "8 nodes": (REMOTE, 8, False),
+    "8 nodes, inputs known": (REMOTE, 8, True),
+    "32 nodes": (REMOTE, 32, False),
 }
-"""way -> (node, nodes, inputs known, hashing spread)."""
+"""way -> (node, nodes, inputs known); by Ray or by parts is the same here."""
 
 
 def main() -> None:
@@ -138,10 +135,8 @@ def main() -> None:
         graph, plan = planned(size, given.data, given.data)
         found["plans"][name] = plan
         found["seconds"][name] = {
-            way: simulate(
-                graph, plan["bytes_of_sources"] * 4 // 3, node, nodes, Rates(), known=known, spread=spread, gate=True
-            )
-            for way, (node, nodes, known, spread) in WAYS.items()
+            way: simulate(graph, plan["bytes_of_sources"] * 4 // 3, node, nodes, Rates(), known=known, gate=True)
+            for way, (node, nodes, known) in WAYS.items()
         }  # fmt: skip
         print(name, json.dumps(plan), flush=True)
         for way, seconds in found["seconds"][name].items():
