@@ -15,7 +15,6 @@ from safemerge_recipes.evaluation.rates import (
     Interval,
     difference_of,
     independent_rates,
-    mean_interval,
     paired_rates,
     quantile,
     sign_flip,
@@ -136,7 +135,8 @@ def auroc_change(one: Sides, reference: Sides) -> tuple[float, Interval, float]:
     moved = [[b - a for a, b in zip(first, second, strict=True)] for first, second in zip(others, parts, strict=True)]
     variance = math.fsum(mean_and_variance(values)[1] for values in moved)
     if not variance:
-        return value, (value, value) if value else mean_interval([0.0, 0.0]), 1.0
+        low, high = paired_rates(0, 0, min(map(len, parts)))  # no spread to go by: as of so many pairs without a change
+        return value, (max(-1.0, value + low), min(1.0, value + high)), 1.0
     from scipy.stats import norm
 
     se = math.sqrt(variance)

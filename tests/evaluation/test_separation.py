@@ -135,6 +135,9 @@ def test_auroc_without_any_overlap_is_not_certain():
     same = refusals([1.0, 2.0], [0.0, 1.5])
     assert auroc_change(same, same)[0] == 0
     assert auroc_change(same, same)[2] == 1
+    few, many = (refusals([0.2, 0.9] * n, [0.1, 0.5] * n) for n in (3, 75))
+    assert auroc_change(few, few)[1] == pytest.approx((-0.39, 0.39), abs=0.01), "as wide as no change in six pairs"
+    assert auroc_change(many, many)[1] == pytest.approx((-0.025, 0.025), abs=0.001)
     with pytest.raises(ValueError, match="other prompts"):
         auroc_change(same, refusals([1.0], [0.0]))
 
