@@ -14,6 +14,8 @@ from safemerge_recipes.evaluation.separation import Sides
 from safemerge_recipes.evaluation.statistics import MARGIN
 
 DRAWS = 100_000
+FEWEST = 3
+"""Families of which equivalence or non-inferiority is said: two that happen to agree have a t-interval of no width."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Pooled:
 
     @property
     def equivalent(self) -> bool:
-        return self.interval[0] > -MARGIN and self.interval[1] < MARGIN
+        return self.families >= FEWEST and self.interval[0] > -MARGIN and self.interval[1] < MARGIN
 
 
 def weighted(one: Sides, reference: Sides) -> list[float]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-from benchmarks.study.analysis import Pooled, corrected, pooled, rank_p
+from benchmarks.study.analysis import FEWEST, Pooled, corrected, pooled, rank_p
 from benchmarks.study.models import COMPARISONS, DRAW, GATED, PAPER, Comparison
 from benchmarks.study.outcomes import LIKELIHOOD, Outcomes
 from safemerge_recipes.evaluation.rates import Interval, mean_interval
@@ -165,7 +165,7 @@ def beside(families: Sequence[Outcomes]) -> str:
             cells.append(_mean(rates, 1, 100))
         skills = [change for f in own if (change := utility_change(f, one.this, one.against)) is not None]
         cells.append(_mean(skills, 1, 100) if len(skills) > 1 else "–")
-        lower = mean_interval(skills)[0] if len(skills) > 1 else -math.inf
+        lower = mean_interval(skills)[0] if len(skills) >= FEWEST else -math.inf
         cells.append("yes" if lower > -MARGIN else "not shown")
         rows.append(cells)
     head = ["", "AUROC", "refuses harmful", "refuses harmless", "utility", "utility not inferior by 5"]

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scipy")
 from benchmarks.study.families import FAMILIES
-from benchmarks.study.findings import comparisons
+from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
 from benchmarks.study.outcomes import Outcomes, read
 from benchmarks.study.page import carried_out, read_families, text_of, write_page
@@ -79,6 +79,19 @@ def test_a_safety_adapter_that_carries_nothing_counts_only_where_it_is_not_merge
     assert f"Failed the carry check, and left out of A, B and C: {FAMILIES[1].name}." in told
     assert f"Without a carry check, and left out of A, B and C: {FAMILIES[2].name}." in told
     assert "**failed**" in text_of(found, DOCS / "evidence")
+
+
+def test_two_families_that_agree_are_called_neither_equivalent_nor_not_inferior():
+    first, *others = [family(place) for place, one in enumerate(FAMILIES) if one.task == "arithmetic"][:3]
+    for one in others:
+        one.models = first.models
+    found = [first, others[0]]
+    assert row(comparisons(found), "D")[-1] == "not told apart"
+    assert "| not shown |" in beside(found)
+    assert "| yes |" not in beside(found)
+    three = [first, *others]
+    assert row(comparisons(three), "D")[-1] == "equivalent within 5 points"
+    assert "| yes |" in beside(three)
 
 
 def test_one_family_says_nothing_of_others_and_a_part_says_that_it_is_one():
