@@ -7,14 +7,14 @@ folder's own inventory is the only authority on what a model consists of.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.hub import Away
+from safemerge_recipes.sources.instead import instead
 from safemerge_recipes.sources.mirror import is_there, weight_path
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.storage.files import content_of, reading
@@ -112,43 +112,6 @@ def _weight_map(directory: Path, name: str = INDEX_FILE) -> dict[str, str]:
     return weight_map
 
 
-def instead(place: Path | str, names: Sequence[str]) -> str:
-    """What lies in a folder without safetensors of a known name, and the way out."""
-    shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
-    if shards:
-        return (
-            f"holds {len(shards)} shards such as {shards[0]} and no {INDEX_FILE}, which says what belongs together; "
-            "download it again with the index, or load it with transformers and save_pretrained"
-        )
-    pickle = next(
-        (name for name in names if re.fullmatch(r"(pytorch_model|model|consolidated).*\.(bin|pth?)", name)), ""
-    )
-    if pickle:
-        return (
-            f"holds {pickle}, a pickle, which can run code and is never loaded; expected safetensors. "
-            f'If you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{place}', dtype='auto').save_pretrained('{place}-safetensors')\" "
-            "and copy the tokenizer files"
-        )
-    gguf = next((name for name in names if name.endswith(".gguf")), None)
-    if gguf:
-        return (
-            f"holds {gguf}, weights quantised for llama.cpp; expected safetensors: use the model that it was made "
-            f"from, or dequantise it with transformers: from_pretrained('{place}', gguf_file='{gguf}'), then "
-            "save_pretrained"
-        )
-    original = next((name for name in names if re.fullmatch(r"consolidated.*\.safetensors", name)), None)
-    if original:
-        return (
-            f"holds {original}, weights under the names of the original release; expected transformers' form: download "
-            "its model*.safetensors, or convert it with transformers' script for this model"
-        )
-    other = next((name for name in names if name.endswith(".safetensors")), None)
-    if other:
-        return f"holds {other}; expected weights that are called {SINGLE_FILE}, rename it if it holds all of them"
-    return f"no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors"
-
-
 def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> Checkpoint:
     """The inventory of a model folder.
 
@@ -159,9 +122,11 @@ def open_checkpoint(directory: Path, away: Mapping[str, Away] | None = None) -> 
     Raises:
         SourceError: weights or config are missing or unsound, or the index and the files disagree.
     """
-    config = read_object(directory / "config.json")
     away = away or {}
-    names, weight_map = _weight_files(directory, away)
+    bare = not (directory / "config.json").exists()  # then what lies there instead of a model says more
+    names, weight_map = _weight_files(directory, away) if bare else ([], None)
+    config = read_object(directory / "config.json")
+    names, weight_map = (names, weight_map) if bare else _weight_files(directory, away)
     tensors: dict[str, TensorRef] = {}
     identities = []
     for file in names:

@@ -18,8 +18,9 @@ from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import Listener
 from safemerge_recipes.recipe.builtins import ROLES
 from safemerge_recipes.recipe.model import Source
-from safemerge_recipes.sources.checkpoint import instead, named_files
+from safemerge_recipes.sources.checkpoint import named_files
 from safemerge_recipes.sources.hub import TEMPLATES, Away, Repository, fetch, head, open_repository
+from safemerge_recipes.sources.instead import instead
 from safemerge_recipes.sources.mirror import mirror
 from safemerge_recipes.sources.peft.apply import is_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE

@@ -21,6 +21,13 @@ _ANYWHERE = (
 )
 _BEFORE_BLOCKS = (("encoder", frozenset(("encoder",))), ("decoder", frozenset(("decoder",))))
 
+_NEUTRAL = frozenset((
+    "", "model", "models", "language", "lang", "text", "base", "transformer", "transformers", "backbone", "trunk",
+    "body", "net", "network", "llm", "lm", "causal", "gpt", "neox", "rwkv", "policy", "actor", "student",
+    "generator", "pretrained", "wrapped", "inner", "core", "hf", "peft", "layers", "layer", "h", "blocks", "block",
+))  # fmt: skip
+"""Words above the blocks that name no part: what libraries and trainers call the language model as a whole."""
+
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """What torch.compile, FSDP, activation checkpointing and DeepSpeed put into names, wherever they wrap a module."""
 
@@ -30,14 +37,18 @@ def _words(path: str) -> frozenset[str]:
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to: `text` where its path says nothing else."""
+    """The part of the model that a tensor belongs to: `text` where its path says nothing else.
+
+    A word above the blocks that is not known names a part of its own: better a match too few than one elsewhere.
+    """
     path = name.rpartition(".")[0] or name
     words = _words(path)
     for part, marks in _ANYWHERE:
         if words & marks:
             return part
     above = _words((block_of(name) or path).rpartition(".")[0])  # a decoder's block may hold an `encoder_attn`
-    return next((part for part, marks in _BEFORE_BLOCKS if above & marks), "text")
+    found = next((part for part, marks in _BEFORE_BLOCKS if above & marks), None)
+    return found or " ".join(sorted(above - _NEUTRAL)) or "text"
 
 
 def unwrapped(name: str) -> str:

@@ -11,12 +11,13 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.model_config import setting
+from safemerge_recipes.sources.quantised_names import FP8, NAMED, found_weights
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.files import reading
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -29,8 +30,6 @@ MX_BLOCK = 32
 
 _SMALL = 4096
 """Bytes of a tensor that says how others are read, at most."""
-_FP8: Mapping[str, Code] = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
-_ACTIVATIONS = (".input_scale", ".activation_scale", ".output_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,65 +88,9 @@ class Group:
         return parts[0] == parts[1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Scheme:
-    """A format: how the names of one weight's tensors end."""
-
-    mark: str
-    """The end that no plain weight has."""
-    beside: tuple[str, ...]
-    kind: str
-
-
-_SCHEMES = (
-    _Scheme(".weight_scale_inv", (".weight", *_ACTIVATIONS), "FP8 with a scale for each block"),
-    _Scheme("_scale_inv", ("",), "FP8 with a scale for each block"),
-    _Scheme(
-        ".weight_packed",
-        (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale",
-         ".input_global_scale", *_ACTIVATIONS),
-        "packed integers",
-    ),
-    _Scheme(".qweight", (".qzeros", ".scales", ".g_idx"), "GPTQ or AWQ"),
-    _Scheme("_blocks", ("_scales",), "MXFP4"),
-    _Scheme(
-        ".weight.absmax",
-        (".weight", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map"),
-        "bitsandbytes 4-bit",
-    ),
-    _Scheme(".SCB", (".weight", ".weight_format"), "bitsandbytes 8-bit"),
-    _Scheme(".weight_scale", (".weight", ".weight_scale_2", ".weight_zero_point", *_ACTIVATIONS), "scaled codes"),
-    _Scheme("_scale", ("",), "scaled codes"),
-)  # fmt: skip
-
-
-def _found(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str, dict[str, TensorRef]]]:
-    """(kind, root, parts) of every quantised weight."""
-    taken: set[str] = set()
-    for scheme in _SCHEMES:
-        for name in tensors:
-            root = name.removesuffix(scheme.mark)
-            if root in (name, "") or name in taken:
-                continue
-            parts = {end: tensors[f"{root}{end}"] for end in scheme.beside if f"{root}{end}" in tensors}
-            if "" in scheme.beside and parts.get("", tensors[name]).dtype not in _FP8:
-                continue  # a tensor of its own that is called a scale
-            if scheme.kind == "scaled codes" and parts.get(".weight", tensors[name]).dtype in FLOAT_DTYPES:
-                continue  # a plain weight, with something of that name beside it
-            parts[scheme.mark] = tensors[name]
-            if "4-bit" in scheme.kind:
-                parts |= {
-                    other.removeprefix(root): tensors[other]
-                    for other in tensors
-                    if other.startswith(f"{root}.weight.quant_state.")
-                }
-            taken.update(f"{root}{end}" for end in parts)
-            yield scheme.kind, root, parts
-
-
 def quantised(tensors: Mapping[str, TensorRef]) -> dict[str, str]:
     """Tensor -> kind, of every tensor that is a part of a quantised weight."""
-    return {f"{root}{end}": kind for kind, root, parts in _found(tensors) for end in parts}
+    return {f"{root}{end}": kind for kind, root, parts in found_weights(tensors) for end in parts}
 
 
 def groups(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[str, Group]:
@@ -156,7 +99,7 @@ def groups(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[
     Raises:
         SourceError: codes without their scales, or scales that do not fit their codes.
     """
-    found = [_group(kind, root, parts, config) for kind, root, parts in _found(tensors)]
+    found = [_group(kind, root, parts, config) for kind, root, parts in found_weights(tensors)]
     _check_alone(tensors, {name for group in found for name in group.names}, config)
     place = {name: number for number, name in enumerate(tensors)}
     found.sort(key=lambda group: min(place[name] for name in group.names))
@@ -165,9 +108,9 @@ def groups(tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> dict[
 
 def _check_alone(tensors: Mapping[str, TensorRef], grouped: set[str], config: Mapping[str, Any]) -> None:
     """Refuses codes whose scale is missing, where others have theirs or the config says that there are some."""
-    scaled = any(tensors[name].dtype in _FP8 for name in grouped) or "quantization_config" in config
+    scaled = any(tensors[name].dtype in FP8 for name in grouped) or "quantization_config" in config
     for name, ref in tensors.items():
-        lost = ref.dtype in _FP8 and scaled
+        lost = ref.dtype in FP8 and scaled
         lost = lost or (name.endswith(("_packed", ".qweight")) and ref.dtype == "I32")
         if lost and name not in grouped and len(ref.shape) > 1:
             raise SourceError(
@@ -201,6 +144,8 @@ def _group(kind: str, root: str, parts: Mapping[str, TensorRef], config: Mapping
         return Group(name, kind, root, parts, _rows_of_bytes(parts.get(".weight"), parts[".SCB"]))
     if kind == "bitsandbytes 4-bit":
         return Group(name, kind, root, parts, _four_bits(parts))
+    if kind in NAMED:
+        return Group(name, kind, root, parts, None)
     if kind == "GPTQ or AWQ":
         own = "AWQ" if _is_awq(parts) else "GPTQ"
         operand = _words(own, root, parts, config)
@@ -218,13 +163,15 @@ def _scaled(
     """(kind, root, parts, operand) of byte codes with one scale, one a row, or one a block."""
     codes = parts.get(".weight", parts.get(""))
     scales = next(ref for end, ref in parts.items() if re.fullmatch(r"(\.weight)?_scale(_inv)?", end))
+    if codes is not None and codes.dtype == "U8" and scales.numel == 1:
+        return "BitNet", root, parts, None
     if ".weight_scale_2" in parts or (codes is not None and codes.dtype == "U8"):
         return "NVFP4", root, parts, None
     if ".weight_zero_point" in parts:
         return "int8 with zero points", root, parts, None
     if codes is None or codes.dtype in FLOAT_DTYPES:
         return kind, root, parts, None  # scales of something that is not here, or is plain
-    code: Code | None = _FP8.get(codes.dtype) or ("int8" if codes.dtype == "I8" else None)
+    code: Code | None = FP8.get(codes.dtype) or ("int8" if codes.dtype == "I8" else None)
     if code is None or scales.dtype not in SCALES or len(codes.shape) < 2:
         return kind, root, parts, None
     block = _block(root, codes, scales, config)
@@ -414,14 +361,3 @@ def _bytes_of(ref: TensorRef) -> bytes:
     if len(found) != ref.nbytes:
         raise SourceError(f"{ref.path}: byte {ref.offset} cannot be read; was the file changed?")
     return found
-
-
-def dequantise(label: str, kind: str = "") -> str:
-    """What to try with a model whose quantised weights would have to be merged, and cannot be read here."""
-    if kind.startswith(("GPTQ", "AWQ")):  # transformers has no way back from these
-        return f"use the model before quantisation, or one that GPTQModel or the tool that made {label} dequantised"
-    return (
-        "use the model before quantisation, or save a dequantised copy (transformers: from_pretrained with the "
-        f"quantization config's dequantize=True, or model.dequantize(), then save_pretrained) of {label}, and quantise "
-        "the merged one"
-    )

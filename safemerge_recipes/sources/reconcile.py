@@ -6,6 +6,7 @@ are brought into the output's form here, each time with a note; whatever else di
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from safemerge_recipes.sources.experts import as_saved
 from safemerge_recipes.sources.matching import renamed, unwrap
 from safemerge_recipes.sources.model_config import REMOVED, dtype_edits, setting
 from safemerge_recipes.sources.parts import is_draft
-from safemerge_recipes.sources.quantised import Group, dequantise
+from safemerge_recipes.sources.quantised import Group
+from safemerge_recipes.sources.quantised_names import dequantise
 from safemerge_recipes.sources.vocabulary import (
     SHOWN,
     difference,
@@ -103,20 +105,50 @@ _HEADS = {
     "qa_outputs": "a question-answering head",
     "v_head": "a value head",
     "value_head": "a value head",
+    "regression_head": "a reward model's head",
+    "reward_head": "a reward model's head",
+    "rm_head": "a reward model's head",
+    "class_head": "a classification head",
+    "classification_head": "a classification head",
 }
 
 
-def _cure(side: Side, extra: Sequence[str]) -> str:
+def _cure(side: Side, missing: Sequence[str], extra: Sequence[str]) -> str:
     """What may be the cause of other names than the aligned model's, and what to try."""
     closed = next((form for form in side.forms.values() if form.operand is None), None)
     if closed is not None:
         first = next(iter(closed.names))
         return f"its weights are quantised ({closed.kind}, first {first}): {dequantise('it', closed.kind)}"
+    whole = {name: weight.shape for name, weight in side.weights.items()}
+    lora = next((name for name in extra if ".lora_" in name or ".base_layer." in name), None)
+    if lora is not None:
+        return f"{lora} belongs to an adapter that was never merged into it; expected merge_and_unload before saving"
+    if any(re.match(r"(?:model\.)?layers\.\d+\.attention\.w[qkvo]\.", name) for name in extra):
+        return "its names are those of the original release; expected transformers' form, convert it with its script"
+    several = re.compile(r"\.(?:qkv_proj|W_pack|c_attn|gate_up_proj)\.weight$")
+    fused = next((name for name in extra if several.search(name)), None)
+    if fused is not None and len(whole[fused]) == 2:
+        return f"{fused} holds several matrices in one; expected one tensor each, as the aligned model has them"
     for name in extra:
         kind = next((_HEADS[part] for part in name.split(".") if part in _HEADS), "")
         if kind:
             return f"{name} is {kind}; expected a language model, take the checkpoint that the head was trained on"
+    if missing and not extra and all(is_head(name) for name in missing):
+        return "it was saved without its output head (AutoModel); expected a language model (AutoModelForCausalLM)"
     return "expected models of one architecture, saved alike"
+
+
+def _shape_cure(weight: Weight) -> str:
+    """What may be the cause of another shape."""
+    if 0 in weight.shape:
+        return (
+            "it is empty: DeepSpeed ZeRO-3 keeps parameters in pieces, and this file was saved without gathering them; "
+            "save again with stage3_gather_16bit_weights_on_model_save, or use zero_to_fp32.py"
+        )
+    stored = weight.stored
+    if stored is not None and stored.dtype not in FLOAT_DTYPES:
+        return f"it is stored as {stored.dtype}, so quantised in a way that is not known; {dequantise('it')}"
+    return "expected models of one architecture and vocabulary"
 
 
 def _fit_names(sides: Mapping[Role, Side], notes: list[str], absent: dict[str, Role]) -> dict[Role, dict[str, Weight]]:
@@ -170,7 +202,7 @@ def _fit_names(sides: Mapping[Role, Side], notes: list[str], absent: dict[str, R
             lines = [f"lacks {len(missing)} tensors of the aligned model, first {missing[0]!r}"] if missing else []
             lines += [f"has {len(extra)} tensors that the aligned model lacks, first {extra[0]!r}"] if extra else []
             raise SourceError(
-                f"sources.{role}: {sides[role].label}: {' and '.join(lines)}; {_cure(sides[role], extra)}"
+                f"sources.{role}: {sides[role].label}: {' and '.join(lines)}; {_cure(sides[role], missing, extra)}"
             )
     return weights
 
@@ -296,7 +328,7 @@ def reconcile(sides: Mapping[Role, Side], vocabulary: str | None, dtype: str | N
             if own[name].shape != ref.shape:
                 raise SourceError(
                     f"sources.{role}: {sides[role].label}: {name} is {own[name].shape}, the aligned model's is "
-                    f"{ref.shape}; expected models of one architecture and vocabulary"
+                    f"{ref.shape}; {_shape_cure(own[name])}"
                 )
     untied = any(is_head(name) and name.endswith(".weight") for name in inventory)
     edits = _edits(sides[owner], untied, size, bool(sides["aligned"].forms))

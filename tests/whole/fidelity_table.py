@@ -203,9 +203,10 @@ looked for under the same name. Where there is none, what training wrappers add 
 `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.` anywhere, `module.` in front, an adapter's own name in its keys,
 `base_model.model.` in front of them), and then the one tensor is taken that has the same block number, the same end of
 its path and the most of the rest in common, *within the same part of the model* (text, vision, audio, draft head,
-projector, encoder, decoder, told by the path). A full checkpoint is renamed only if that is one to one, leaves nothing
-over and fits in shape; an adapter's name that fits two places is refused with both. The router of a mixture may be
-called `router` or `gate`, where it stands beside experts. Renamings are noted in the plan.
+projector, encoder, decoder, told by the path; a word above the blocks that no library uses for the language model as a
+whole names a part of its own, so that nothing lands elsewhere). A full checkpoint is renamed only if that is one to
+one, leaves nothing over and fits in shape; an adapter's name that fits two places is refused with both. The router of a
+mixture may be called `router` or `gate`, where it stands beside experts. Renamings are noted in the plan.
 
 **Experts** fused in one tensor or lying one by one are the same weights: a source is brought into the aligned model's
 form, and adapters of either form fit either.
@@ -224,15 +225,16 @@ is not.
 scale for each block (`weight_scale_inv`), each row or the whole (`weight_scale`), int8 of compressed-tensors and of
 LLM.int8 (`SCB`), packed int4 and int8 with zero points or without, GPTQ (4 and 8 bits, with `g_idx`; zeros less by one
 unless the config says `gptq_v2`), AWQ (GEMM), NF4 and FP4 of bitsandbytes (`absmax`, plain or doubly quantised, blocks
-within a row), and MXFP4 (`_blocks`, `_scales`). Their values are float32, code times scale, rounded once. NVFP4 and
-other kinds of GPTQ and AWQ are named, copied where no update touches them, and refused where one does. A scale is never
-merged, whatever the scope says; codes without their scale are refused. What nothing changes is copied with its scales.
-A changed weight is written plain (`output.quantized: dequantize`), or quantised again in the same FP8 format (`keep`:
-scale = largest magnitude / 448, or the next power of two where `scale_fmt` is ue8m0; the error is measured on the
-written file, `requantized_error`); weights that loaders hold as one tensor or require to be alike (the experts of a
-block; q, k and v; gate and up) are written alike. Of GPTQ all weights are, as its config cannot name some that are not
-codes. The output's `quantization_config` is the aligned model's, with what is written plain in its list of exceptions,
-and goes where nothing quantised is left or over plain weights.
+within a row), and MXFP4 (`_blocks`, `_scales`). Their values are float32, code times scale, rounded once. NVFP4, EXL2,
+EXL3, HQQ, Quanto, torchao, AQLM, EETQ, BitNet, MLX and other kinds of GPTQ and AWQ are named, copied where no update
+touches them, and refused where one does. A scale is never merged, whatever the scope says; codes without their scale
+are refused. What nothing changes is copied with its scales. A changed weight is written plain (`output.quantized:
+dequantize`), or quantised again in the same FP8 format (`keep`: scale = largest magnitude / 448, or the next power of
+two where `scale_fmt` is ue8m0; the error is measured on the written file, `requantized_error`); weights that loaders
+hold as one tensor or require to be alike (the experts of a block; q, k and v; gate and up) are written alike. Of GPTQ
+all weights are, as its config cannot name some that are not codes. The output's `quantization_config` is the aligned
+model's, with what is written plain in its list of exceptions, and goes where nothing quantised is left or over plain
+weights.
 
 **Noise floor.** Where V or Δ comes from quantised weights, the plan shows the expected ‖noise‖ of rounding beside ρ
 (`noise_v`, `noise_delta`): of what is even in the cell of each code. Where that is half of ‖V‖² or ‖Δ‖², the plan

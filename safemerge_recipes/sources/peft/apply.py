@@ -85,14 +85,15 @@ class _Application:
         """The tensor on disk of a name in memory."""
         found = self.find(name)
         if found is None:
-            alike = self.find.candidates(name)
-            if alike:
+            alike, other = self.find.candidates(name), self.find.elsewhere(name)
+            if alike or len(other) > 1:
                 raise SourceError(
-                    f"{self.adapter.directory}: adapts {name}, which could be {' or '.join(alike[:4])}; "
+                    f"{self.adapter.directory}: adapts {name}, which could be {' or '.join((alike or other)[:4])}; "
                     "expected names that tell them apart"
                 )
+            like = f"{other[0]} is like it, in another part of the model, where nothing is added; " if other else ""
             raise SourceError(
-                f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have; "
+                f"{self.adapter.directory}: adapts {name}, which the model it is applied to does not have; {like}"
                 "is it the adapter of another model, or of a model saved under other names?"
             )
         if found != name and (name, found) not in self.translated:

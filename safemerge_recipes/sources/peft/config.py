@@ -205,6 +205,11 @@ def read_config(directory: Path) -> AdapterConfig:
     """
     where = directory / CONFIG_FILE
     values = read_object(where)
+    if "peft_type" not in values and {"fine_tune_type", "lora_parameters"} & values.keys():
+        raise SourceError(
+            f"{where}: is an adapter of MLX, whose factors are turned; expected PEFT's: merge it with `mlx_lm.fuse`, "
+            "and use the model"
+        )
     if str(values.get("peft_type", "LORA")).upper() != "LORA":
         raise SourceError(
             f"{where}: peft_type is {str(values['peft_type'])[:40]!r}; expected LORA, the only kind computed here "

@@ -38,6 +38,14 @@ _PARTS = (
 )
 
 
+_FOREIGN = (
+    (r"\.lora_(?:down|up)\.weight$|\.alpha$", " (the form of kohya and other image trainers: convert it to PEFT's)"),
+    (r"\.lora_[ab]$", " (the form of MLX, whose factors are turned: merge it with `mlx_lm.fuse`, and use the model)"),
+    (r"\.(?:lora_[ab]|lora_magnitude)\.weight$", " (torchtune's form: save again with its PEFT format)"),
+    (r"\.(?:hada|lokr|oft|vera)_", " (another kind of adapter than LoRA: merge it with PEFT, and use the model)"),
+)
+"""Keys of adapters that others than PEFT saved: what becomes part of the message."""
+
 _NAMED = (
     (r"(.+\.(?:lora_[AB]|lora_magnitude_vector))\.([^.]+)\.(weight|bias)", r"\1.\3"),
     (r"(.+\.(?:lora_embedding_[AB]|token_adapter\.trainable_tokens_delta))\.([^.]+)", r"\1"),
@@ -187,8 +195,10 @@ def _read(keys: Keys, tensors: Mapping[str, TensorRef], config: AdapterConfig) -
             keys.whole[name] = ref
             keys.unlisted.append(name)
         else:
+            other = next((told for pattern, told in _FOREIGN if re.search(pattern, name)), "")
             raise SourceError(
-                f"{path}: unexpected key {key[:200]!r}; expected LoRA factors and what modules_to_save and bias name"
+                f"{path}: unexpected key {key[:200]!r}{other}; expected LoRA factors and what modules_to_save and bias "
+                "name, as PEFT saves them"
             )
     if not keys.modules and not keys.whole:
         raise SourceError(f"{path}: holds no tensor of an adapter; expected LoRA factors, is the file complete?")

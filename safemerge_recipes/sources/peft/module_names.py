@@ -74,6 +74,12 @@ class DiskNames:
         best = max((_tail(name, other) for other in similar), default=None)
         return tuple(other for other in similar if _tail(name, other) == best)
 
+    def elsewhere(self, name: str) -> tuple[str, ...]:
+        """The tensors that are most like it in other parts of the model, where it must not be looked for."""
+        similar = [other for other in self._similar.get(_key(name), []) if part_of(other) != part_of(name)]
+        best = max((_tail(name, other) for other in similar), default=None)
+        return tuple(other for other in similar if _tail(name, other) == best)
+
     def experts(self, module: str) -> SeparateExperts | None:
         """The separate experts of a module that is fused in memory, if its block has exactly one such group."""
         own = _key(f"{module}.weight")[0]
