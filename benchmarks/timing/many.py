@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ METHODS = ("linear", "task_arithmetic", "ties", "dare_linear")
 
 
 def _work(method: str, aligned: Weight, models: list[Weight]) -> Any:
-    shares = tuple(1 / len(models) for _ in models)
+    parts = [Fraction(1, len(models))] * len(models)
+    shares = tuple(map(float, parts))
     if method in ("linear", "task_arithmetic"):
         deltas = models if method == "linear" else [model - aligned for model in models]
-        return Sum((Weight() if method == "linear" else aligned) + total([*shares], deltas))
+        return Sum((Weight() if method == "linear" else aligned) + total(parts, deltas))
     deltas = [model - aligned for model in models]
     if method == "ties":
         return Apply(aligned, tuple(deltas), TiesKernel(0.5, Consensus(shares, True, 1.0)))

@@ -58,6 +58,10 @@ class Merge(Strict):
             used = cls.own_keys()
             known = f"it uses: {', '.join(used)}" if used else "it uses no other key"
             message = f"{place[0]} is not used by method {method}; {known}"
+            if place == ("weights",):
+                others = ", ".join(role for role in _names(value) if role not in builtins.ROLES)
+                takes = ", ".join(name for name, form in forms().items() if name and issubclass(form, Weighted))
+                message += f"; for {others or 'any number of deltas'} expected one of {takes}"
         elif error["type"] == "missing" and place == ("mask",):
             message = f"missing; expected a mapping with `path` for method {method}"
         if not message:
@@ -106,6 +110,11 @@ def _at(value: Any, block: int | None, blocks: int) -> Any:
     if block is None:
         raise ValueError("found a gradient for a tensor in no numbered block; expected a number there, by a rule")
     return value.at(block, blocks)
+
+
+def _names(merge: Mapping[str, Any]) -> list[str]:
+    weights = merge.get("weights")
+    return [str(role) for role in weights] if isinstance(weights, Mapping) else []
 
 
 class Weighted(Merge):
