@@ -66,8 +66,9 @@ fidelity: install       ## every family with every kind of adapter against PEFT,
 reliability: install    ## 500 kills and other faults over every verb, as a table; half an hour and more, cut short it goes on
 	$(RUN)/python -W ignore -m tests.whole.reliability --kills 500 --results .reliability.jsonl docs/reliability.md
 
-soak: install           ## faults over every verb for half an hour, before a release; ends at the first loss
-	$(RUN)/python -W ignore -m tests.whole.reliability --minutes 30
+MINUTES = 30
+soak: install           ## faults over every verb for half an hour (MINUTES=…), before a release; ends at the first loss
+	$(RUN)/python -W ignore -m tests.whole.reliability --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV)
