@@ -11,6 +11,16 @@ from tests.fixtures.hub_world import World
 from tests.fixtures.plain_family import make_family
 from tests.fixtures.program import WarmProgram
 
+LOADED = (
+    *("huggingface_hub.hf_api", "huggingface_hub.file_download", "jinja2", "pydantic.type_adapter", "xxhash"),
+    *("rich.console", "rich.jupyter", "rich.progress", "threadpoolctl", "numpy.random", "multiprocessing.synchronize"),
+    "safemerge_recipes.gate.measurer", "safemerge_recipes.gate.low_rank", "safemerge_recipes.methods.linear",
+    "safemerge_recipes.report.card", "safemerge_recipes.report.console", "safemerge_recipes.report.page",
+    "safemerge_recipes.report.terminal", "safemerge_recipes.sharing.lock", "safemerge_recipes.sharing.places",
+    "safemerge_recipes.sharing.publish",
+)  # fmt: skip
+"""What every run loads. The client reads its settings when it is loaded; `World` has it do so again."""
+
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
@@ -21,7 +31,9 @@ def served(tmp_path_factory):
         (root / "family" / name / "tokenizer.json").write_text(json.dumps(tokenizer))
         (root / "family" / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
     with serve() as hub:
-        program = WarmProgram(root)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_ENDPOINT", hub.url)
+            program = WarmProgram(root, *LOADED)
         yield hub, root, program
         program.close()
 
