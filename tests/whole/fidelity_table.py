@@ -75,6 +75,7 @@ def cases() -> list[tuple[str, str]]:
     """Every (family, kind) that PEFT can make, and full checkpoints of the wider families."""
     wide = ("LoRA", "all-linear, exclude_modules", "experts", FULL)
     found = [(f, k) for f in peft_families.FAMILIES for k in KINDS if k != "experts" or f in MIXTURES]
+    found.insert(max(place for place, case in enumerate(found) if case[0] == "gpt_oss") + 1, ("gpt_oss", FULL))
     return found + [(f, k) for f in peft_families.WIDER for k in wide if k != "experts" or f in _ROUTED]
 
 
