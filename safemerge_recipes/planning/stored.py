@@ -102,7 +102,7 @@ def as_stored(
             "config.json of no model says that weights are quantised (quantization_config); the output's does not "
             "either, and loaders may need it"
         )
-    return tuple(lines), tuple(notes)
+    return tuple(lines), () if output.format == "adapter" else tuple(notes)  # which holds no quantised weight
 
 
 def _parts(tensor: TensorPlan, form: Group, how: str) -> list[TensorPlan]:
