@@ -22,7 +22,7 @@ from safemerge_recipes.gate.moments import Effort, Moments
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.arena import Arena
 from safemerge_recipes.storage.cache import recall, remember
-from safemerge_recipes.storage.machine import instruction_set
+from safemerge_recipes.storage.machine import device_name, instruction_set
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.remote import read_ahead_of
 from safemerge_recipes.storage.workers import SLACK, Resources, StoppedError, fit_workers, run_parallel
@@ -98,7 +98,7 @@ class Measurer:
 
         roles = [r for r in ("base", "aligned", "finetuned") if r in self.family.models]
         files = sorted({self._identity[file] for r in roles for file in self.family.models[r].files})
-        where = f"{self.resources.device}|{instruction_set()}"
+        where = f"{device_name(self.resources.device)}|{instruction_set()}"
         return f"{ARITHMETIC}|{version('numpy')}|{version('torch')}|{where}|{files}"
 
     def _operands(self, name: str) -> tuple[Weight, Weight]:

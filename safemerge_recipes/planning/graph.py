@@ -21,7 +21,7 @@ from safemerge_recipes.planning.stored import copied
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.layout import Layout, Slot, lay_out
-from safemerge_recipes.storage.machine import instruction_set
+from safemerge_recipes.storage.machine import device_name, instruction_set
 from safemerge_recipes.storage.remote import read_ahead_of
 from safemerge_recipes.weights.algebra import describe
 from safemerge_recipes.weights.operands import plain_refs
@@ -211,7 +211,7 @@ def build_graph(
         origin = origin_of(decided.policy.merge.method) if decided.policy and decided.action == "merge" else ""
         made, values = work.before_writing(layout.slots[tensor.name])
         native = device == "cpu" and fits(made, values.dtype)
-        where = "cpu" if native else device.partition(":")[0]
+        where = "cpu" if native else device_name(device)
         if where == "cpu" and work.matrices:
             where = f"cpu {instruction_set()}"  # whole matrices: their products are rounded as the processor likes
         key = _key(decided, work, identity, origin, where)

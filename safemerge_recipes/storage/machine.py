@@ -26,3 +26,15 @@ def instruction_set() -> str:
     except (OSError, SourceError):
         pass
     return " ".join([platform.machine(), *(one for one in _SETS if one in flags)][:2])
+
+
+@cache
+def device_name(device: str) -> str:
+    """What a device's rounding depends on: of a GPU its model and the version of its libraries, else its kind."""
+    kind = device.partition(":")[0]
+    if kind != "cuda":
+        return kind
+    import torch
+
+    model = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "elsewhere"  # of another node
+    return f"cuda {model} {torch.__version__} {torch.version.cuda} ieee"

@@ -95,6 +95,18 @@ def _threads(wanted: int = 0) -> int:
     return before
 
 
+def _ready(device: str) -> None:
+    """A GPU made ready in this thread: no TF32, whatever the environment says, and its linear algebra loaded.
+
+    Torch loads that at its first use, which two threads must not make at once.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.set_float32_matmul_precision("highest")
+        torch.linalg.inv(torch.eye(2, device=device))
+
+
 def _settings(device: str) -> AbstractContextManager[Any]:
     """One thread and, on a GPU, one stream a worker."""
     import torch
@@ -153,6 +165,8 @@ def run_parallel(
             over(-1, error)
 
     before = _threads() if not light else 0
+    if not light:
+        _ready(device)
     threads = [Thread(worker) for _ in range(min(workers, len(items)))]
     try:
         for thread in threads:
