@@ -66,9 +66,8 @@ fidelity: install       ## every family with every kind of adapter against PEFT,
 reliability: install    ## 500 kills and other faults over every verb, as a table; half an hour and more, cut short it goes on
 	$(RUN)/python -W ignore -m tests.whole.reliability --kills 500 --results .reliability.jsonl docs/reliability.md
 
-MINUTES = 30
 soak: install           ## faults over every verb for half an hour (MINUTES=…), before a release; ends at the first loss
-	$(RUN)/python -W ignore -m tests.whole.reliability --minutes $(MINUTES)
+	$(RUN)/python -W ignore -m tests.whole.reliability --minutes $(or $(MINUTES),30)
 
 clean:
 	rm -rf $(VENV)
