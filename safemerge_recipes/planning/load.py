@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safemerge_recipes.planning.plugins import read_registry
-from safemerge_recipes.recipe.composing import Place
+from safemerge_recipes.recipe.composed import Place
 from safemerge_recipes.recipe.loading import Abroad, LoadedRecipe, load_recipe, parse_recipe
 
 

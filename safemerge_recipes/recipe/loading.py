@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.recipe.composing import Place, compose
+from safemerge_recipes.recipe.composed import Place
+from safemerge_recipes.recipe.composing import compose
 from safemerge_recipes.recipe.messages import Reader
 from safemerge_recipes.recipe.model import Recipe
 from safemerge_recipes.recipe.overrides import override

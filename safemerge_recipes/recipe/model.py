@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, SerializeAsAny, ValidationError, mod
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.builtins import ROLES, Role
-from safemerge_recipes.recipe.composing import add_to_schema
+from safemerge_recipes.recipe.composed_schema import add_to_schema
 from safemerge_recipes.recipe.evaluation import Evaluate, Judge
 from safemerge_recipes.recipe.fields import Problems, Strict, Text, check_text, parse_size
 from safemerge_recipes.recipe.gate import SELECTORS, Gate, GateChange, Random, change_gate

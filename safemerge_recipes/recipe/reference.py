@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe import model as recipe
-from safemerge_recipes.recipe.composing import PLACEHOLDER
+from safemerge_recipes.recipe.composed_schema import PLACEHOLDER
 from safemerge_recipes.recipe.fields import models_in
 from safemerge_recipes.recipe.merge import method_parameters
 from safemerge_recipes.recipe.merge_change import MergeChange, any_change

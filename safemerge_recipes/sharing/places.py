@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE, RECIPE_FILE
 from safemerge_recipes.errors import RecipeError, SourceError
-from safemerge_recipes.recipe.composing import Own, Place
+from safemerge_recipes.recipe.composed import Own, Place
 from safemerge_recipes.recipe.yaml_text import MAX_BYTES
 from safemerge_recipes.sharing.shipped import PREFIX, shipped_place
 from safemerge_recipes.storage.files import MAX_BYTES as MAX_RECORD

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.composing import Place
+from safemerge_recipes.recipe.composed import Place
 from safemerge_recipes.storage.files import MAX_BYTES, text_of
 
 PREFIX = "safemerge:"

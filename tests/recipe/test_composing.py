@@ -1,13 +1,17 @@
-"""Recipes that are put together: extended, filled in, with other sources, and what is refused."""
+"""Recipes that are put together: extended, filled in, with other sources, and what is refused.
+
+Guards `recipe.composed`, `recipe.composed_schema`, `recipe.foreign`, `recipe.parameters`, `recipe.plain_values`.
+"""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_recipes.errors import RecipeError
-from safemerge_recipes.recipe.composing import MAX_DEPTH, Place, escaped
+from safemerge_recipes.recipe.composed import Place
+from safemerge_recipes.recipe.composing import MAX_DEPTH, escaped
 from safemerge_recipes.recipe.loading import load_recipe, parse_recipe
 from safemerge_recipes.recipe.model import json_schema
 from safemerge_recipes.recipe.writing import dump_recipe
@@ -140,6 +144,7 @@ class TestParameters:
         with pytest.raises(RecipeError, match=told):
             parse_recipe(text)
 
+    @settings(deadline=None)
     @given(st.text(st.sampled_from("${}ab "), max_size=12))
     def test_any_text_reads_back_as_itself(self, description):
         recipe = parse_recipe(BASE).recipe.model_copy(update={"description": description or "x"})
