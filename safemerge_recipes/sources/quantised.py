@@ -79,6 +79,8 @@ class Group:
         mine, theirs = self.operand, other.operand
         if mine is None or theirs is None or mine.code != theirs.code or mine.divisor != theirs.divisor:
             return False
+        if self.powers and not other.powers:
+            return False  # loaders that expect powers of two may take the exponent alone
         if (mine.stored_shape, mine.block, mine.turned) != (theirs.stored_shape, theirs.block, theirs.turned):
             return False
         orders = [one.packing and (one.packing.order, one.packing.less) for one in (mine, theirs)]

@@ -286,6 +286,13 @@ def test_scales_that_are_powers_of_two_stay_so(
         lost = float((worth(written, name) - wanted).norm() / wanted.norm())
         assert errors[name] == pytest.approx(lost, rel=1e-3)
     assert config_of(tmp_path)["quantization_config"] == said
+    tuned = quantised(family.finetuned)  # its scales are no powers of two: copied, they would be read as others
+    save(tmp_path / "tuned", tuned)
+    kept = "sources: {aligned: aligned, finetuned: tuned}\ngate: {never: true}\noutput: {quantized: keep}\n"
+    _, written = run_recipe(tmp_path, kept)
+    for name in GATED:
+        again = powers(name, worth(tuned, name).float())
+        assert torch.equal(written[name].view(torch.uint8), again[name].view(torch.uint8))
 
 
 def test_other_formats_are_not_written(tmp_path: Path, family: Family) -> None:
@@ -458,6 +465,30 @@ def test_v_beneath_the_quantisation_noise_is_told_or_refused(tmp_path: Path, fam
                 found += float((rounded - model[line.weight].double()).square().sum())
         assert line.as_json()["noise_delta"] is None  # an adapter: the quantised weight cancels
     assert expected == pytest.approx(found, rel=0.05)
+
+
+def test_an_update_beneath_the_quantisation_noise_is_told_or_refused(tmp_path: Path, family: Family) -> None:
+    draw = torch.Generator().manual_seed(9)
+    near = {n: t + 1e-3 * torch.randn(t.shape, generator=draw) if n in GATED else t for n, t in family.aligned.items()}
+    save(tmp_path / "near", quantised(near))
+    roles = f"base: {family.root}/base, aligned: {family.root}/aligned, finetuned: "
+    tau = "gate: {tau: 0.5}\nmerge: {method: drop}\n"
+    with pytest.raises(PlanError, match=r"Δ lies beneath the quantisation noise in 14 of 14 gated tensors"):
+        prepare_recipe(tmp_path, f"sources: {{{roles}near}}\n{tau}")
+    far = {n: t.bfloat16() for n, t in family.finetuned.items()} | {
+        n: t for n, t in quantised(near).items() if ".layers.0." in n
+    }
+    save(tmp_path / "mixed", far)
+    plan = prepare_recipe(tmp_path, f"sources: {{{roles}mixed}}\n{tau}").plan
+    assert any("Δ lies beneath the quantisation noise in 7 of 14" in warning for warning in plan.warnings)
+    expected = found = 0.0
+    for line in plan.tensors:
+        if line.gated and ".layers.0." in line.weight:
+            expected += line.as_json()["noise_delta"] ** 2
+            rounded = worth(quantised({line.weight: near[line.weight]}), line.weight)
+            found += float((rounded - near[line.weight].double()).square().sum())
+            assert line.as_json()["noise_v"] is None
+    assert expected == pytest.approx(found, rel=0.1)
 
 
 def test_adapters_on_a_quantised_model_have_no_noise_and_are_written_as_adapters(
