@@ -166,3 +166,98 @@ def test_the_hook_checks_recipes(folder: Path) -> None:
         assert done.returncode == code
         assert "recipes/one.yaml: a sound recipe" in done.stdout
     linter("pre-commit", "validate-manifest", ROOT / ".pre-commit-hooks.yaml")
+
+
+# Installed for real
+
+
+def emptied(folder: Path) -> Path:
+    """The programs of a new environment, in which everything but this package is that of the running one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python3.*/site-packages")
+    paths = [path for path in sys.path if path.endswith("site-packages") and Path(path) != site]
+    (site / "shared.pth").write_text("\n".join(path for path in paths if not Path(path).is_relative_to(BIN.parent)))
+    if not (site / "shared.pth").read_text():
+        (site / "shared.pth").write_text("\n".join(paths))
+    return folder / "bin"
+
+
+def expanded(text: str, known: dict[str, str]) -> str:
+    """GitHub's expressions in a text, each a name or a question that is true."""
+    return re.sub(r"\$\{\{\s*([\w.-]+)\s*\}\}", lambda found: known[found[1]], text)
+
+
+def asked(question: str, known: dict[str, str]) -> bool:
+    """Whether a step is run."""
+    text = re.sub(r"\b(?:inputs|github)\.[\w.-]+", lambda found: repr(known.get(found[0], "")), question)
+    text = text.replace("always()", "True").replace("&&", " and ").replace("||", " or ")
+    return bool(eval(text, {"__builtins__": {}}))  # the action's own words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["pull_request", "release"])
+def test_the_action_as_a_runner_runs_it(folder: Path, event: str) -> None:
+    """Its steps one by one, with conditions, expressions and environment; it installs itself from a clone."""
+    action_path, temporary = folder / "action", folder / "temp"
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{ROOT}", action_path], check=True)
+    temporary.mkdir()
+    action = yaml.safe_load((action_path / "action.yml").read_text())
+    known = {f"inputs.{name}": one.get("default", "") for name, one in action["inputs"].items()}
+    known |= {"inputs.recipes": "recipes/*.yaml", "inputs.token": "t", "inputs.package": str(action_path)}
+    known |= {"github.event_name": event, "github.repository": "ann/models", "runner.temp": str(temporary)}
+    known |= {"github.event.pull_request.number": "7"}
+    words, bin_ = program(folder, "gh"), emptied(folder / "venv")
+    files = {name: folder / name.lower() for name in ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_ENV")}
+    path = f"{folder / 'bin'}{os.pathsep}{bin_}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, **{name: str(file) for name, file in files.items()}, "PATH": path, "CI": "true"}
+    env |= {"GITHUB_ACTIONS": "true", "GITHUB_ACTION_PATH": str(action_path), "GITHUB_WORKSPACE": str(folder)}
+    env |= {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
+    ran = []
+    for number, step in enumerate(action["runs"]["steps"]):
+        if "run" not in step or not asked(step.get("if", "True"), known):
+            continue
+        script = temporary / f"{number}.sh"
+        script.write_text(step["run"])
+        own = {name: expanded(value, known) for name, value in step.get("env", {}).items()}
+        command = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", str(script)]
+        done = subprocess.run(command, cwd=folder, env=env | own, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{step['name']}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        ran.append(step["name"])
+    assert list((folder / "venv").glob("lib/python3.*/site-packages/safemerge_recipes/__init__.py"))
+    if event == "release":
+        assert ran == ["Install", "Merge and evaluate"]
+        assert "out/one" in files["GITHUB_OUTPUT"].read_text()
+        assert (folder / "out" / "one" / "model.safetensors").exists()
+    else:
+        assert ran == ["Install", "Check the recipes", "Comment on the pull request"]
+        assert "7" in words.read_text().split()
+        assert "7 of 14 gated tensors" in (temporary / "safemerge-plans.md").read_text()
+    assert files["GITHUB_STEP_SUMMARY"].read_text()
+
+
+@pytest.mark.slow
+def test_what_the_container_file_copies_makes_the_program(folder: Path) -> None:
+    """Its COPY and last pip install in a new environment; apt, torch and useradd are left out, as is podman."""
+    source, bin_ = folder / "src", emptied(folder / "venv")
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    for line in (line for line in lines if line.startswith("COPY ")):
+        *names, target = line.split()[1:]
+        place = folder / target.lstrip("/")
+        for name in names:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, place, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            else:
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, place)
+    (install,) = [line for line in lines if line.startswith("RUN pip install") and "/src" in line]
+    assert install == 'RUN pip install --no-cache-dir "/src${EXTRAS}" && rm -rf /src'
+    env = {**os.environ, "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
+    pip = [str(bin_ / "python"), "-m", "pip", "install", "-q", "--no-cache-dir", f"{source}[eval]"]
+    done = subprocess.run(pip, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(source)
+    command = [str(bin_ / "safemerge"), "run", "recipes/one.yaml", "--output", "out"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run([str(bin_ / "safemerge"), "recipes"], cwd=folder, capture_output=True, text=True)
+    assert "defenses/resta" in listed.stdout
