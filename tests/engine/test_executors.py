@@ -32,7 +32,7 @@ from safemerge_recipes.engine.seal import HASH_CHUNK, Sealer
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.pipeline import carry_out
-from safemerge_recipes.planning.graph import task_memory
+from safemerge_recipes.planning.graph import ENGINE, task_memory
 from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.storage.digests import Digests
@@ -98,7 +98,7 @@ def _run(
 ) -> Sealed:
     """Carries out the graph in a folder, or goes on with it."""
     folder.mkdir(exist_ok=True)
-    graph, header = prepared.graph, {"engine": 4, "inputs": {}}
+    graph, header = prepared.graph, {"engine": ENGINE, "inputs": {}}
     store = LocalStore(folder, graph.layout)
     done = finished(folder, store, graph, header, False)
     keys = {task.slot.name: task.key for task in graph.tasks}
