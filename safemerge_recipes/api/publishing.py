@@ -75,9 +75,9 @@ def publish(
         "licences": {role: source.get("license") for role, source in parcel.sources.items()},
         "notes": [*([note] if note else []), *parcel.notes],
     }
-    if there:
+    if there is not None:
         told |= {"there": there.note, "removed": there.removed}
-    else:
+    if upload:
         title = f"{folder.name}, merged by safemerge-recipes"
         done = send(parcel, repository, branch, on_event, private=private, title=title)
         told |= {key: getattr(done, key) for key in ("revision", "commit", "url", "sent", "removed")}

@@ -84,6 +84,6 @@ def _is_gone(word: bytes) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
-        return False
+    except OSError:  # another user's
+        pass
     return False

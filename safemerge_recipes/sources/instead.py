@@ -53,9 +53,8 @@ def instead(place: Path | str, names: Sequence[str]) -> str:
             f"holds {len(shards)} shards such as {shards[0]} and no {INDEX_FILE}, which says what belongs together; "
             "download it again with the index, or load it with transformers and save_pretrained"
         )
-    trainer = next((told for pattern, told in _SHARDED if any(re.search(pattern, name) for name in names)), None)
-    if trainer:
-        return trainer.format(place=place)
+    if told := _told(_SHARDED, place, names):
+        return told
     pickle = next(
         (name for name in names if re.fullmatch(r"(pytorch_model|model|consolidated).*\.(bin|pth?)", name)), ""
     )
@@ -79,10 +78,15 @@ def instead(place: Path | str, names: Sequence[str]) -> str:
             f"holds {original}, weights under the names of the original release; expected transformers' form: download "
             "its model*.safetensors, or convert it with transformers' script for this model"
         )
-    trainer = next((told for pattern, told in _OTHER if any(re.search(pattern, name) for name in names)), None)
-    if trainer:
-        return trainer.format(place=place)
+    if told := _told(_OTHER, place, names):
+        return told
     other = next((name for name in names if name.endswith(".safetensors")), None)
     if other:
         return f"holds {other}; expected weights that are called {SINGLE_FILE}, rename it if it holds all of them"
     return f"no {SINGLE_FILE} and no {INDEX_FILE}; expected a model folder with safetensors"
+
+
+def _told(table: Sequence[tuple[str, str]], place: Path | str, names: Sequence[str]) -> str | None:
+    """The words of the first pattern that a name fits."""
+    found = next((told for pattern, told in table if any(re.search(pattern, name) for name in names)), None)
+    return found.format(place=place) if found else None

@@ -21,6 +21,7 @@ from safemerge_recipes.storage.remote import CHUNKS, Ranges, is_url
 from safemerge_recipes.storage.safetensors import TensorRef
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 COPY_CHUNK = 1 << 26
@@ -65,6 +66,14 @@ class Reader:
                     )
                 done += got
         return None
+
+    def whole(self, ref: TensorRef) -> np.ndarray:
+        """All bytes of a tensor that is small, uint8."""
+        import numpy as np
+
+        raw = np.empty(ref.nbytes, np.uint8)
+        self.read_bytes(ref.path, ref.offset, raw.data)
+        return raw
 
     def copy_bytes(self, path: str, offset: int, count: int, target: int, at: int) -> Iterator[int]:
         """Copies bytes between files inside the kernel, yielding the size of each finished piece."""

@@ -29,22 +29,13 @@ FAST = {"e4m3": compiled.E4M3, "int8": compiled.INT8, "e2m1": compiled.E2M1}
 """Codes that the compiled kernel knows; all others go by table."""
 
 
-def _read(ref: TensorRef, reader: Reader) -> np.ndarray:
-    """A tensor's bytes."""
-    import numpy as np
-
-    raw = np.empty(ref.nbytes, np.uint8)
-    reader.read_bytes(ref.path, ref.offset, raw.data)
-    return raw
-
-
 def scales_of(operand: Quantised, reader: Reader) -> np.ndarray:
     """The scales of one matrix in float32, one behind the other."""
     import numpy as np
 
-    ref, raw = operand.scales, _read(operand.scales, reader)
+    ref, raw = operand.scales, reader.whole(operand.scales)
     if (own := operand.scale_codes) is not None:
-        table, most = (_read(one, reader).view("<f4") for one in (own.table, own.absmax))
+        table, most = (reader.whole(one).view("<f4") for one in (own.table, own.absmax))
         found = table[raw] * most[np.arange(len(raw)) // own.block] + np.float32(own.offset)
     elif ref.dtype in POWERS:  # 255 is not a number
         found = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)

@@ -50,7 +50,7 @@ class Unpacker:
         self.zeros = None if noise or self.packing.zeros is None else self._zeros(self.packing.zeros, reader)
         self.groups = np.arange(columns) // operand.block[1]
         if self.packing.groups is not None:
-            self.groups = _read(self.packing.groups, reader).view("<i4")
+            self.groups = reader.whole(self.packing.groups).view("<i4")
             if self.groups.min() < 0 or self.groups.max() >= groups:
                 raise SourceError(
                     f"{self.packing.groups.path}: g_idx of a GPTQ weight names group {self.groups.max()} of {groups} "
@@ -61,7 +61,7 @@ class Unpacker:
         """What is taken from the codes' worth, float32 `(rows, groups)`."""
         import numpy as np
 
-        words, half = _read(ref, reader).view("<u4").reshape(ref.shape), 1 << self.operand.bits - 1
+        words, half = reader.whole(ref).view("<u4").reshape(ref.shape), 1 << self.operand.bits - 1
         rows = self.operand.stored_shape[0]
         found = self._unpack(words.T if self.packing.order == "rows" else words)[:, :rows].T
         return ((found + self.packing.less) % (2 * half)).astype(np.float32) - np.float32(half)
@@ -104,11 +104,3 @@ class Unpacker:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is merged
             values *= self.scales[part[0]][:, groups]
         out[...] = values.T if self.operand.turned else values
-
-
-def _read(ref: TensorRef, reader: Reader) -> np.ndarray:
-    import numpy as np
-
-    raw = np.empty(ref.nbytes, np.uint8)
-    reader.read_bytes(ref.path, ref.offset, raw.data)
-    return raw
