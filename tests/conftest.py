@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 import yaml
 
 from tests.fixtures.gated_family import ROLES, Family, add_adapters, make_family, write_adapter
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # in a shell's background no child would hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

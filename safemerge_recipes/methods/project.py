@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
 from safemerge_recipes.methods.base import Method, Sides
 from safemerge_recipes.methods.kernel import Rows, Transform
@@ -32,10 +32,11 @@ PANEL = 512
 """Rows of a projected full-rank Δ that are computed together, or fewer where rows are long."""
 
 
-def _check_normalization(value: object) -> object:
+def _check_normalization(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"frobenius|spectral|size|rank:[1-9][0-9]{0,4}", value):
         found = f'"{value[:40]}"' if isinstance(value, str) else str(value).lower()[:40]
-        raise ValueError(f"found {found}; expected frobenius, spectral, size or rank:k for method project")
+        method = info.data.get("method", "project")
+        raise ValueError(f"found {found}; expected frobenius, spectral, size or rank:k for method {method}")
     return value
 
 

@@ -183,7 +183,7 @@ def test_a_method_takes_what_it_uses_and_nothing_else(method):
         "mask": {"path": "m.safetensors"},
         "space": "weights",
         "options": {"a": 1},
-        "normalize": "spectral" if method == "project" else False,
+        "normalize": "spectral" if method in ("project", "project_rows") else False,
     }
     assert set(examples) == set(any_change().key_names()) - {"method"}
     known = method_parameters(method)
@@ -209,6 +209,8 @@ def test_merge_messages():
     }
     assert "normalize" in problems(Merge.model_validate, {"method": "ties", "normalize": "spectral"})
     assert "normalize" in problems(Merge.model_validate, {"method": "project", "normalize": True})
+    found = problems(Merge.model_validate, {"method": "project_rows", "mask": {"path": "m"}, "normalize": True})
+    assert found == {"normalize": "found true; expected frobenius, spectral, size or rank:k for method project_rows"}
     assert "mask" in problems(Merge.model_validate, {"method": "mask"})
     assert "space" in problems(Merge.model_validate, {"method": "slerp", "space": "factors"})
     assert "method" in problems(Merge.model_validate, {"method": "mergkit:slerp"})
@@ -294,7 +296,8 @@ def without(*roles):
 
 @pytest.mark.parametrize("method", builtins.METHODS)
 def test_a_method_asks_for_its_sources(method):
-    merge = {"method": method} | ({"mask": {"path": "m", "fill": "zero"}} if method == "mask" else {})
+    masks = {"mask": {"path": "m", "fill": "zero"}, "project_rows": {"path": "m"}}
+    merge = {"method": method} | ({"mask": masks[method]} if method in masks else {})
     needs = builtins.METHODS[method].needs
     made = recipe(sources=without(*({"base", "safety"} - set(needs))), gate={"always": True}, merge=merge)
     assert made.merge.method == method

@@ -71,7 +71,7 @@ def test_waiting_for_an_item_ends_when_stopped() -> None:
     stop, go = threading.Event(), threading.Event()
 
     def slow() -> Iterator[int]:
-        go.wait(10)
+        go.wait(1)
         yield 1
 
     threading.Timer(0.1, stop.set).start()

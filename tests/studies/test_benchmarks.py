@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.peers import published_gate
 from benchmarks.peers.floor import run_floor, weight_files
-from benchmarks.timing.architectures import SIZES
+from benchmarks.timing.architectures import ROLES, SIZES
 from benchmarks.timing.cases import CASES
-from benchmarks.timing.families import ADAPTERS, ALIGNMENT, ROLES, UPDATE, make_family
+from benchmarks.timing.families import ADAPTERS, ALIGNMENT, UPDATE, make_family
 from benchmarks.timing.process import Usage, measure
 from benchmarks.timing.rounds import summarise
 from benchmarks.timing.run import without_paths
@@ -191,5 +191,7 @@ def test_records_name_no_folder_of_the_machine() -> None:
 
 
 def test_every_case_of_the_contract_is_there() -> None:
-    assert {"linear", "slerp", "dare_linear", "ties", "adapters", "gate-adapters", "gate-full"} < set(CASES)
-    assert len(CASES) == 13
+    assert {"linear", "slerp", "dare_linear", "ties", "adapters", "gate-adapters", "gate-full", "beside-copy"} < set(
+        CASES
+    )
+    assert len(CASES) == 14
