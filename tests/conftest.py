@@ -17,9 +17,7 @@ import yaml
 
 from tests.fixtures.gated_family import ROLES, Family, add_adapters, make_family, write_adapter
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # in a shell's background no child would hear Ctrl-C
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background no child would hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
