@@ -12,7 +12,9 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -203,6 +205,30 @@ def test_a_lease_is_lost_by_silence_and_not_by_clocks(tmp_path: Path, monkeypatc
     assert not other.is_free("unit")
     time.sleep(1.1)
     assert other.is_free("unit")
+
+
+def test_a_process_of_this_machine_that_has_ended_holds_no_lease(tmp_path: Path) -> None:
+    place = FolderPlace(tmp_path)
+    text = (
+        "import os, sys; from pathlib import Path; from safemerge_recipes.engine.leases import Leases\n"
+        "from safemerge_recipes.storage.place import FolderPlace\n"
+        "with Leases(FolderPlace(Path(sys.argv[1]))).held('unit'): print(os.getpid(), flush=True); sys.stdin.read(1)\n"
+        "os._exit(0)"
+    )
+    command = [sys.executable, "-c", text, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        other = Leases(place)
+        assert not other.is_free("unit")
+        word = place.read("leases/unit")
+        assert word is not None
+        child.kill()
+        child.wait()
+    assert other.is_free("unit")
+    elsewhere = word.replace(socket.gethostname().encode(), b"another-machine")
+    place.write("leases/unit", elsewhere)
+    assert not other.is_free("unit")
 
 
 def test_of_two_offers_the_first_wins(tmp_path: Path) -> None:
