@@ -36,7 +36,7 @@ from safemerge_recipes.recipe.loading import LoadedRecipe
 from safemerge_recipes.recipe.model import Role
 from safemerge_recipes.sources.family import Family, open_family
 from safemerge_recipes.sources.locate import Folder, complete
-from safemerge_recipes.sources.side_files import half_a_tokenizer, no_tokenizer, side_files
+from safemerge_recipes.sources.side_files import check_tokens, half_a_tokenizer, no_tokenizer, side_files
 from safemerge_recipes.sources.trained import settled
 from safemerge_recipes.storage.digests import Digests, InputDigest, remember_digest
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged
@@ -83,7 +83,7 @@ def resolve(
         SafemergeError: a source is missing, unsound, or does not fit the others or what the recipe does with it.
     """
     loaded, notes = settled(loaded)
-    recipe = loaded.recipe
+    recipe, opened = loaded.recipe, family is not None
     family = family or open_family(recipe, loaded.directory, headers=headers, folders=folders)
     family = replace(family, warnings=tuple(dict.fromkeys((*family.warnings, *notes))))
     registry = read_registry()
@@ -97,6 +97,9 @@ def resolve(
     half = half_a_tokenizer(beside) if recipe.output.format == "full" else None
     if half:
         raise SourceError(f"{beside[half.partition(':')[0]].parent}: {half}; add what is missing, or remove that file")
+    beyond = None if opened else check_tokens(family, beside, recipe.output.format == "full")
+    if beyond:
+        family = replace(family, warnings=(*family.warnings, beyond))
     return Resolved(loaded, family, beside, outlooks, registry)
 
 

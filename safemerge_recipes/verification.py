@@ -244,6 +244,15 @@ def _bytes(
 # Inventory
 
 
+def _warned(folder: Path) -> list[str]:
+    """What the plan warned of, and so is as it was meant; a deep check makes the plan again."""
+    try:
+        said = read_record(folder / PLAN_FILE).get("warnings")
+    except CheckError:
+        return []
+    return [line for line in said if isinstance(line, str)] if isinstance(said, list) else []
+
+
 def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What does not fit between headers, index, config, plan and manifest."""
     try:
@@ -254,7 +263,8 @@ def _inventory(folder: Path, manifest: Manifest) -> Iterator[str]:
     except SourceError as error:
         yield str(error)
         return
-    yield from disagreements(checkpoint)
+    told = _warned(folder)
+    yield from (line for line in disagreements(checkpoint) if not any(warning.startswith(line) for warning in told))
     listed = {name for name in manifest.outputs if name.endswith(".safetensors")}
     used = {Path(file).name for file in checkpoint.files}
     if listed != used:

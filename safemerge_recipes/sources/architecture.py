@@ -26,7 +26,7 @@ from safemerge_recipes.sources.side_files import (
     holds_vocabulary,
     tokenizer_files,
 )
-from safemerge_recipes.sources.vocabulary import embedding_of, is_head
+from safemerge_recipes.sources.vocabulary import embedding_of, is_head, rowless, tokens_without_a_row
 from safemerge_recipes.storage.files import written
 from safemerge_recipes.storage.layout import SINGLE_FILE, lay_out
 
@@ -50,7 +50,7 @@ class Loaded:
 
 
 def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
-    """What config.json says of dtype, ties, vocabulary and quantisation that is not so; half a tokenizer."""
+    """What config.json says of dtype, ties, vocabulary and quantisation that is not so; an unsound tokenizer."""
     config, tensors = checkpoint.config, checkpoint.tensors
     numbers: Counter[str] = Counter()
     for ref in tensors.values():
@@ -69,11 +69,17 @@ def disagreements(checkpoint: Checkpoint) -> Iterator[str]:
     if len(rows) == 1 and type(size) is int and size not in rows:
         yield f"config.json: vocab_size is {size}; the embedding has {rows.pop()} rows"
     try:
-        half = half_a_tokenizer(tokenizer_files(checkpoint.directory))
+        files = tokenizer_files(checkpoint.directory)
+        half = half_a_tokenizer(files)
+        count = tensors[embedding].shape[0] if embedding else None
+        beyond = tokens_without_a_row(files, count) if count is not None else {}
     except SourceError as error:
-        half = str(error)
+        yield str(error)
+        return
     if half:
         yield half
+    if beyond and count:
+        yield rowless(beyond, count)
 
 
 def loads(checkpoint: Checkpoint) -> Loaded:

@@ -16,6 +16,7 @@ from safemerge_recipes.errors import ReadError, SourceError
 from safemerge_recipes.sources.checkpoint import read_object
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.model_config import edited
+from safemerge_recipes.sources.vocabulary import rowless, same_tokenizer, tokens_without_a_row
 from safemerge_recipes.storage.files import check_file, content_of, inside, pieces_of, written
 
 CONFIG_FILES = ("config.json", "generation_config.json")
@@ -157,6 +158,40 @@ def half_a_tokenizer(files: Mapping[str, Path]) -> str | None:
     if owner and not some and not owner.startswith(_WITHOUT_FILES) and "auto_map" not in about:
         return f"tokenizer_config.json: names {owner[:80]}, no vocabulary lies beside it; expected tokenizer.json"
     return None
+
+
+def check_tokens(family: Family, files: Mapping[str, Path], whole: bool) -> str | None:
+    """What to warn of where the embedding has no row for a token of the tokenizer that is copied.
+
+    Looking up such a token fails, so a whole model is not written with it. But sound models have one that no text holds
+    (the tokenizer of Gemma 3 1B has an image's, one behind its last row): what the aligned model has already is told.
+
+    Args:
+        family: the models.
+        files: the side files of the output.
+        whole: whether it is a model of its own, and no adapter.
+
+    Raises:
+        SourceError: there is a token that not even the aligned model lacks a row for; or a file is not sound JSON.
+    """
+    rows = family.inventory[family.embedding].shape[0] if family.embedding else None
+    tokens = tokens_without_a_row(files, rows) if rows is not None else {}
+    if not tokens or rows is None:
+        return None
+    aligned = family.models["aligned"]
+    told = rowless(tokens, rows)
+    before = tokens_without_a_row(_tokenizer_of([aligned.folder.path, aligned.checkpoint.directory]), rows)
+    if tokens.items() <= before.items():
+        return f"{told}, as in the aligned model"
+    if whole:
+        place, where = files.get("tokenizer.json", files.get("added_tokens.json")), family.models[family.owner].folder
+        other = place is not None and not same_tokenizer(place.parent, aligned.checkpoint.directory)
+        more = ", or say `vocabulary: aligned` to write the aligned model's tokenizer" if other else ""
+        raise SourceError(
+            f"sources.{family.owner}: {where.label}: {told}; take it out of the tokenizer's files, or resize the "
+            f"embedding (resize_token_embeddings) before training{more}"
+        )
+    return told
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:

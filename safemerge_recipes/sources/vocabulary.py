@@ -6,6 +6,7 @@ Rows of models with different vocabularies are matched by token where both token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,13 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
     Raises:
         SourceError: a file is there but is not sound JSON.
     """
-    path = folder / "tokenizer.json"
-    if path.exists():
-        value = _read(path)
+    names = ("tokenizer.json", "vocab.json", "added_tokens.json")
+    return _tokens({name: folder / name for name in names if (folder / name).exists()})
+
+
+def _tokens(files: Mapping[str, Path]) -> dict[str, int] | None:
+    if "tokenizer.json" in files:
+        value = _read(files["tokenizer.json"])
         model = value.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if isinstance(vocab, list):  # Unigram: pairs of token and score
@@ -69,14 +74,46 @@ def read_tokens(folder: Path) -> dict[str, int] | None:
         for entry in added if isinstance(added, list) else ():
             if isinstance(entry, dict):
                 tokens[entry.get("content")] = entry.get("id")
-    elif (folder / "vocab.json").exists():
-        tokens = dict(_read(folder / "vocab.json"))
+    elif "vocab.json" in files:
+        tokens = dict(_read(files["vocab.json"]))
     else:
         return None
-    if (folder / "added_tokens.json").exists() and not path.exists():
-        tokens.update(_read(folder / "added_tokens.json"))
-    good = {t: i for t, i in tokens.items() if isinstance(t, str) and type(i) is int and i >= 0}
-    return good or None
+    if "added_tokens.json" in files and "tokenizer.json" not in files:
+        tokens.update(_read(files["added_tokens.json"]))
+    return _sound(tokens) or None
+
+
+def _sound(tokens: Mapping[Any, Any]) -> dict[str, int]:
+    return {t: i for t, i in tokens.items() if isinstance(t, str) and type(i) is int and i >= 0}
+
+
+def tokens_without_a_row(files: Mapping[str, Path], rows: int) -> dict[str, int]:
+    """Token -> the row that it would have, for tokens of a tokenizer behind the last of an embedding's rows.
+
+    Args:
+        files: the tokenizer's, by name. Of a vocabulary that is no JSON (tokenizer.model) only added tokens are seen.
+        rows: of the embedding.
+
+    Raises:
+        SourceError: a file is not sound JSON.
+    """
+    tokens = _tokens(files)
+    if tokens is None:
+        tokens = _sound(_read(files["added_tokens.json"])) if "added_tokens.json" in files else {}
+    config = _read(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    added = config.get("added_tokens_decoder")
+    for row, entry in added.items() if isinstance(added, dict) else ():
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(token, str) and re.fullmatch("[0-9]{1,18}", row):
+            tokens.setdefault(token, int(row))
+    return {token: row for token, row in tokens.items() if row >= rows}
+
+
+def rowless(tokens: Mapping[str, int], rows: int) -> str:
+    """What is wrong with tokens that an embedding has no row for, in words."""
+    token, row = max(tokens.items(), key=lambda item: item[1])
+    some = "a token has" if len(tokens) == 1 else f"{len(tokens)} tokens have"
+    return f"tokenizer: {some} no row in the embedding: {token[:40]!r} is token {row}, the last row is {rows - 1}"
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:

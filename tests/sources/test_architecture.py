@@ -102,6 +102,51 @@ def test_half_a_tokenizer_is_refused_before_a_run_and_by_verify(
     assert (code, (told or "") in err) == (3 if told else 0, True), err
 
 
+VOCAB = {"model": {"vocab": {"a": 0, "b": 39}}}
+PAD = {"added_tokens": [{"content": "<pad>", "id": 40}]}
+DECODER = {"added_tokens_decoder": {"57": {"content": "<pad>"}}}
+
+
+@pytest.mark.parametrize(
+    ("aligned", "finetuned", "told"),
+    [
+        ({"tokenizer.json": VOCAB}, {"tokenizer.json": VOCAB}, None),
+        ({"tokenizer.json": VOCAB}, {"tokenizer.json": VOCAB | PAD}, "'<pad>' is token 40, the last row is 39"),
+        ({"tokenizer.json": VOCAB}, {"tokenizer.json": VOCAB, "tokenizer_config.json": DECODER}, "is token 57"),
+        ({}, {"tokenizer.model": 0, "added_tokens.json": {"<pad>": 58}}, "is token 58"),
+        ({}, {"vocab.json": {"a": 0, "b": 40, "c": 41}}, "2 tokens have no row in the embedding: 'c' is token 41"),
+    ],
+)
+def test_tokens_that_the_embedding_has_no_row_for_are_refused_before_a_run_and_by_verify(
+    llama: Path, tmp_path: Path, aligned: dict[str, Any], finetuned: dict[str, Any], told: str | None
+) -> None:
+    for role, files in (("aligned", aligned), ("finetuned", finetuned)):
+        shutil.copytree(llama, tmp_path / role)
+        for name, content in files.items():
+            (tmp_path / role / name).write_text(json.dumps(content))
+    assert [told in line for line in disagreements(open_checkpoint(tmp_path / "finetuned"))] == ([True] if told else [])
+    recipe = tmp_path / "recipe.yaml"
+    text = "sources: {aligned: aligned, finetuned: finetuned}\ngate: {never: true}\noutput: {path: out}\n"
+    recipe.write_text(text)
+    code, _, err = run("plan", recipe)
+    assert (code, (told or "") in err) == (3 if told else 0, True), err
+    if "vocabulary: aligned" in err:
+        recipe.write_text(text + "vocabulary: aligned\n")
+        code, out, err = run("plan", recipe)
+        assert (code, "no row" in out) == (0, False), out + err
+
+
+def test_a_token_without_a_row_that_the_aligned_model_has_too_is_told_and_no_more(llama: Path, tmp_path: Path) -> None:
+    for role in ("aligned", "finetuned"):
+        shutil.copytree(llama, tmp_path / role)
+        (tmp_path / role / "tokenizer.json").write_text(json.dumps(VOCAB | PAD))
+    text = "sources: {aligned: aligned, finetuned: finetuned}\ngate: {never: true}\n"
+    run_recipe(tmp_path, text)
+    warnings = json.loads((tmp_path / "out0" / "safemerge_plan.json").read_text())["warnings"]
+    assert [line for line in warnings if "'<pad>' is token 40" in line and line.endswith(", as in the aligned model")]
+    assert verify(tmp_path / "out0", Resources(1, 1 << 30, "cpu"), ignore)["tensors"]
+
+
 @pytest.mark.parametrize(
     "config", [{"architectures": ["NobodysModel"]}, {"model_type": "nobodys"}, {"auto_map": {"AutoConfig": "x.Y"}}]
 )
