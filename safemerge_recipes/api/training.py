@@ -81,10 +81,12 @@ def train_adapter(
         SafemergeError: it cannot be trained.
     """
     from safemerge_recipes.training.plan import TrainingPlan
-    from safemerge_recipes.training.run import copy_adapter
+    from safemerge_recipes.training.run import check_target, copy_adapter
     from safemerge_recipes.training.run import train_adapter as train
 
     planned = file if isinstance(file, TrainingPlan) else plan_training(file)
+    if output is not None:
+        check_target(Path(output))
     found = train(planned.loaded, on_event=on_event, plan=planned)
     if output is not None:
         copy_adapter(found.path, Path(output), found.record)

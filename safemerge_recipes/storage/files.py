@@ -226,12 +226,20 @@ def copy_file(source: Path, target: Path) -> None:
             file.write(piece)
 
 
-def remove_left(folder: Path, names: Collection[str]) -> None:
-    """Removes what killed writers of these files left beside them; nobody else may be writing them."""
+def left_in(folder: Path, names: Collection[str]) -> list[Path]:
+    """What killed writers of these files left beside them."""
+    found = []
     for path in folder.glob(".*.tmp"):
         made = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", path.name)
         if made and made[1] in names and (path.is_symlink() or not path.is_dir()):
-            path.unlink(missing_ok=True)
+            found.append(path)
+    return found
+
+
+def remove_left(folder: Path, names: Collection[str]) -> None:
+    """Removes what killed writers of these files left beside them; nobody else may be writing them."""
+    for path in left_in(folder, names):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,7 @@ from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.peft.apply import open_adapter
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, carry_file, data_files, model_folders
-from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, remove_left, write_file
+from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, left_in, remove_left, write_file
 from safemerge_recipes.training.card import card
 from safemerge_recipes.training.plan import TrainingPlan, plan_training
 from safemerge_recipes.training.trainer import check_extra, load_model, train
@@ -66,6 +66,8 @@ def train_adapter(
         SafemergeError: it cannot be trained; what is done stays done, and the next call goes on from there.
     """
     plan = plan or plan_training(loaded, max_memory)
+    if loaded.training.output is not None:
+        check_target(loaded.resolve(loaded.training.output))
     folder = plan.folder
     if folder is None:
         check_extra()
@@ -92,18 +94,33 @@ def train_adapter(
 
 
 def copy_adapter(folder: Path, target: Path, record: dict[str, Any]) -> None:
-    """Copies an adapter's files, with what is known of it now; refuses a folder that holds something else.
+    """Copies an adapter's files, with what is known of it now, into a folder that is empty or holds such a copy.
 
     Raises:
-        PlanError: there is something else.
+        PlanError: see `check_target`.
     """
-    if target.is_dir() and any(target.iterdir()) and not (target / "adapter_config.json").exists():
-        raise PlanError(f"{target}: holds something that is no adapter; choose another output")
+    check_target(target)
     target.mkdir(parents=True, exist_ok=True)
     remove_left(target, FILES)
+    _write_record(target, record)  # first: by it the folder is known as such a copy, whatever else it lacks
     for name in FILES[:2]:
         copy_file(folder / name, target / name)
-    _write_record(target, record)
+
+
+def check_target(target: Path) -> None:
+    """Refuses a folder for a copy that holds anything but an earlier copy, whole or not.
+
+    Raises:
+        PlanError: it does, or is no folder.
+    """
+    try:
+        strange = set(target.iterdir()) - {*left_in(target, FILES)}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}; choose another output") from None
+    if strange and not (target / RECORD_FILE).is_file():
+        raise PlanError(f"{target}: holds something that no training wrote; choose another output")
 
 
 def _device(wanted: str) -> str:
@@ -163,8 +180,8 @@ def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    write_file(folder / "README.md", card(record))
     write_file(folder / RECORD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "README.md", card(record))
 
 
 def _tokenizer(loaded: LoadedTraining) -> Any:

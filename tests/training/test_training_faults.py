@@ -17,9 +17,11 @@ import pytest
 import torch
 import yaml
 
+from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import load_training
-from safemerge_recipes.sources.trained import training_key
+from safemerge_recipes.sources.trained import RECORD_FILE, training_key
 from safemerge_recipes.training.plan import plan_training
+from safemerge_recipes.training.run import FILES, check_target, copy_adapter
 from tests.fixtures.chat_family import llama, save_model, tokenizer
 
 pytest.importorskip("trl")
@@ -131,6 +133,45 @@ def test_two_runs_of_one_adapter_do_not_meet(folder: Path, call: Any, own_cache:
     assert str(process.pid) in done.err
     process.communicate()
     assert call("train-adapter", path).code == 0, "the lock went with its process"
+
+
+def test_a_copy_goes_into_an_empty_folder_or_over_an_earlier_copy_whole_or_not(tmp_path: Path) -> None:
+    record = {"format": 1}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in FILES[:2]:
+        (adapter / name).write_text(name)
+    fresh = tmp_path / "fresh"
+    stages = [
+        [f".{name}.0123456789abcdef.tmp" for name in FILES],
+        [RECORD_FILE, ".README.md.0123456789abcdef.tmp"],
+        [RECORD_FILE, "README.md", FILES[0]],
+    ]
+    for left in stages:  # what a kill leaves
+        fresh.mkdir()
+        for name in left:
+            (fresh / name).write_text("cut")
+        check_target(fresh)
+        shutil.rmtree(fresh)
+    for name in ("thesis.txt", "adapter_config.json", ".thesis.txt.0123456789abcdef.tmp"):
+        fresh.mkdir()
+        (fresh / name).write_text("precious")
+        with pytest.raises(PlanError, match="holds something that no training wrote"):
+            copy_adapter(adapter, fresh, record)
+        assert [path.read_text() for path in fresh.iterdir()] == ["precious"]
+        shutil.rmtree(fresh)
+    fresh.write_text("precious")
+    with pytest.raises(PlanError, match="Not a directory"):
+        check_target(fresh)
+
+
+def test_an_output_that_is_in_the_way_is_told_before_anything_is_trained(
+    folder: Path, call: Any, own_cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    done = call("train-adapter", training_file(folder, train={"learning_rate": 0.00031}), "-o", tmp_path)
+    assert (done.code, "holds something that no training wrote" in done.err) == (4, True), done.err
+    assert not (own_cache / "adapters").exists()
 
 
 def test_rows_come_from_an_installed_package(
