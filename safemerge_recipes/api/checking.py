@@ -42,7 +42,7 @@ def verify(
         SourceError: a source that a deep check needs is missing.
     """
     from safemerge_recipes.engine.folder import MANIFEST_FILE
-    from safemerge_recipes.verification import verify as check
+    from safemerge_recipes.verification.verify import verify as check
 
     if not (Path(folder) / MANIFEST_FILE).exists() and Path(folder).is_dir():
         from safemerge_recipes.evaluation.experiments.results import check_results, is_results

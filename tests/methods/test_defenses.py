@@ -239,7 +239,7 @@ def test_the_stored_recipe_finds_its_mask_again(family):
     from safemerge_recipes.errors import CheckError
     from safemerge_recipes.events import ignore
     from safemerge_recipes.storage.workers import Resources
-    from safemerge_recipes.verification import verify
+    from safemerge_recipes.verification.verify import verify
 
     checked = verify(folder, Resources(2, 2_000_000_000), ignore, deep=True)
     assert checked["recomputed"] == len(family.aligned)

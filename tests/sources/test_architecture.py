@@ -17,7 +17,7 @@ from safemerge_recipes.events import ignore
 from safemerge_recipes.sources.architecture import disagreements, loads
 from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.storage.workers import Resources
-from safemerge_recipes.verification import verify
+from safemerge_recipes.verification.verify import verify
 from tests.fixtures import peft_families
 from tests.fixtures.plain_family import make_family, run_recipe
 from tests.fixtures.program import run

@@ -39,7 +39,7 @@ from safemerge_recipes.storage.layout import Slot
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.storage.workers import Resources
-from safemerge_recipes.verification import verify
+from safemerge_recipes.verification.verify import verify
 from safemerge_recipes.weights import compiled
 from safemerge_recipes.weights.algebra import LowRank, Stored, Weight
 from safemerge_recipes.weights.draw import Draw

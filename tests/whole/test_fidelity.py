@@ -642,7 +642,7 @@ def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_
 def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp_path: Path) -> None:
     from safemerge_recipes.events import ignore
     from safemerge_recipes.storage.workers import Resources
-    from safemerge_recipes.verification import verify
+    from safemerge_recipes.verification.verify import verify
 
     recipe = _three(bench, tmp_path, merge={"method": "ties"})
     peft_families.run({**recipe, "output": {"format": "adapter", "rank": 4}}, tmp_path / "out")

@@ -52,7 +52,7 @@ def test_the_command_line_calls_what_the_api_offers() -> None:
 
 def test_importing_a_wing_takes_no_name_away() -> None:
     code = "import safemerge_recipes as sm, pkgutil, importlib\n"
-    code += "import safemerge_recipes.evaluation.experiments.sweep, safemerge_recipes.verification\n"
+    code += "import safemerge_recipes.evaluation.experiments.sweep, safemerge_recipes.verification.verify\n"
     code += f"assert all(callable(getattr(sm, name)) for name in {FUNCTIONS!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 

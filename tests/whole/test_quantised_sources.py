@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.events import ignore
 from safemerge_recipes.storage.workers import Resources
-from safemerge_recipes.verification import verify
+from safemerge_recipes.verification.verify import verify
 from safemerge_recipes.weights import compiled
 from tests.fixtures.plain_family import (
     CONFIG,

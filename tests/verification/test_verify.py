@@ -52,7 +52,7 @@ def test_a_fresh_output_is_sound_deep_too(written):
 
 
 def test_a_sample_is_the_same_for_the_same_seed_and_deep(written, monkeypatch):
-    from safemerge_recipes import verification
+    from safemerge_recipes.verification import verify as verification
 
     drawn = []
     real = verification.produce

@@ -28,7 +28,7 @@ from safemerge_recipes.evaluation.tasks.hooks import score_refusal
 from safemerge_recipes.events import ignore
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.storage.workers import Resources
-from safemerge_recipes.verification import verify
+from safemerge_recipes.verification.verify import verify
 from tests.fixtures.plain_family import make_family
 from tests.fixtures.program import run
 
