@@ -23,7 +23,8 @@ from safemerge_recipes.evaluation.scores import Scores, TaskScores
 from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, document
 from safemerge_recipes.evaluation.tasks import arithmetic
 from safemerge_recipes.evaluation.tasks.hooks import score_arithmetic, score_refusal
-from safemerge_recipes.verification.verify import refuse, same, unfinished
+from safemerge_recipes.verification.documents import unfinished
+from safemerge_recipes.verification.problems import refuse, same
 
 SHOWN = ("models", "headline", "comparisons", "cautions")
 """Parts of a scores file that follow from its details."""

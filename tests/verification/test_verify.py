@@ -52,16 +52,16 @@ def test_a_fresh_output_is_sound_deep_too(written):
 
 
 def test_a_sample_is_the_same_for_the_same_seed_and_deep(written, monkeypatch):
-    from safemerge_recipes.verification import verify as verification
+    from safemerge_recipes.verification import recompute
 
     drawn = []
-    real = verification.produce
+    real = recompute.produce
 
     def produce(task, *rest, **options):
         drawn.append(task.slot.name)
         return real(task, *rest, **options)
 
-    monkeypatch.setattr(verification, "produce", produce)
+    monkeypatch.setattr(recompute, "produce", produce)
     for seed in (1, 1, 2):
         assert run("verify", written / "out", "--sample", "5", "--seed", seed, "--workers", "1")[0] == 0
     assert len(drawn) == 15
