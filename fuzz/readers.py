@@ -27,7 +27,7 @@ from safemerge_recipes.report.card import render_card
 from safemerge_recipes.report.page import render_report
 from safemerge_recipes.sharing.lock import find_lock, pinned
 from safemerge_recipes.sources.locate import Folder
-from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.provenance import describe
 from safemerge_recipes.sources.quantised import quantised as quantised_in
 from safemerge_recipes.storage.safetensors import read_header

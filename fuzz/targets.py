@@ -20,7 +20,7 @@ from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.patterns import compile_patterns
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.sources.checkpoint import open_checkpoint
-from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.storage.safetensors import read_header
 
 CONFIG = b'{"model_type":"llama"}'

@@ -18,7 +18,8 @@ from safemerge_recipes.sources.locate import Folder, Known, locate
 from safemerge_recipes.sources.masks import check_masks, open_masks
 from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
-from safemerge_recipes.sources.peft.apply import Adapter, apply_adapter, open_adapter
+from safemerge_recipes.sources.peft.adapter import Adapter, open_adapter
+from safemerge_recipes.sources.peft.apply import apply_adapter
 from safemerge_recipes.sources.quantised import Group, groups
 from safemerge_recipes.sources.quantised_names import dequantise
 from safemerge_recipes.sources.reconcile import Side, reconcile

@@ -22,7 +22,7 @@ from safemerge_recipes.sources.checkpoint import named_files
 from safemerge_recipes.sources.hub import TEMPLATES, Away, Repository, fetch, head, open_repository
 from safemerge_recipes.sources.instead import instead
 from safemerge_recipes.sources.mirror import mirror
-from safemerge_recipes.sources.peft.apply import is_adapter
+from safemerge_recipes.sources.peft.adapter import is_adapter
 from safemerge_recipes.sources.peft.config import CONFIG_FILE
 from safemerge_recipes.sources.peft.keys import INDEX as ADAPTER_INDEX
 from safemerge_recipes.sources.peft.keys import WEIGHTS_FILE

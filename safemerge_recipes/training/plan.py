@@ -17,7 +17,7 @@ from safemerge_recipes.evaluation.tasks.prompts import prompts
 from safemerge_recipes.recipe.training import LoadedTraining, Rows
 from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.sources.model_config import setting
-from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.trained import data_files, device_class, model_folders, trained_adapter
 from safemerge_recipes.storage.files import MAX_BYTES, text_of
 from safemerge_recipes.training.rows import Kind, Near, Row, nested, read_rows, with_kind, without_copies

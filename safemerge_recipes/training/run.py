@@ -20,7 +20,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.events import Listener, Note, TrainingStep, ignore
 from safemerge_recipes.recipe.training import LoadedTraining
 from safemerge_recipes.sources.locate import Folder
-from safemerge_recipes.sources.peft.apply import open_adapter
+from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.trained import RECORD_FILE, adapters_folder, carry_file, data_files, model_folders
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, copy_file, left_in, remove_left, write_file
 from safemerge_recipes.training.card import card

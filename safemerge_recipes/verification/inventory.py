@@ -10,7 +10,7 @@ from safemerge_recipes.engine.manifest import Manifest, read_record
 from safemerge_recipes.errors import CheckError, SourceError
 from safemerge_recipes.sources.architecture import disagreements
 from safemerge_recipes.sources.checkpoint import open_checkpoint
-from safemerge_recipes.sources.peft.apply import is_adapter, open_adapter
+from safemerge_recipes.sources.peft.adapter import is_adapter, open_adapter
 from safemerge_recipes.storage.layout import INDEX_FILE
 
 

@@ -13,7 +13,7 @@ from safemerge_recipes.engine.manifest import Manifest, read_manifest
 from safemerge_recipes.events import Listener, PhaseStarted
 from safemerge_recipes.sources.architecture import Loaded, loads
 from safemerge_recipes.sources.checkpoint import open_checkpoint
-from safemerge_recipes.sources.peft.apply import is_adapter
+from safemerge_recipes.sources.peft.adapter import is_adapter
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.verification.documents import check_documents
 from safemerge_recipes.verification.files import file_problems

@@ -1,6 +1,7 @@
 """What `verify` certifies: no bit of an output changes unseen, and no forgery with matching hashes passes --deep.
 
-Guards `evaluation.recheck`, `evaluation.experiments.results` and `storage.blobs`.
+Guards `verification.provenance`, `verification.documents`, `evaluation.recheck`, `evaluation.experiments.results` and
+`storage.blobs`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`safemerge verify` accepts what a run wrote and nothing else.
 
-Guards `cli.verify`.
+Guards `cli.verify`, `verification.files`, `verification.inventory` and `verification.problems`.
 """
 
 from __future__ import annotations

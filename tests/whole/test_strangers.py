@@ -265,7 +265,7 @@ def test_everyday_patterns_of_adapters_are_looked_up_as_peft_does(family):
     root = family.parent
     table = {"(gate|up)_proj": 9, r".*\.self_attn\.q_proj": 3, "q_proj": 5}
     make_adapter(root / "lora", LORA | {"alpha_pattern": table, "r": 4})
-    from safemerge_recipes.sources.peft.apply import open_adapter
+    from safemerge_recipes.sources.peft.adapter import open_adapter
 
     scale = open_adapter(root / "lora").config.scale("model.layers.0.self_attn.q_proj", 4)
     assert scale == 3 / 4  # the first key in the config's order
