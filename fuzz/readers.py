@@ -29,7 +29,7 @@ from safemerge_recipes.sharing.lock import find_lock, pinned
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.provenance import describe
-from safemerge_recipes.sources.quantised import quantised as quantised_in
+from safemerge_recipes.sources.quantised.find import quantised as quantised_in
 from safemerge_recipes.storage.safetensors import read_header
 from safemerge_recipes.training.plan import read_prompts
 from safemerge_recipes.training.rows import read_rows

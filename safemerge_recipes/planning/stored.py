@@ -18,7 +18,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.output import Output
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.model_config import REMOVED, Added, dtype_edits
-from safemerge_recipes.sources.quantised import Group
+from safemerge_recipes.sources.quantised.group import Group
 from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME
 

@@ -18,7 +18,7 @@ from typing import Any
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.sources.checkpoint import Checkpoint, read_object, same_bytes
 from safemerge_recipes.sources.model_config import dtype_edits, setting
-from safemerge_recipes.sources.quantised import quantised
+from safemerge_recipes.sources.quantised.find import quantised
 from safemerge_recipes.sources.side_files import (
     CONFIG_FILES,
     copy_side_files,

@@ -20,8 +20,9 @@ from safemerge_recipes.sources.model_config import setting
 from safemerge_recipes.sources.orientation import input_first
 from safemerge_recipes.sources.peft.adapter import Adapter, open_adapter
 from safemerge_recipes.sources.peft.apply import apply_adapter
-from safemerge_recipes.sources.quantised import Group, groups
-from safemerge_recipes.sources.quantised_names import dequantise
+from safemerge_recipes.sources.quantised.find import groups
+from safemerge_recipes.sources.quantised.group import Group
+from safemerge_recipes.sources.quantised.names import dequantise
 from safemerge_recipes.sources.reconcile import Side, reconcile
 from safemerge_recipes.sources.vocabulary import embedding_of, is_head
 from safemerge_recipes.storage.dtypes import BY_TORCH_NAME, FLOAT_DTYPES

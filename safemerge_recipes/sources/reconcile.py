@@ -20,8 +20,8 @@ from safemerge_recipes.sources.experts import as_saved
 from safemerge_recipes.sources.matching import renamed, unwrap
 from safemerge_recipes.sources.model_config import REMOVED, dtype_edits, setting
 from safemerge_recipes.sources.parts import is_draft
-from safemerge_recipes.sources.quantised import Group
-from safemerge_recipes.sources.quantised_names import dequantise
+from safemerge_recipes.sources.quantised.group import Group
+from safemerge_recipes.sources.quantised.names import dequantise
 from safemerge_recipes.sources.vocabulary import (
     SHOWN,
     difference,

@@ -1,7 +1,7 @@
 """Neighbours of the checkpoints and adapters that people have: other trainers, other formats, other parts, other files.
 
 Each is merged with its expected values, or refused in one sentence that names what was found and the way out.
-Guards `sources.instead`, `sources.quantised_names`.
+Guards `sources.instead`, `sources.quantised.names`.
 """
 
 from __future__ import annotations

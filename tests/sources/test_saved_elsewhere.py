@@ -1,6 +1,6 @@
 """Checkpoints and adapters as other libraries and training wrappers saved them: found by name, exact, or refused.
 
-Guards `sources.quantised`, `sources.side_files`.
+Guards `sources.quantised.bitsandbytes`, `sources.quantised.gptq`, `sources.side_files`.
 """
 
 import json

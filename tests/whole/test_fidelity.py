@@ -2,8 +2,8 @@
 
 Guards `engine.adapter.config`, `engine.adapter.experts`, `engine.adapter.parts`, `engine.adapter.update`,
 `engine.adapter.write`, `sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`,
-`sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`,
-`sources.peft.apply`, `sources.peft.application`, `sources.peft.layers`, `sources.peft.expert_updates`, `methods.stacks`.
+`sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`, `sources.peft.apply`, `sources.peft.application`,
+`sources.peft.layers`, `sources.peft.expert_updates`, `methods.stacks`.
 """
 
 from __future__ import annotations

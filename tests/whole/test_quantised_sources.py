@@ -1,7 +1,8 @@
 """Quantised sources in every role: exact to a float64 formula, copied with their scales, or refused by name.
 
 Guards `engine.requantised`, `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`,
-`weights.packed`, `sources.quantised`.
+`weights.packed`, `sources.quantised.find`, `sources.quantised.group`, `sources.quantised.scaled`,
+`sources.quantised.mxfp4`, `sources.quantised.compressed`, `sources.quantised.small`.
 """
 
 from __future__ import annotations
@@ -566,7 +567,7 @@ def test_values_of_4_bits_are_those_of_bitsandbytes(
 ) -> None:
     """To the last bit of float32, from tensors that bitsandbytes wrote."""
     functional = pytest.importorskip("bitsandbytes.functional")
-    from safemerge_recipes.sources.quantised import groups
+    from safemerge_recipes.sources.quantised.find import groups
     from safemerge_recipes.storage.arena import Arena
     from safemerge_recipes.storage.reader import Reader
     from safemerge_recipes.storage.safetensors import read_header

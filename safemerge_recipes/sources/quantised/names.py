@@ -1,6 +1,6 @@
 """The names by which quantised weights are told: how those of one weight's tensors end, and what a format is called.
 
-Formats that are named here and not read elsewhere have the way out beside them. Used by `quantised`.
+Formats that are named here and not read elsewhere have the way out beside them. Used by `find`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,17 @@ NAMED = {
 """Formats that are named and not read: what else than the model before quantisation there is to be had."""
 
 
-def found_weights(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str, dict[str, TensorRef]]]:
-    """(kind, root, parts) of every quantised weight."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors of one quantised weight by their names alone: the kind, what the names begin with, the rest."""
+
+    kind: str
+    root: str
+    parts: Mapping[str, TensorRef]
+
+
+def found_weights(tensors: Mapping[str, TensorRef]) -> Iterator[Found]:
+    """Every quantised weight."""
     taken: set[str] = set()
     for scheme in SCHEMES:
         for name in tensors:
@@ -102,7 +111,7 @@ def found_weights(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str, 
                     if other.startswith(f"{root}.weight.quant_state.")
                 }
             taken.update(f"{root}{end}" for end in parts)
-            yield scheme.kind, root, parts
+            yield Found(scheme.kind, root, parts)
 
 
 def dequantise(label: str, kind: str = "") -> str:
