@@ -657,36 +657,62 @@ def test_an_adapter_output_can_be_verified_and_damage_is_found(bench: Bench, tmp
         verify(tmp_path / "out", resources, ignore)
 
 
-def _formula(merge: str, v: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def _formula(merge: str, v: torch.Tensor, delta: torch.Tensor, other: torch.Tensor, scores: torch.Tensor) -> Any:
     """What the merges below make of one matrix (d_out, d_in), float64."""
-    if merge == "project":
-        return v @ v.T / v.norm() @ delta
+    if merge.startswith("project"):
+        image = v @ v.T / v.norm() @ delta
+        chosen = scores.double().mean(dim=1).argsort(descending=True, stable=True)[: len(v) // 4]
+        return image if merge == "project" else delta.index_copy(0, chosen, image[chosen])
     if merge == "iso_c":
-        u, sizes, w = torch.linalg.svd(delta, full_matrices=False)
-        real = sizes > 1e-6 * sizes[0]
-        return sizes[real].sum() / max(int(real.sum()), 1) * u[:, real] @ w[real]
-    u, sizes, w = torch.linalg.svd(v, full_matrices=False)
-    return delta + (u[:, :2] * sizes[:2]) @ w[:2]
+        u, sizes, w = _triplets(delta, len(delta))
+        return sizes.mean() * u @ w if len(sizes) else 0 * delta
+    if merge == "tsv":
+        found = [_triplets(one, min(delta.shape) // 2) for one in (delta, other)]
+        u, w = (_polar(torch.cat(side, 1)) for side in ([u for u, _, _ in found], [w.T for _, _, w in found]))
+        return (u * torch.cat([found[0][1], 0.5 * found[1][1]])) @ w.T
+    u, sizes, w = _triplets(v, 2)
+    return delta + (u * sizes) @ w
+
+
+def _triplets(x: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular triplets, without those of the value zero."""
+    u, sizes, w = torch.linalg.svd(x, full_matrices=False)
+    rank = min(rank, int((sizes > 1e-6 * sizes[0]).sum()))
+    return u[:, :rank], sizes[:rank], w[:rank]
+
+
+def _polar(x: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix with orthonormal columns."""
+    u, _, w = torch.linalg.svd(x, full_matrices=False)
+    return u @ w
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss"])
 def test_methods_that_multiply_matrices_take_each_one_the_way_round_that_the_formula_has_it(
-    tmp_path: Path, family: str
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stacks of experts, Conv1D, and stacks that are stored (d_in, d_out); adapters and full models."""
+    """Stacks of experts, Conv1D, and stacks that are stored (d_in, d_out); adapters and full models, whose projections
+    are computed in bands of rows."""
+    monkeypatch.setattr("safemerge_recipes.methods.project.PANEL", 5)
     saving = {"save_original_format": False} if family in MIXTURES else {}
     base = peft_families.save_model(family, tmp_path / "base", seed=3, **saving)
     aligned = peft_families.save_model(family, tmp_path / "aligned", seed=0, **saving)
+    other = peft_families.save_model(family, tmp_path / "other", seed=5, **saving)
     experts = KINDS["experts"](family) if family in MIXTURES else {"target_modules": "all-linear"}
     adapter = peft_families.save_adapter(aligned, tmp_path / "adapter", **experts)
     peft_families.fold(aligned, adapter, tmp_path / "tuned")
-    before, middle, after = (peft_families.tensors(p) for p in (base, aligned, tmp_path / "tuned"))
+    before, middle, after, beside = (peft_families.tensors(p) for p in (base, aligned, tmp_path / "tuned", other))
+    draw = torch.Generator().manual_seed(9)
+    scores = {name: torch.rand(tensor.shape, generator=draw) for name, tensor in middle.items() if tensor.ndim > 1}
+    save_file(scores, tmp_path / "scores.safetensors")
     merges: dict[str, dict[str, Any]] = {
         "project": {}, "svd_k": {"rank": 2}, "iso_c": {"weights": {"finetuned": 1}},
+        "tsv": {"weights": {"finetuned": 1, "safety": 0.5}},
+        "project_rows": {"mask": {"path": str(tmp_path / "scores.safetensors"), "top": 0.25}},
     }  # fmt: skip
     stacked = False
     for kind, finetuned in (("adapter", {"adapter": str(adapter)}), ("full", str(tmp_path / "tuned"))):
-        sources = {"base": str(base), "aligned": str(aligned), "finetuned": finetuned}
+        sources = {"base": str(base), "aligned": str(aligned), "finetuned": finetuned, "safety": str(other)}
         for merge, keys in merges.items():
             out = tmp_path / f"{kind}-{merge}"
             recipe = {"sources": sources, "gate": {"always": True}, "merge": {"method": merge, **keys}}
@@ -695,14 +721,15 @@ def test_methods_that_multiply_matrices_take_each_one_the_way_round_that_the_for
             lines = [line["name"] for line in plan["tensors"] if line["action"] == "merge"]
             assert lines
             for name in lines:
-                v, delta = ((x - y).double() for x, y in ((middle[name], before[name]), (after[name], middle[name])))
-                stacked |= v.ndim == 3
-                turned = family == "gpt2" or (family == "gpt_oss" and v.ndim == 3)
+                pairs = (middle, before), (after, middle), (beside, middle)
+                sides = [(x[name] - y[name]).double() for x, y in pairs] + [scores[name]]
+                ndim = sides[0].ndim
+                stacked |= ndim == 3
+                turned = family == "gpt2" or (family == "gpt_oss" and ndim == 3)
                 if turned:
-                    v, delta = v.transpose(-1, -2), delta.transpose(-1, -2)
-                pairs = [(v, delta)] if v.ndim == 2 else list(zip(v, delta, strict=True))
-                parts = [_formula(merge, *pair) for pair in pairs]
-                wanted = torch.stack(parts).view(v.shape)
+                    sides = [side.transpose(-1, -2) for side in sides]
+                alone = [tuple(sides)] if ndim == 2 else list(zip(*sides, strict=True))
+                wanted = torch.stack([_formula(merge, *one) for one in alone]).view(sides[0].shape)
                 wanted = wanted.transpose(-1, -2) if turned else wanted
                 torch.testing.assert_close(
                     written[name].double(), middle[name].double() + wanted, rtol=1e-5, atol=2e-5, msg=f"{merge} {name}"
