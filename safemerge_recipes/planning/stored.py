@@ -102,7 +102,22 @@ def as_stored(
             "config.json of no model says that weights are quantised (quantization_config); the output's does not "
             "either, and loaders may need it"
         )
-    return tuple(lines), () if output.format == "adapter" else tuple(notes)  # which holds no quantised weight
+    return tuple(lines), _rows_set(family) if output.format == "adapter" else tuple(notes)
+
+
+def _rows_set(family: Family) -> tuple[str, ...]:
+    """What is to be said of an adapter, which holds no quantised weight: that PEFT gives no model the rows it sets."""
+    before = family.models["aligned"].checkpoint.tensors
+    grown = {
+        name: (before[name].shape[0], ref.shape[0])
+        for name, ref in family.inventory.items()
+        if name in before and family.form(name) is None and before[name].shape != ref.shape
+    }
+    return tuple(
+        f"output.format: adapter: {name} has {after} rows, the aligned model's {size}; call "
+        f"model.resize_token_embeddings({after}) on that before PEFT loads the adapter"
+        for name, (size, after) in grown.items()
+    )
 
 
 def _parts(tensor: TensorPlan, form: Group, how: str) -> list[TensorPlan]:

@@ -220,7 +220,9 @@ stay the aligned model's where the fine-tuned side has none: "only in aligned". 
 **Vocabulary.** Rows are matched by token where both tokenizers can be read, else by position. Appended tokens and cut
 rows without a token are no change of vocabulary; anything else asks for `vocabulary:`. An embedding or head that PEFT
 saved of its own accord, after a resize, is accepted; any other whole tensor that the adapter's config does not announce
-is not.
+is not. An adapter as output (`output.format: adapter`) holds a grown embedding and head, and a changed embedding that
+is tied, in the same way: PEFT sets them in the model, which must have been given as many rows
+(`model.resize_token_embeddings`, as the plan says). A head of its own above a tied model is in `modules_to_save`.
 
 **Quantised weights** are told by their tensors, not by config.json. Read as exact operands, in any role: FP8 with a
 scale for each block (`weight_scale_inv`), each row or the whole (`weight_scale`), int8 of compressed-tensors and of

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -611,6 +612,51 @@ def test_updates_without_a_small_exact_rank_are_truncated_where_the_recipe_says_
                 u, s, vh = torch.linalg.svd(one, full_matrices=False)
                 torch.testing.assert_close(two, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-5)
     assert any(line.get("lost_energy", 0) > 0.01 for line in plan["tensors"])
+
+
+@pytest.mark.parametrize("change", ["rows", "rows, adapter", "embedding", "head"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_embeddings_and_heads_are_set_by_an_adapter_whether_tied_or_grown(
+    bench: Bench, tmp_path: Path, family: str, change: str
+) -> None:
+    """PEFT loads it on the model with as many rows; what it computes is what the full output does, merged or not."""
+    base, head = bench.model(family), family == "llama" or change == "head"
+    draw = torch.Generator().manual_seed(3)
+    tuned = peft_families.load_model(base)
+    rows = 44 if "rows" in change else 40
+    tuned.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in [tuned.lm_head] if change == "head" else [tuned.model.embed_tokens, tuned.lm_head]:
+            module.weight.copy_(torch.randn(rows, 16, generator=draw))
+    tuned.save_pretrained(tmp_path / "tuned")
+    finetuned: Any = str(tmp_path / "tuned")
+    if change == "head" and family == "llama-tied":
+        shutil.rmtree(tmp_path / "tuned")
+        lora = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+        finetuned = {"adapter": str(peft_families.save_adapter(base, tmp_path / "tuned", **lora))}
+    if change == "rows, adapter":
+        lora = {"target_modules": ["q_proj"]}
+        peft_families.save_adapter(
+            tmp_path / "tuned", tmp_path / "adapter", saving={"save_embedding_layers": True}, **lora
+        )
+        finetuned = {"adapter": str(tmp_path / "adapter")}
+    sources = {"aligned": str(base), "finetuned": finetuned, "safety": {"adapter": str(bench.safety(family))}}
+    recipe = {"sources": sources, "vocabulary": "finetuned", "gate": {"always": True}, "merge": {"alpha": 0.5}}
+    peft_families.run(recipe, tmp_path / "full")
+    plan = peft_families.run({**recipe, "output": {"format": "adapter", "rank": 16}}, tmp_path / "out")
+    assert any("resize_token_embeddings(44)" in warning for warning in plan["warnings"]) == ("rows" in change)
+    wanted = _logits(peft_families.load_model(tmp_path / "full"))
+    resized = peft_families.load_model(base)
+    resized.resize_token_embeddings(rows, mean_resizing=False)
+    resized.save_pretrained(tmp_path / "resized")
+    above = peft_families.with_adapter(tmp_path / "resized", tmp_path / "out")
+    torch.testing.assert_close(_logits(above), wanted, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the two are no longer tied
+        torch.testing.assert_close(_logits(above.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
+    peft_families.fold(base, tmp_path / "out", tmp_path / "again")
+    assert peft_families.largest_error(tmp_path / "again", tmp_path / "full") <= 1e-5
+    assert ("lm_head.weight" in peft_families.tensors(tmp_path / "full")) == head
 
 
 def test_full_checkpoints_become_an_adapter_of_the_wanted_rank(bench: Bench, tmp_path: Path) -> None:

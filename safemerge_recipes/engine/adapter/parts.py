@@ -18,6 +18,7 @@ from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.sources.checkpoint import same_bytes
 from safemerge_recipes.sources.family import Family
+from safemerge_recipes.sources.vocabulary import is_head
 from safemerge_recipes.storage.arena import Arena, torch_dtype
 from safemerge_recipes.storage.reader import Reader
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -61,18 +62,34 @@ class Collector:
         self.experts = ExpertUpdates.of({name: ref.shape for name, ref in family.inventory.items()})
 
     def reference(self, name: str) -> Weight:
-        """The weight that the adapter will lie on: that of the full model underneath the aligned one."""
+        """The weight that the adapter will lie on: that of the full model underneath the aligned one.
+
+        Zero where that has another number of rows. A head that it has not is its embedding, to which it is tied.
+        """
         form = self.family.form(name)
         if form is not None and form.operand is not None:
             return Weight.of(form.operand)
-        ref = self.family.models["aligned"].checkpoint.tensors.get(name)
-        if ref is None or ref.shape != self.family.inventory[name].shape:
+        tensors, shape = self.family.models["aligned"].checkpoint.tensors, self.family.inventory[name].shape
+        ref = tensors.get(name)
+        if ref is None and is_head(name) and self.family.embedding is not None:
+            ref = tensors.get(self.family.embedding)
+        if ref is None or ref.shape[1:] != shape[1:]:
             raise PlanError(
-                f"output.format: adapter: {name} is not in the aligned model in this form (a head of its own, or "
-                "another vocabulary), and an adapter adds to a matrix of the same shape: no sum gives it rows; say "
-                "`format: full`"
+                f"output.format: adapter: {name} is not in the aligned model, and an adapter changes what is there; "
+                "say `format: full`"
             )
-        return Weight.of(Stored(ref))
+        return Weight.of(Stored(ref)) if ref.shape == shape else Weight()
+
+    def in_place(self, name: str) -> bool:
+        """Whether an embedding or head is set as a whole, without a module of its own.
+
+        PEFT loads such a tensor into the model itself, which may have been given rows, and in which the head may be
+        tied to the embedding.
+        """
+        if self.family.form(name) is not None:
+            return False
+        tied = name == self.family.embedding and not any(is_head(one) for one in self.family.inventory)
+        return tied or self.reference(name).is_zero
 
     def module(self, name: str) -> str:
         """The module's path in memory."""
@@ -90,8 +107,7 @@ class Collector:
             task = replace(task, slot=replace(task.slot, name=name, dtype="F32", shape=form.operand.shape))
             if task.work.copied is not None:
                 work = Sum(self.family.weight(line.take, name) - reference)
-        weights = [weight for weight in work.weights if not weight.is_zero]
-        if not weights:
+        if all(weight.is_zero for weight in work.weights):
             return
         base, copied = reference.stored, task.work.copied
         if copied is not None and base is not None and same_bytes(copied, base):
@@ -99,13 +115,17 @@ class Collector:
         if self.experts.fused(name) or self.experts.place(name) is not None:
             self.expert(name, task, work)
             return
+        if self.in_place(name):
+            if not self.tokens(name, task.work):
+                self.parts.tensors[self.in_memory.get(name, name)] = self.whole(task)
+            return
         work = work.factored(inner_products(self.reader, self.arena))
         if work.sum is not None and work.sum.low_rank:
             self.exact(name, work.sum)
         elif is_block_matrix(name, task.slot.shape):
             self.approximate(name, task, work)
         elif not self.tokens(name, task.work):
-            self.carry(name, task)
+            self.parts.whole[self.in_memory.get(name, name)] = self.whole(task)
 
     def exact(self, name: str, weight: Weight) -> None:
         """A sum of LoRA products: factors side by side, or recompressed where that exceeds the wanted rank."""
@@ -220,14 +240,7 @@ class Collector:
         """A stored tensor as it is."""
         return self.reader.read(ref, 0, ref.numel, Arena(), "load").clone().view(ref.shape)
 
-    def carry(self, name: str, task: Task) -> None:
-        """A tensor that is carried over whole, rounded as the full output would have it."""
+    def whole(self, task: Task) -> torch.Tensor:
+        """A tensor's values, rounded as the full output would have it."""
         work = task.work.less(Weight())  # a copy as a sum, which has values
-        if name == self.family.embedding and self.family.models["aligned"].checkpoint.tied:
-            raise PlanError(
-                f"output.format: adapter: {name} changed and is tied to the head, which an adapter would untie; "
-                "say `format: full`"
-            )
-        self.parts.whole[self.in_memory.get(name, name)] = evaluated(task, work, self.reader, self.arena).to(
-            torch_dtype(task.slot.dtype)
-        )
+        return evaluated(task, work, self.reader, self.arena).to(torch_dtype(task.slot.dtype))

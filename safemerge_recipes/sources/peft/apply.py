@@ -104,7 +104,7 @@ def _untied(work: Application, embedding: str, head: str) -> bool:
     """Whether a head that the model below ties to its embedding has to be stored; where not, it is taken out again."""
     keys, above = work.adapter.keys, work.above
     only_tokens = all("tokens" in p for m, p in keys.modules.items() if work.find(f"{m}.weight") == embedding)
-    whole = any(work.find(name) == embedding for name in keys.whole)
+    whole = any(work.find(name) == embedding for name in keys.whole if name not in keys.unlisted)  # PEFT sets these
     embedding_alone = head not in work.adapted and embedding in work.adapted
     if work.adapter.config.keeps_tied or (embedding_alone and only_tokens and not whole):
         above[head] = above[embedding]  # trained as one
