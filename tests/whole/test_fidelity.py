@@ -1,9 +1,9 @@
 """Adapters and checkpoints of every kind mean what PEFT and transformers say they mean, or are refused by name.
 
 Guards `engine.adapter.config`, `engine.adapter.experts`, `engine.adapter.parts`, `engine.adapter.update`,
-`engine.adapter.write`, `sources.checkpoint`, `sources.experts`, `sources.locate`, `sources.reconcile`,
-`sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`, `sources.peft.apply`, `sources.peft.application`,
-`sources.peft.layers`, `sources.peft.expert_updates`, `methods.stacks`.
+`engine.adapter.in_memory`, `engine.adapter.write`, `sources.checkpoint`, `sources.experts`, `sources.locate`,
+`sources.reconcile`, `sources.vocabulary`, `sources.peft.config`, `sources.peft.keys`, `sources.peft.apply`,
+`sources.peft.application`, `sources.peft.layers`, `sources.peft.expert_updates`, `methods.stacks`.
 """
 
 from __future__ import annotations
@@ -671,6 +671,33 @@ def test_full_checkpoints_become_an_adapter_of_the_wanted_rank(bench: Bench, tmp
     peft_families.run({**recipe, "output": {"format": "adapter", "rank": 9}}, tmp_path / "out")
     oracle = peft_families.merge_with_peft(bench.model("llama"), tmp_path / "out", tmp_path / "peft")
     assert peft_families.largest_error(tmp_path / "full", oracle) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "family", ["mixtral", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen3_moe", "llama4", "llava"))]
+)
+def test_full_checkpoints_of_any_family_become_adapters_under_the_names_that_peft_sees(
+    bench: Bench, tmp_path: Path, family: str
+) -> None:
+    """Experts that lie one by one, routers and towers whose tensors have other names in memory, none told by an
+    adapter; with every rank kept nothing is lost."""
+    aligned = bench.model(family)
+    tuned = peft_families.save_model(family, tmp_path / "tuned", seed=5)
+    recipe = {"sources": {"aligned": str(aligned), "finetuned": str(tuned)}, "gate": {"never": True}}
+    peft_families.run({**recipe, "output": {"format": "adapter", "rank": 24}}, tmp_path / "out")
+    oracle = peft_families.merge_with_peft(aligned, tmp_path / "out", tmp_path / "peft")
+    assert peft_families.largest_error(tuned, oracle) <= 1e-5
+    peft_families.fold(aligned, tmp_path / "out", tmp_path / "again")
+    assert peft_families.largest_error(tuned, tmp_path / "again") <= 1e-5
+
+
+def test_biases_of_adapted_experts_have_no_place_in_an_adapter(bench: Bench, tmp_path: Path) -> None:
+    tuned = peft_families.save_model("gpt_oss", tmp_path / "tuned", seed=5)
+    sources = {"aligned": str(bench.model("gpt_oss")), "finetuned": str(tuned)}
+    recipe = {"sources": sources, "gate": {"never": True}, "output": {"format": "adapter", "rank": 4}}
+    with pytest.raises(PlanError, match=r"experts has a changed parameter of its own, .* holds one or the other"):
+        peft_families.run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_folder_has_its_papers_and_no_model_config(bench: Bench, tmp_path: Path) -> None:

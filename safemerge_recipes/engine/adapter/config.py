@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.errors import PlanError
@@ -34,6 +35,8 @@ def finished(collected: Collector) -> tuple[dict[str, torch.Tensor], dict[str, A
         else:
             saved.append(module)
             parts.tensors[name] = tensor
+    saved = [one for one in saved if not any(one.startswith(f"{other}.") for other in saved)]
+    _check_saved(saved, parts.ranks)
     for module in {*saved, *(parts.ranks if bias == "lora_only" else ())}:
         _complete(collected, module, whole=module in saved)
     base, revision = _base(collected)
@@ -77,7 +80,8 @@ def _parameters(collected: Collector) -> set[str]:
         if one.parent in collected.experts.groups and name not in collected.in_memory and ".mlp." not in name:
             raise PlanError(
                 f"output.format: adapter: {one.parent}: experts that lie one by one on disk are one parameter in "
-                "memory, whose name only an adapter among the sources would tell; say `format: full`"
+                "memory, whose name an adapter among the sources or transformers must tell, and this transformers does "
+                "not know the architecture; say `format: full`"
             )
         name = collected.in_memory.get(name, name)
         root = name.rpartition(".")[0]
@@ -89,16 +93,34 @@ def _parameters(collected: Collector) -> set[str]:
     return found
 
 
+def _check_saved(saved: Sequence[str], ranks: Collection[str]) -> None:
+    """Refuses what PEFT cannot hold: a module as a whole in which another, or its parameters, are adapted.
+
+    Raises:
+        PlanError: there is one.
+    """
+    for module in saved:
+        inside = next((one for one in ranks if not module or one.startswith(f"{module}.")), None)
+        if inside is not None:
+            raise PlanError(
+                f"output.format: adapter: {module or 'the model'} has a changed parameter of its own, which is held "
+                f"with the whole module or not at all, and in it {inside} has a low-rank update; an adapter holds one "
+                "or the other; say `format: full`"
+            )
+
+
 def _complete(collected: Collector, module: str, whole: bool) -> None:
     """PEFT wants all tensors of a saved module, and with bias: lora_only the biases of all adapted ones."""
-    known = next(
-        (disk for disk, name in collected.in_memory.items() if name.rpartition(".")[0] == module), f"{module}."
-    )
-    for kind in ("weight", "bias") if whole else ("bias",):
-        disk = f"{known.rpartition('.')[0]}.{kind}"
-        key = f"{module}.{kind}" if whole else f"{module}.base_layer.{kind}"
-        if disk in collected.family.inventory and key not in collected.parts.tensors:
-            collected.parts.tensors[key] = collected.load(collected.family.inventory[disk])
+    for disk, ref in collected.family.inventory.items():
+        name = collected.in_memory.get(disk, disk)
+        if whole and name.startswith(f"{module}."):
+            key = name
+        elif not whole and name == f"{module}.bias":
+            key = f"{module}.base_layer.bias"
+        else:
+            continue
+        if key not in collected.parts.tensors:
+            collected.parts.tensors[key] = collected.load(ref)
 
 
 def _base(collected: Collector) -> tuple[str, str | None]:

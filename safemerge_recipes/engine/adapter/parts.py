@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 from safemerge_recipes.engine.adapter.experts import ExpertUpdates
+from safemerge_recipes.engine.adapter.in_memory import in_memory
 from safemerge_recipes.engine.adapter.update import evaluated, inner_products
 
 
@@ -58,7 +59,9 @@ class Collector:
         self.rank = plan.recipe.output.rank
         self.parts = Parts()
         self.arena = Arena()
-        self.in_memory = {disk: name for model in family.models.values() for name, disk in model.translated}
+        self.seen = in_memory(family)
+        self.in_memory = dict(self.seen.names) if self.seen else {}
+        self.in_memory |= {disk: name for model in family.models.values() for name, disk in model.translated}
         self.experts = ExpertUpdates.of({name: ref.shape for name, ref in family.inventory.items()})
 
     def reference(self, name: str) -> Weight:
@@ -118,6 +121,9 @@ class Collector:
         if self.in_place(name):
             if not self.tokens(name, task.work):
                 self.parts.tensors[self.in_memory.get(name, name)] = self.whole(task)
+            return
+        if self.seen is not None and name.endswith(".weight") and self.module(name) not in self.seen.linear:
+            self.parts.whole[self.in_memory.get(name, name)] = self.whole(task)  # a norm, or the router of a mixture
             return
         work = work.factored(inner_products(self.reader, self.arena))
         if work.sum is not None and work.sum.low_rank:
@@ -181,7 +187,7 @@ class Collector:
         inputs = [[of(weight, number) for weight in work.ranked] for number, _ in places]
         total, values, lost, rank = work.sum, None, 0.0, 0
         stacked = [operand for weight in work.weights for _, operand in weight if isinstance(operand, LowRankStack)]
-        turned = stacked[0].transposed if stacked else name in self.family.input_first
+        turned = stacked[0].transposed if stacked else self.turned(name)
         for (number, which), own in zip(places, inputs, strict=True):
             update = Weight() if total is None else of(total, number)
             if total is not None and update.is_zero:
@@ -200,6 +206,12 @@ class Collector:
             lost, rank = max(lost, part), max(rank, b.shape[1])
         if rank:
             self.parts.notes[name] = {"rank": rank, "lost_energy": lost}
+
+    def turned(self, name: str) -> bool:
+        """Whether PEFT takes a parameter of experts as `(count, d_in, d_out)`."""
+        if self.seen is None:
+            return name in self.family.input_first
+        return self.in_memory.get(name, name) in self.seen.turned
 
     def write(self, name: str, b: torch.Tensor, a: torch.Tensor, lost: float) -> None:
         """Factors of a layer's or an embedding's update, in the orientation that PEFT stores."""
