@@ -9,9 +9,11 @@ on the machine.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,22 @@ def notebook() -> Any:
     return nbformat.v4.new_notebook(cells=made, metadata={"kernelspec": kernel})
 
 
-def execute(base: Path) -> Any:
-    """The notebook with its results, made with that base model."""
-    from nbclient import NotebookClient
-
+@contextlib.contextmanager
+def demo(base: Path) -> Iterator[str]:
+    """A folder with the demo family, made with that base model, in which the notebook's cells run."""
     with tempfile.TemporaryDirectory() as place:
         for name in ("alignment", "task-arithmetic", "safety"):
             shutil.copytree(DEMO / name, Path(place) / name)
         shutil.copy(DEMO / RECIPE, place)
         (Path(place) / "base").symlink_to(base.resolve(), target_is_directory=True)
+        yield place
+
+
+def execute(base: Path) -> Any:
+    """The notebook with its results, made with that base model."""
+    from nbclient import NotebookClient
+
+    with demo(base) as place:
         found = notebook()
         quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}  # of tqdm, where ipywidgets is missing
         client = NotebookClient(found, timeout=120, resources={"metadata": {"path": place}}, record_timing=False)

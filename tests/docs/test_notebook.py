@@ -5,7 +5,9 @@ The base model's weights play no part in a plan over adapters, so a model of zer
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import struct
 from itertools import groupby
@@ -76,12 +78,29 @@ def shown(notebook: Any) -> list[Any]:
     return [of(cell.get("outputs", ())) for cell in notebook.cells]
 
 
+@pytest.mark.slow  # ten seconds: a kernel
 def test_the_notebook_shows_what_the_package_does(script: ModuleType, tmp_path: Path) -> None:
+    """In an interpreter of its own kind, with tables and pictures."""
+    again = script.execute(zeros(tmp_path / "base"))
+    assert shown(again) == shown(nbformat.read(DOCS / "tutorial.ipynb", 4))
+
+
+def test_the_notebook_is_its_script_and_prints_what_the_package_says(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cells as plain Python in this process."""
     kept = nbformat.read(DOCS / "tutorial.ipynb", 4)
     assert [(cell.cell_type, cell.source) for cell in kept.cells] == [
         (cell.cell_type, cell.source) for cell in script.notebook().cells
     ], "run docs/notebook.py"
-    again = script.execute(zeros(tmp_path / "base"))
-    assert shown(again) == shown(kept)
+    names: dict[str, Any] = {}
+    with script.demo(zeros(tmp_path / "base")) as place, monkeypatch.context() as here:
+        here.chdir(place)
+        for cell in kept.cells:
+            if cell.cell_type == "code":
+                told = io.StringIO()
+                with contextlib.redirect_stdout(told):
+                    exec(cell.source, names)
+                assert told.getvalue() == "".join(one.text for one in cell.outputs if one.get("name") == "stdout")
     for place in ("/home/", "/root/", "/tmp/", str(DOCS.parent)):
         assert place not in json.dumps(kept)

@@ -1,12 +1,13 @@
 """What is known before a merge costs, and what is kept when scoring fails or stops after it."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
@@ -160,37 +161,42 @@ def test_git_is_not_run_in_the_users_folder(family, tmp_path, monkeypatch, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_a_bar_is_drawn_on_a_terminal(family, tmp_path):
+def test_a_bar_is_drawn_on_a_terminal(family, monkeypatch):
     pty = pytest.importorskip("pty")
-    command = [sys.executable, "-m", "safemerge_recipes.cli.app", "evaluate", str(family.parent / "base")]
-    command += ["--tasks", "safemerge_refusal", "--limit", "40", "--device", "cpu"]
     ours, theirs = pty.openpty()
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=os.environ | {"TERM": "xterm"})
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 4096)
-        except OSError:  # the other side is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    assert running.wait() == 0
-    assert b"model 1 of 1, base: safemerge_refusal" in shown
-    assert b"/40" in shown
+    shown: list[bytes] = []
+
+    def read():
+        with contextlib.suppress(OSError):  # the other side is closed
+            while piece := os.read(ours, 4096):
+                shown.append(piece)
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    monkeypatch.setenv("TERM", "xterm")
+    with open(theirs, "w", buffering=1) as terminal, contextlib.redirect_stderr(terminal):
+        run("evaluate", family.parent / "base", "--tasks", "safemerge_refusal", "--limit", "40", "--device", "cpu")
+    reading.join(20)
+    os.close(ours)
+    assert b"model 1 of 1, base: safemerge_refusal" in b"".join(shown)
+    assert b"/40" in b"".join(shown)
 
 
-def test_ctrl_c_while_scoring_says_what_is_kept(family, tmp_path):
-    command = [sys.executable, "-m", "safemerge_recipes.cli.app", "run", str(family), "--output", str(tmp_path / "out")]
-    command += ["--set", "evaluate.limit=200", "--set", "evaluate.batch_size=1", "--device", "cpu"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not list((tmp_path / "cache" / "scores").glob("*.jsonl")):
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 5, said
+def test_ctrl_c_while_scoring_says_what_is_kept(family, tmp_path, capsys, monkeypatch):
+    """The signal comes between two prompts, in the middle of lm-eval's work."""
+    own, answered = Store.keep_answer, []
+
+    def keep(self, *given):
+        own(self, *given)
+        answered.append(given)
+        if len(answered) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Store, "keep_answer", keep)
+    options = ("--set", "evaluate.limit=20", "--set", "evaluate.batch_size=1", "--device", "cpu")
+    run("run", family, "--output", tmp_path / "out", *options, code=5)
+    said = capsys.readouterr().err
+    assert list((tmp_path / "cache" / "scores").glob("*.jsonl"))
     assert "stopped while scoring merged; what is scored is kept" in said
     assert "is merged and sound; `safemerge evaluate" in said
     run("verify", tmp_path / "out")

@@ -7,10 +7,12 @@ Guards `evaluation.listening`, `evaluation.lm_results`, `evaluation.models`, `ev
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -279,8 +281,16 @@ def test_unknown_tasks_are_found_before_the_model_is(tmp_path):
         evaluate(tmp_path, [])
 
 
-def test_builtin_tasks_are_known_and_misspelt_ones_suggested(tmp_path):
-    # Of the three only one is unknown. The index of lm-eval's tasks takes seconds to read: once is enough.
+@pytest.mark.parametrize("index", ["of two folders", pytest.param("whole", marks=pytest.mark.slow)])
+def test_builtin_tasks_are_known_and_misspelt_ones_suggested(tmp_path, monkeypatch, index):
+    """Of the three only one is unknown. The whole index of lm-eval's tasks takes seconds to read."""
+    if index != "whole":
+        from lm_eval import tasks as shipped
+
+        tasks = Path(shipped.__file__).parent
+        for name in ("gsm8k", "hellaswag"):
+            shutil.copytree(tasks / name, tmp_path / "tasks" / name)
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "tasks" / "manager.py"))
     with pytest.raises(CheckError, match=r"task 'gsm8kk': unknown .* did you mean gsm8k"):
         evaluate(tmp_path / "none", ["gsm8k", "safemerge_qa", "gsm8kk"])
 

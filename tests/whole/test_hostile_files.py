@@ -10,14 +10,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.fixtures.program import WarmProgram, run
+from tests.fixtures.program import WarmProgram, run, warm
 from tests.fixtures.sharded_family import MODEL_ROLES, make_adapter, make_family, tensor_shapes, write_recipe
 
 LIMITS = """
@@ -108,10 +108,8 @@ READERS |= {
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmProgram]:
-    warm = WarmProgram(tmp_path_factory.mktemp("warm"))
-    yield warm
-    warm.close()
+def program() -> WarmProgram:
+    return warm()
 
 
 @pytest.fixture(scope="module")

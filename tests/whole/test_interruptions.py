@@ -21,7 +21,7 @@ from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, locked
 from safemerge_recipes.engine.journal import JOURNAL_FILE
 from safemerge_recipes.engine.seal import Sealer
 from safemerge_recipes.storage import reader
-from tests.fixtures.program import WarmProgram, digests, finish, run, spawn
+from tests.fixtures.program import digests, finish, run, spawn, warm
 from tests.fixtures.sharded_family import make_family, write_recipe
 from tests.whole.faults import at_call
 
@@ -32,11 +32,9 @@ def killed_at(call, counter=""):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start():
     """Runs the program in a process of its own."""
-    warm = WarmProgram(tmp_path_factory.mktemp("warm"))
-    yield warm
-    warm.close()
+    return warm()
 
 
 @pytest.fixture(scope="module")

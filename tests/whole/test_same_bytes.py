@@ -11,15 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.fixtures.program import WarmProgram, digests, run, spawn
+from tests.fixtures.program import digests, run, spawn_cold, warm
 from tests.fixtures.sharded_family import make_family, make_model, tensor_shapes, write_recipe
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    warm = WarmProgram(tmp_path_factory.mktemp("warm"))
-    yield warm
-    warm.close()
+def start():
+    return warm()
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def test_one_core_and_two_and_threads_of_libraries_change_no_byte(start, family,
         code, _, err = start("run", family, "--output", root / f"out{number}", before=text)
         assert code == 0, err
     env = {"OMP_NUM_THREADS": "4", "SAFEMERGE_CACHE": str(root / "cache2")}
-    _, err = spawn("run", family, "--output", root / "out2", env=env).communicate(timeout=60)
+    _, err = spawn_cold("run", family, "--output", root / "out2", env=env).communicate(timeout=60)
     assert digests(root / "out0") == digests(root / "out1") == digests(root / "out2"), err
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.fixtures.program import ROOT, run, snapshot, spawn
+from tests.fixtures.program import ROOT, run, snapshot, spawn_cold
 from tests.fixtures.sharded_family import CONFIG, LORA, make_adapter, make_family, write_recipe
 
 
@@ -137,7 +137,7 @@ except SourceError:
     print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(0)
 """
-        out, err = spawn(before=text).communicate(timeout=60)
+        out, err = spawn_cold(before=text).communicate(timeout=60)
         assert int(out) * 1024 < 512e6, (name, err)
 
 
@@ -413,7 +413,7 @@ def test_nothing_of_a_source_is_executed_or_unpickled(family, tmp_path, monkeypa
     text = f"import os; os.chdir({str(root / 'finetuned')!r})"
     for sources in (None, {"base": "base", "aligned": "aligned", "finetuned": "lora", "safety": "safety"}):
         recipe = write_recipe(root, sources=sources)
-        _, err = spawn("run", recipe, "--force", before=text, env=ELSEWHERE).communicate(timeout=60)
+        _, err = spawn_cold("run", recipe, "--force", before=text, env=ELSEWHERE).communicate(timeout=60)
         assert (root / "out").is_dir(), err
         assert run("verify", root / "out", "--deep")[0] == 0
         assert not canary.exists()
@@ -490,8 +490,9 @@ def test_nothing_is_written_outside_output_and_cache(family, tmp_path, own_cache
     }
     before = {name: snapshot(tmp_path / name) for name in ("models", *places)}
     text = f"import os; os.chdir({str(places['here'])!r}); import sys; sys.dont_write_bytecode = True"
-    _, err = spawn("run", family, "--output", tmp_path / "new" / "out", before=text, env=env).communicate(timeout=60)
-    assert (tmp_path / "new" / "out").is_dir(), err
+    new = tmp_path / "new" / "out"
+    _, err = spawn_cold("run", family, "--output", new, before=text, env=env).communicate(timeout=60)
+    assert new.is_dir(), err
     assert {name: snapshot(tmp_path / name) for name in ("models", *places)} == before
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
