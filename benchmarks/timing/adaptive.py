@@ -28,7 +28,9 @@ from safemerge_recipes.events import ignore
 from safemerge_recipes.gate import measure as measuring
 from safemerge_recipes.gate.measurer import Measurer
 from safemerge_recipes.gate.moments import Effort, Moments
-from safemerge_recipes.pipeline import carry_out, decide, prepare, resolve
+from safemerge_recipes.pipeline.opening import resolve
+from safemerge_recipes.pipeline.preparing import decide, prepare
+from safemerge_recipes.pipeline.writing import carry_out
 from safemerge_recipes.planning.plan import Plan
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.sources.family import open_family

@@ -26,7 +26,8 @@ from benchmarks.timing.run import RESULTS, machine
 from benchmarks.timing.stored import allow_holes
 from safemerge_recipes.api import load_recipe
 from safemerge_recipes.events import ignore
-from safemerge_recipes.pipeline import prepare, resolve
+from safemerge_recipes.pipeline.opening import resolve
+from safemerge_recipes.pipeline.preparing import prepare
 from safemerge_recipes.planning.graph import Copy, Graph
 from safemerge_recipes.storage.workers import Resources
 

@@ -94,7 +94,7 @@ def target_of(loaded: LoadedRecipe, output: str | Path | None) -> Path | str:
 def resources_of(device: str, workers: int | None, max_memory: str | int) -> Resources:
     """The means of a run. Raises RecipeError for too little memory, PlanError for a device that is not there."""
     memory = memory_of(max_memory)
-    from safemerge_recipes.pipeline import choose_device
+    from safemerge_recipes.pipeline.preparing import choose_device
     from safemerge_recipes.storage.workers import Resources
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -49,7 +49,7 @@ def plan(
         PlanError: the plan cannot be made or carried out with these means.
     """
     resources = resources_of(device, workers, max_memory)
-    from safemerge_recipes.pipeline import prepare
+    from safemerge_recipes.pipeline.preparing import prepare
 
     loaded = loaded_of(recipe)
     train_missing(loaded, False, on_event)
@@ -97,7 +97,9 @@ def run(
     from safemerge_recipes.engine.executor import digests_of
     from safemerge_recipes.engine.executors import find
     from safemerge_recipes.engine.shared_output import check_target
-    from safemerge_recipes.pipeline import carry_out, fetch, prepare
+    from safemerge_recipes.pipeline.opening import fetch
+    from safemerge_recipes.pipeline.preparing import prepare
+    from safemerge_recipes.pipeline.writing import carry_out
     from safemerge_recipes.planning.prepared import Prepared
 
     planned = recipe if isinstance(recipe, Prepared) else None

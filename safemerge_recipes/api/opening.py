@@ -21,7 +21,7 @@ def opened(loaded: LoadedRecipe, on_event: Listener, *, planned: bool = False) -
         SourceError: a source is missing, broken, does not fit the others, or is not the locked one.
         RecipeError: the lock is that of another recipe.
     """
-    from safemerge_recipes.pipeline import fetch, measured_away, resolve
+    from safemerge_recipes.pipeline.opening import fetch, measured_away, resolve
     from safemerge_recipes.sharing.lock import check_lock, find_lock, pinned
 
     found = find_lock(loaded)

@@ -47,7 +47,8 @@ def run_part(
     """
     from safemerge_recipes.engine.executors.parts import Parts
     from safemerge_recipes.engine.shared_output import check_target, shared_output
-    from safemerge_recipes.pipeline import prepare, write_part
+    from safemerge_recipes.pipeline.preparing import prepare
+    from safemerge_recipes.pipeline.writing import write_part
     from safemerge_recipes.storage.digests import Digests, threads_for
 
     number, count = _share(part)
@@ -92,8 +93,8 @@ def finalize(
     """
     from safemerge_recipes.engine.executors.parts import Parts
     from safemerge_recipes.engine.shared_output import check_target, shared_output
-    from safemerge_recipes.pipeline import finalize as finish
-    from safemerge_recipes.pipeline import prepare
+    from safemerge_recipes.pipeline.preparing import prepare
+    from safemerge_recipes.pipeline.writing import finalize as finish
     from safemerge_recipes.storage.digests import Digests, threads_for
 
     resources, loaded = resources_of(device, workers, max_memory), loaded_of(recipe)

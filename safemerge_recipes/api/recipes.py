@@ -30,7 +30,7 @@ def lock(recipe: RecipeLike, on_event: Listener = ignore) -> Path:
         RecipeError: the recipe is wrong.
         SourceError: a source is missing, broken, or does not fit the others.
     """
-    from safemerge_recipes.pipeline import open_sources
+    from safemerge_recipes.pipeline.opening import open_sources
     from safemerge_recipes.sharing.lock import check_place, write_lock
 
     loaded = loaded_of(recipe)

@@ -46,7 +46,8 @@ def evaluate(
     if isinstance(target, str | Path) and not is_recipe(target):
         return evaluate_folder(Path(target), tasks, on_event, limit=limit, device=device)
     from safemerge_recipes.evaluation.scoring import score_output, suite_of
-    from safemerge_recipes.pipeline import open_sources, prepare
+    from safemerge_recipes.pipeline.opening import open_sources
+    from safemerge_recipes.pipeline.preparing import prepare
     from safemerge_recipes.planning.load import vary
 
     loaded = loaded_of(target)

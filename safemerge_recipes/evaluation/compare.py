@@ -156,7 +156,8 @@ def folder_key(folder: Path, adapter: Path | None = None) -> str:
 def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
     from safemerge_recipes.events import ignore
-    from safemerge_recipes.pipeline import as_source, choose_device, prepare, resolve
+    from safemerge_recipes.pipeline.opening import resolve
+    from safemerge_recipes.pipeline.preparing import as_source, choose_device, prepare
     from safemerge_recipes.recipe.model import Evaluate
     from safemerge_recipes.storage.workers import Resources
 

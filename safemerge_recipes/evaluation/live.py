@@ -22,7 +22,7 @@ from safemerge_recipes.evaluation.models import choose
 from safemerge_recipes.evaluation.quiet import quiet
 from safemerge_recipes.events import ignore
 from safemerge_recipes.methods.tools import Tools
-from safemerge_recipes.pipeline import as_source
+from safemerge_recipes.pipeline.preparing import as_source
 from safemerge_recipes.planning.graph import Graph, Task
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.sources.side_files import copy_side_files, side_files
@@ -51,7 +51,7 @@ class LiveModel:
         """Load the merged model from its finished `output`; without one, a full model among the sources.
 
         Args:
-            prepared: What `pipeline.prepare` made.
+            prepared: What `pipeline.preparing.prepare` made.
             output: The folder the merge was written to.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             dtype: The dtype it computes in, or `auto`; see `evaluate.evaluate`.
@@ -172,7 +172,7 @@ class WrittenModel:
     tokenizer = None
 
     def __init__(self, prepared: Prepared, output: Path | None = None) -> None:
-        """Args: prepared: What `pipeline.prepare` made. output: The folder the merge was written to."""
+        """Args: prepared: What `pipeline.preparing.prepare` made. output: The folder the merge was written to."""
         self.prepared, self.output = prepared, output
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.model: Path | None = None

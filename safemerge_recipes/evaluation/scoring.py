@@ -29,7 +29,7 @@ from safemerge_recipes.evaluation.statistics import Difference, compare, correct
 from safemerge_recipes.evaluation.store import Store, key_of, scores_folder
 from safemerge_recipes.evaluation.suite import Suite, check_backend, check_extra, load_suite
 from safemerge_recipes.events import Listener, Note
-from safemerge_recipes.pipeline import as_source
+from safemerge_recipes.pipeline.preparing import as_source
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.prepared import Prepared
 from safemerge_recipes.recipe.loading import LoadedRecipe

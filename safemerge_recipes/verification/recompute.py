@@ -15,7 +15,8 @@ from safemerge_recipes.engine.requantised import ERROR, requantised_errors
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.events import BytesDone, Listener, PhaseStarted
 from safemerge_recipes.methods.tools import Tools
-from safemerge_recipes.pipeline import open_sources, prepare
+from safemerge_recipes.pipeline.opening import open_sources
+from safemerge_recipes.pipeline.preparing import prepare
 from safemerge_recipes.planning.graph import ENGINE, Task
 from safemerge_recipes.planning.memory import room_of
 from safemerge_recipes.planning.prepared import Prepared

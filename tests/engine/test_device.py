@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from safemerge_recipes.events import ignore
-from safemerge_recipes.pipeline import carry_out, prepare, resolve
+from safemerge_recipes.pipeline.opening import resolve
+from safemerge_recipes.pipeline.preparing import prepare
+from safemerge_recipes.pipeline.writing import carry_out
 from safemerge_recipes.recipe.loading import load_recipe
 from safemerge_recipes.storage.digests import Digests
 from safemerge_recipes.storage.workers import Resources

@@ -31,7 +31,7 @@ from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.engine.seal import HASH_CHUNK, Sealer
 from safemerge_recipes.errors import SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
-from safemerge_recipes.pipeline import carry_out
+from safemerge_recipes.pipeline.writing import carry_out
 from safemerge_recipes.planning.graph import ENGINE, task_memory
 from safemerge_recipes.planning.memory import projected_peak
 from safemerge_recipes.planning.prepared import Prepared

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from safemerge_recipes.errors import CheckError  # noqa: E402
 from safemerge_recipes.evaluation.live import LiveModel  # noqa: E402
 from safemerge_recipes.events import ignore  # noqa: E402
-from safemerge_recipes.pipeline import as_source, carry_out, prepare, resolve  # noqa: E402
+from safemerge_recipes.pipeline.opening import resolve  # noqa: E402
+from safemerge_recipes.pipeline.preparing import as_source, prepare  # noqa: E402
+from safemerge_recipes.pipeline.writing import carry_out  # noqa: E402
 from safemerge_recipes.recipe.loading import load_recipe  # noqa: E402
 from safemerge_recipes.storage.digests import Digests  # noqa: E402
 from safemerge_recipes.storage.workers import Resources  # noqa: E402

@@ -328,7 +328,9 @@ DEMO = ROOT / "recipes" / "demo"
 def test_it_runs_on_the_demo_family(stem, tmp_path):
     """SmolLM2-135M with its alignment, task and safety adapters; masks drawn at random."""
     from safemerge_recipes.events import ignore
-    from safemerge_recipes.pipeline import carry_out, prepare, resolve
+    from safemerge_recipes.pipeline.opening import resolve
+    from safemerge_recipes.pipeline.preparing import prepare
+    from safemerge_recipes.pipeline.writing import carry_out
     from safemerge_recipes.recipe.loading import parse_recipe
     from safemerge_recipes.storage.digests import Digests
     from safemerge_recipes.storage.safetensors import read_header

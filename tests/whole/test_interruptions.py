@@ -288,9 +288,9 @@ def test_an_input_that_changed_since_the_interruption_is_refused(start, family, 
 def test_an_input_that_changes_between_plan_and_write_is_refused(tmp_path, monkeypatch, moment):
     recipe = make_family(tmp_path / "models")
     changed = tmp_path / "models" / "aligned" / "model-00001-of-00003.safetensors"
-    from safemerge_recipes import pipeline
+    from safemerge_recipes.pipeline import writing
 
-    module, name = (pipeline, "carry_out") if moment == "before" else (Threads, "run")
+    module, name = (writing, "carry_out") if moment == "before" else (Threads, "run")
     real = getattr(module, name)
 
     def meddled(*args, **kwargs):

@@ -27,7 +27,8 @@ pytestmark = [
 CHILD = """
 import json, sys, threading, time
 import numpy, torch
-import safemerge_recipes.pipeline, safemerge_recipes.gate.measurer, safemerge_recipes.methods.threshold
+import safemerge_recipes.pipeline.writing, safemerge_recipes.pipeline.preparing
+import safemerge_recipes.gate.measurer, safemerge_recipes.methods.threshold
 import safemerge_recipes.cli.app as cli
 import xxhash, rich.progress
 

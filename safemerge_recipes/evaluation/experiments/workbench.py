@@ -22,7 +22,8 @@ from safemerge_recipes.evaluation.scoring import conditions, graph_subject, scor
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.suite import Suite, expand
 from safemerge_recipes.events import Listener, Note, ignore
-from safemerge_recipes.pipeline import as_source, build, decide, measurer_of, open_sources, prepare, resolve
+from safemerge_recipes.pipeline.opening import open_sources, resolve
+from safemerge_recipes.pipeline.preparing import as_source, build, decide, measurer_of, prepare
 from safemerge_recipes.planning.graph import Graph
 from safemerge_recipes.planning.load import vary
 from safemerge_recipes.planning.plan import Plan
@@ -49,7 +50,7 @@ class Bench:
         tuning: The tasks to choose on.
 
     Raises:
-        SafemergeError: As `pipeline.prepare`; CheckError when there are no tasks.
+        SafemergeError: As `pipeline.preparing.prepare`; CheckError when there are no tasks.
     """
 
     def __init__(
