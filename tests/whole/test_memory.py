@@ -98,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dare_ties": {"merge": {"method": "dare_ties"}, "gate": {"always": True}},
     "gate": {"merge": {"method": "linear"}, "gate": {"tau": 0.5}},
     "exact gate": {"merge": {"method": "linear"}, "gate": {"tau": 0.5, "precision": "exact", "scope": "*layers.3.*"}},
+    "project": {"merge": {"method": "project"}, "gate": {"always": True, "scope": "*.k_proj.*"}},
     "adapters": {"merge": {"method": "linear"}, "gate": {"tau": 0.5}},
     "adapters ties": {"merge": {"method": "ties"}, "gate": {"tau": 0.5}},
 }
@@ -112,7 +113,14 @@ def test_measured_memory_is_within_the_projected(
     assert own > 1e6
 
 
-@pytest.mark.parametrize("case", sorted(set(CASES) - {"exact gate"}))
+WIDE = {
+    "project down": {"merge": {"method": "project"}, "gate": {"always": True, "scope": "*.down_proj.*"}},
+    "svd_k": {"merge": {"method": "svd_k", "rank": 8}, "gate": {"always": True, "scope": "*.[kq]_proj.*"}},
+}
+"""Of full-rank updates; what takes most of the products is tried alone."""
+
+
+@pytest.mark.parametrize("case", sorted({*CASES, *WIDE} - {"exact gate"}))
 def test_matrices_larger_than_the_limit(
     wide_block: Path, recipe: Callable[..., Path], tmp_path: Path, case: str
 ) -> None:
@@ -123,12 +131,10 @@ def _within(family: Path, recipe: Callable[..., Path], output: Path, case: str, 
     """Runs a case and returns its own memory in bytes, which must be within the projected and the allowed."""
     from safemerge_recipes.recipe.model import parse_size
 
-    content = dict(CASES[case])
-    roles = (
-        ["aligned", "finetuned", "safety"]
-        if "always" in content["gate"]
-        else ["base", "aligned", "finetuned", "safety"]
-    )
+    content = dict({**CASES, **WIDE}[case])
+    roles = ["aligned", "finetuned", "safety"]
+    if "always" not in content["gate"] or content["merge"]["method"] in ("project", "svd_k"):
+        roles = ["base", *roles]
     sources: dict[str, Any] = {role: family / role for role in roles}
     if "adapters" in case:
         sources |= {role: {"adapter": str(family / f"{role}-adapter")} for role in ("finetuned", "safety")}
