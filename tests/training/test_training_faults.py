@@ -21,7 +21,7 @@ from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import load_training
 from safemerge_recipes.sources.trained import RECORD_FILE, training_key
 from safemerge_recipes.training.plan import plan_training
-from safemerge_recipes.training.run import FILES, check_target, copy_adapter
+from safemerge_recipes.training.run import FILES, check_target, copy_adapter, train_adapter
 from tests.fixtures.chat_family import llama, save_model, tokenizer
 
 pytest.importorskip("trl")
@@ -172,6 +172,18 @@ def test_an_output_that_is_in_the_way_is_told_before_anything_is_trained(
     done = call("train-adapter", training_file(folder, train={"learning_rate": 0.00031}), "-o", tmp_path)
     assert (done.code, "holds something that no training wrote" in done.err) == (4, True), done.err
     assert not (own_cache / "adapters").exists()
+
+
+def test_a_kill_while_what_is_done_with_is_removed_loses_no_training(folder: Path, own_cache: Path) -> None:
+    loaded = load_training(training_file(folder))
+    part = own_cache / "adapters" / f"{training_key(loaded)}.part"
+    (part / "size-8").mkdir(parents=True)
+    (part / "size-8" / "run.json").write_text("{}")  # the last file that was left of it
+    for name in FILES:
+        (part / name).write_text('{"rows": 8, "settings": {}}')
+    found = train_adapter(loaded)
+    assert found.path == part.with_suffix("")
+    assert sorted(path.name for path in found.path.iterdir()) == sorted([*FILES, "safemerge.lock"])
 
 
 def test_rows_come_from_an_installed_package(
