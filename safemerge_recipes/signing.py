@@ -15,6 +15,9 @@ from safemerge_recipes.engine.folder import LOCK_FILE, SIGNATURE_FILE
 from safemerge_recipes.errors import CheckError, PlanError
 from safemerge_recipes.storage.files import MAX_BYTES, content_of, remove_left, write_file
 
+MAX_KEY_BYTES = 100_000
+"""Largest key file, in bytes."""
+
 
 def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
@@ -34,6 +37,7 @@ def _done(folder: Path, key: Path, call: Callable[[], object], expected: str) ->
         if not path.exists():
             raise CheckError(f"{path}: there is no such place; expected {'a key' if path == key else 'an output'}")
     try:
+        content_of(key, MAX_KEY_BYTES, "any")  # the library would wait for a pipe, and read a device without end
         call()
     except Exception as error:  # the library raises its own, cryptography's and ValueError
         raise CheckError(f"{folder}: {str(error)[:300] or type(error).__name__}; expected {expected}") from None

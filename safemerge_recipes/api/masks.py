@@ -54,6 +54,7 @@ def score(
     from safemerge_recipes.scores.kinds import KINDS
     from safemerge_recipes.scores.prompts import Asked
     from safemerge_recipes.scores.run import write_scores
+    from safemerge_recipes.scores.score_file import check_target
     from safemerge_recipes.scores.subject import subject_of
 
     if tokens not in (None, "all", "answer"):
@@ -65,5 +66,6 @@ def score(
         files = tuple(Path(file) for file in prompts)
         asked = Asked(files, tokens or KINDS[by].tokens, limit, seed, max_length)  # type: ignore[arg-type]  # checked
     path = Path.cwd() / output if output else loaded.directory / f"{by}.safetensors"
+    check_target(path)
     about = write_scores(subject, asked, path, resources_of(device, 1, max_memory), on_event)
     return {"path": str(path), **about}

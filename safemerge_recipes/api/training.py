@@ -38,9 +38,10 @@ def prepare_safety_data(
     Raises:
         RecipeError: a file cannot be read, harmful rows are answered, or rows are near evaluation prompts.
     """
+    from safemerge_recipes.training.prepare import check_target, write_prepared
     from safemerge_recipes.training.prepare import prepare_safety_data as prepare
-    from safemerge_recipes.training.prepare import write_prepared
 
+    check_target(output, [*sources, *refuse, *keep_out])
     found = prepare(sources, refuse, holdout=holdout, keep_out=keep_out, drop_overlap=drop_overlap)
     return found, write_prepared(found, output)
 

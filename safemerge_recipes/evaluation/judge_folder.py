@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safemerge_recipes.engine.documents import provenance_in
 from safemerge_recipes.engine.folder import ANSWERS_FILE, SCORES_FILE
 from safemerge_recipes.engine.manifest import read_record
 from safemerge_recipes.evaluation import answers
@@ -51,6 +52,7 @@ def judge_folder(
     Raises:
         CheckError: There are no answers, or the judge does not answer. What it said is kept.
     """
+    provenance_in(folder)  # before anything is asked
     before = read_record(folder / SCORES_FILE) if (folder / SCORES_FILE).exists() else {}
     found = judged(with_answers(folder), judge, tell)
     references = dict.fromkeys(row["reference"] for row in before.get("comparisons", ())) or REFERENCES

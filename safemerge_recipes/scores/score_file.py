@@ -9,14 +9,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.errors import WriteError
+from safemerge_recipes.errors import RecipeError, SourceError, WriteError
 from safemerge_recipes.sources.masks import RECORD
 from safemerge_recipes.storage.arena import torch_bytes
 from safemerge_recipes.storage.files import write_bytes, written
-from safemerge_recipes.storage.safetensors import header_bytes
+from safemerge_recipes.storage.safetensors import header_bytes, open_header
 
 if TYPE_CHECKING:
     import torch
+
+
+def check_target(path: Path) -> None:
+    """Refuses to write a score file where something else lies than an earlier one.
+
+    Raises:
+        RecipeError: it does.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        ours = RECORD in open_header(path).metadata
+    except SourceError:
+        ours = False
+    if not ours:
+        raise RecipeError(f"--output {path}: is no file of scores and not replaced; choose another name")
 
 
 class ScoreFile:

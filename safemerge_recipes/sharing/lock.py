@@ -6,6 +6,7 @@ measured. An output is its own lock: its manifest holds the sha256 of what it wa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from safemerge_recipes.storage.layout import INDEX_FILE
 
 FORMAT = 1
 MAX_BYTES = 1_000_000
+_HEAD = "# What "
+"""How a lock begins, by which it is known."""
 CONFIGS = ("config.json", "adapter_config.json", INDEX_FILE)
 """Files of a source, beside its weights, that decide what is merged; tokenizers are side files."""
 
@@ -64,7 +67,8 @@ def find_lock(loaded: LoadedRecipe) -> Lock | None:
     if loaded.path.name == RECIPE_FILE and (loaded.directory / MANIFEST_FILE).is_file():
         return _of_output(loaded.directory)
     path = loaded.directory / lock_path(loaded.path).name
-    return _read(path) if path.is_file() and loaded.path != STANDARD_INPUT else None
+    there = os.path.lexists(path) and loaded.path != STANDARD_INPUT  # whatever it is: what cannot be read is refused
+    return _read(path) if there else None
 
 
 def _of_output(folder: Path) -> Lock:
@@ -94,7 +98,7 @@ def _read(path: Path) -> Lock:
     except (OSError, SourceError, ValueError, OverflowError, KeyError, TypeError, AttributeError, YamlError) as error:
         raise RecipeError(
             f"{path}: not a lock of this program ({type(error).__name__}: {str(error)[:200]}); "
-            "say --update-lock to write it anew, or remove it"
+            "say --update-lock to write a damaged one anew, or remove it"
         ) from None
 
 
@@ -143,14 +147,22 @@ def make_lock(resolved: Resolved) -> str:
     content: dict[str, Any] = {"format": FORMAT, "sources": sources}
     if plugins := _plugins(resolved):
         content["plugins"] = plugins
-    return f"# What {resolved.loaded.path.name} reads. Written by `safemerge lock`.\n{write_yaml(content)}"
+    return f"{_HEAD}{resolved.loaded.path.name} reads. Written by `safemerge lock`.\n{write_yaml(content)}"
 
 
 def check_place(loaded: LoadedRecipe) -> None:
-    """Refuses to lock what has no place here. Raises RecipeError."""
+    """Refuses to lock what has no place here, or whose place somebody else's file has. Raises RecipeError."""
     foreign = loaded.place is not None and loaded.place.directory is None
     if foreign or loaded.path == STANDARD_INPUT:
         raise RecipeError(f"{loaded.path}: has no folder here that could hold its lock; copy it into a file first")
+    path = lock_path(loaded.path)
+    if os.path.lexists(path):
+        try:
+            ours = text_of(path, MAX_BYTES, "any").startswith((_HEAD, f"format: {FORMAT}"))
+        except (OSError, SourceError, ValueError):
+            ours = False
+        if not ours:
+            raise RecipeError(f"{path}: is no lock of this program and not replaced; expected nothing there, move it")
 
 
 def write_lock(resolved: Resolved) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import RecipeError, SourceError
 from safemerge_recipes.evaluation.refusal import classify
 from safemerge_recipes.sources.trained import SHIPPED
 from safemerge_recipes.storage.files import MAX_BYTES, text_of
@@ -115,7 +115,11 @@ def _prompts(path: Path) -> list[str]:
         raise RecipeError(f"{path}: there is no such file; expected prompts, JSONL or a line each")
     if path.suffix in (".json", ".jsonl"):
         return read_prompts(path)
-    return [line.strip() for line in text_of(path, MAX_BYTES, "any").splitlines() if line.strip()]
+    try:
+        text = text_of(path, MAX_BYTES, "any")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: {error}; expected text, a prompt a line") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _refused(path: Path) -> list[Row]:
@@ -128,11 +132,33 @@ def _refused(path: Path) -> list[Row]:
     return found
 
 
+def held_out_path(path: Path) -> Path:
+    """Where the rows go that are held out, beside the training file."""
+    return path.with_name(f"{path.stem}.held-out{path.suffix}")
+
+
+def check_target(path: Path, read: Sequence[Path]) -> None:
+    """Refuses a training file that would replace what is read for it, or something that holds no rows.
+
+    Raises:
+        RecipeError: it would.
+    """
+    for target in (path, held_out_path(path)):
+        if not target.exists() and not target.is_symlink():
+            continue
+        if any(one.exists() and one.samefile(target) for one in read if target.exists()):
+            raise RecipeError(f"--output {path}: {target} is read, too; expected another file")
+        try:
+            read_rows([target])
+        except (RecipeError, SourceError):
+            raise RecipeError(f"--output {path}: {target} holds no rows and is not replaced; move it") from None
+
+
 def write_prepared(prepared: PreparedRows, path: Path) -> list[Path]:
     """Writes the training file, and `NAME.held-out.jsonl` beside it where rows are held out."""
     write_rows(path, prepared.training)
     if not prepared.held_out:
         return [path]
-    beside = path.with_name(f"{path.stem}.held-out{path.suffix}")
+    beside = held_out_path(path)
     write_rows(beside, prepared.held_out)
     return [path, beside]

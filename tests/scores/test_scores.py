@@ -21,6 +21,7 @@ from safemerge_recipes import api
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError, SafemergeError, SourceError
 from safemerge_recipes.scores.inputs import inverse_diagonal
 from safemerge_recipes.scores.run import described
+from safemerge_recipes.scores.score_file import check_target, score_file
 from tests.fixtures.chat_family import make_family
 
 ROWS = [
@@ -284,3 +285,19 @@ def test_the_stated_memory_is_kept(family: Path, tmp_path: Path, by: str, monkey
     with OwnMemory() as own:
         scored(tmp_path, by, prompts=[rows])
     assert 0 < own.grown <= stated[-1] + 16_000_000 < whole, (own.grown, stated, whole)
+
+
+def test_scores_replace_scores_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    check_target(path)
+    with score_file(path, {"a": (2, 3)}, {"by": "magnitude"}) as out:
+        out.put("a", 0, torch.ones(6))
+    check_target(path)
+    for content in (path.read_bytes().replace(b"safemerge_score", b"somebodys_score"), b"precious"):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match="is no file of scores and not replaced"):
+            check_target(path)
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(RecipeError, match="not replaced"):
+        check_target(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def test_what_is_no_lock_is_told(family, text):
     assert code == 2
     assert "recipe.lock.yaml: not a lock of this program" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_what_is_no_file_is_no_missing_lock_and_somebody_elses_file_is_not_replaced(family):
+    recipe, path = family / "recipe.yaml", family / "recipe.lock.yaml"
+    path.unlink()
+    for make in (os.mkfifo, os.mkdir, lambda at: os.symlink("/dev/zero", at), lambda at: os.symlink(path.name, at)):
+        make(path)
+        for verb in ("plan", "lock"):
+            code, _, err = run(verb, recipe)
+            assert (code, "recipe.lock.yaml: " in err) == (2, True), err
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_text("thesis: precious\n")
+    code, _, err = run("lock", recipe)
+    assert (code, "is no lock of this program and not replaced" in err) == (2, True), err
+    assert path.read_text() == "thesis: precious\n"
+    path.unlink()
+    assert [run("lock", recipe)[0] for _ in range(2)] == [0, 0]
 
 
 def test_an_output_is_locked_already(family):

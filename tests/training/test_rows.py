@@ -13,6 +13,7 @@ from safemerge_recipes.sources.trained import SHIPPED
 from safemerge_recipes.training.plan import evaluation_prompts, refuse_overlap
 from safemerge_recipes.training.prepare import prepare_safety_data, write_prepared
 from safemerge_recipes.training.rows import Near, Row, content, nested, read_rows, without_copies
+from tests.fixtures.program import run
 
 
 def written(path: Path, *rows: object) -> Path:
@@ -168,3 +169,23 @@ def test_the_command_prints_counts(tmp_path: Path, call) -> None:
     assert done.code == 0, done.err
     assert done.json["training"]["harmful"] >= 100
     assert len(read_rows([tmp_path / "s.jsonl"])) == sum(done.json["training"].values())
+
+
+def test_a_training_file_replaces_an_earlier_one_and_neither_what_is_read_nor_a_strangers_file(tmp_path: Path) -> None:
+    row = {"instruction": "How do I water a fern?", "output": "Weekly."}
+    rows, target = written(tmp_path / "rows.jsonl", row), tmp_path / "safe.jsonl"
+    verb = ("prepare-safety-data", rows, "-o", target)
+    assert [run(*verb)[0] for _ in range(2)] == [0, 0]
+    for path in (target, tmp_path / "safe.held-out.jsonl"):
+        path.write_text("precious")
+        code, _, err = run(*verb)
+        assert (code, path.read_text(), f"{path} holds no rows and is not replaced" in err) == (2, "precious", True), (
+            err
+        )
+        path.unlink()
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    code, _, err = run("prepare-safety-data", rows, "-o", tmp_path / "link.jsonl")
+    assert (code, "is read, too; expected another file" in err) == (2, True), err
+    (tmp_path / "asked.txt").write_bytes(b"\xff\xfe")
+    code, _, err = run("prepare-safety-data", rows, "--refuse", tmp_path / "asked.txt", "-o", target)
+    assert (code, "expected text, a prompt a line" in err) == (2, True), err

@@ -268,6 +268,13 @@ def test_sound_scores_pass_and_it_is_said_what_was_not_checked(scored):
     assert "not checked: scores: whether the models give these answers" in err
 
 
+def test_a_judge_is_not_asked_about_an_output_that_cannot_take_its_verdicts(scored, tmp_path):
+    folder = shutil.copytree(scored / "out", tmp_path / "out")
+    (folder / MANIFEST_FILE).write_text("{}")
+    code, _, err = run("judge", folder, "--kind", "openai", "--model", "m", "--url", "http://127.0.0.1:9/v1")
+    assert (code, MANIFEST_FILE in err, "refused" in err) == (6, True, False), err
+
+
 def test_a_document_of_another_version_is_not_called_forged(written, tmp_path, monkeypatch):
     shutil.copytree(written, tmp_path / "family")
     folder = tmp_path / "family" / "out"

@@ -5,6 +5,7 @@ Guards `signing`.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("model_signing")
+from safemerge_recipes.errors import CheckError
+from safemerge_recipes.signing import sign
 from tests.fixtures.program import run
 from tests.fixtures.sharded_family import make_family
 from tests.whole.faults import flip
@@ -61,3 +64,11 @@ def test_a_signed_output_is_told_from_every_other(tmp_path: Path) -> None:
     assert (code, err.count("\n")) == (6, 1), err
     code, _, err = run("sign", tmp_path, "--private-key", private)
     assert (code, err.count("\n")) == (6, 1), err
+
+
+def test_a_key_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pem")
+    (tmp_path / "endless.pem").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a pipe"), ("endless", "a device")):
+        with pytest.raises(CheckError, match=rf"{name}\.pem: is {kind}; expected a regular file"):
+            sign(tmp_path, tmp_path / f"{name}.pem")
