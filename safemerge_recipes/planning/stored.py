@@ -32,7 +32,7 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w
              ("q_a_proj", "kv_a_proj_with_mqa"))  # fmt: skip
 _SKIPPED = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
 """What formats call the list of modules that are not quantised."""
-_SKIPPED_BY = {"compressed-tensors": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
+_SKIPPED_BY = {"compressed-tensors": "ignore", "modelopt": "ignore", "bitsandbytes": "llm_int8_skip_modules"}
 """What those call it that do not call it `modules_to_not_convert`."""
 _HF_QUANT = "hf_quant_config.json"
 

@@ -37,6 +37,10 @@ def scales_of(operand: Quantised, reader: Reader) -> np.ndarray:
     if (own := operand.scale_codes) is not None:
         table, most = (reader.whole(one).view("<f4") for one in (own.table, own.absmax))
         found = table[raw] * most[np.arange(len(raw)) // own.block] + np.float32(own.offset)
+    elif (over := operand.overall) is not None:
+        found, number = values("e4m3")[raw], reader.whole(over.number).view("<f4")[0]
+        with np.errstate(all="ignore"):  # what is not finite is refused where it is merged
+            found = (found / number if over.divides else found * number).astype(np.float32)
     elif ref.dtype in POWERS:  # 255 is not a number
         found = np.ldexp(np.float32(1), raw.astype(np.int32) - 127).astype(np.float32)
         found[raw == 255] = np.nan

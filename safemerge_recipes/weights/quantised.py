@@ -25,7 +25,7 @@ HALF = ("e2m1", "offset4", "nf4", "fp4")
 UPPER_FIRST = ("nf4", "fp4")
 """Those of which the first lies in the upper half."""
 
-SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")  # NVFP4's, in FP8, come with a number over them: `Overall`
 """Dtypes in which scales are stored."""
 POWERS = ("F8_E8M0", "U8")
 """Those of which the value is 2^(byte − 127)."""
@@ -46,6 +46,19 @@ class ScaleCodes:
     absmax: TensorRef
     block: int
     offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overall:
+    """A number over all scales of a matrix, which are FP8 (NVFP4): scale · number or scale / number, in float32.
+
+    Attributes:
+        number: float32, of one element.
+        divides: whether scales are divided by it.
+    """
+
+    number: TensorRef
+    divides: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,7 @@ class Quantised(Operand):
         turned: whether the weight is the transpose of each stored matrix.
         scale_codes: what `scales` are worth where they are codes; of one matrix, not of a stack.
         packing: how the codes lie where that is not row by row, or have zeros of their own.
+        overall: the number over the scales of one matrix, which are FP8 then.
     """
 
     codes: TensorRef
@@ -97,6 +111,7 @@ class Quantised(Operand):
     turned: bool = False
     scale_codes: ScaleCodes | None = None
     packing: Packing | None = None
+    overall: Overall | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +124,8 @@ class Quantised(Operand):
         """Codes, scales, and what these are worth."""
         own = self.scale_codes
         packed = self.packing.refs if self.packing else ()
-        return (self.codes, self.scales, *((own.table, own.absmax) if own else ()), *packed)
+        over = (self.overall.number,) if self.overall else ()
+        return (self.codes, self.scales, *((own.table, own.absmax) if own else ()), *packed, *over)
 
     @property
     def bits(self) -> int:
@@ -150,6 +166,8 @@ class Quantised(Operand):
         how = f"{self.code}{self.stored_shape}/{self.block}/{self.divisor!r}T{self.turned}"
         if (own := self.scale_codes) is not None:
             how += f",{name(own.table)},{name(own.absmax)}/{own.block}+{own.offset!r}"
+        if (over := self.overall) is not None:
+            how += f",{'/' if over.divides else '*'}{name(over.number)}"
         if (packed := self.packing) is not None:
             how += f",{packed.order}{packed.less}:{','.join(map(name, packed.refs))}"
         return f"Quantised({name(self.codes)},{name(self.scales)}:{how})"

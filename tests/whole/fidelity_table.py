@@ -228,16 +228,24 @@ is tied, in the same way: PEFT sets them in the model, which must have been give
 scale for each block (`weight_scale_inv`), each row or the whole (`weight_scale`), int8 of compressed-tensors and of
 LLM.int8 (`SCB`), packed int4 and int8 with zero points or without, GPTQ (4 and 8 bits, with `g_idx`; zeros less by one
 unless the config says `gptq_v2`), AWQ (GEMM), NF4 and FP4 of bitsandbytes (`absmax`, plain or doubly quantised, blocks
-within a row), and MXFP4 (`_blocks`, `_scales`). Their values are float32, code times scale, rounded once. NVFP4, EXL2,
-EXL3, HQQ, Quanto, torchao, AQLM, EETQ, BitNet, MLX and other kinds of GPTQ and AWQ are named, copied where no update
-touches them, and refused where one does. A scale is never merged, whatever the scope says; codes without their scale
-are refused. What nothing changes is copied with its scales. A changed weight is written plain (`output.quantized:
-dequantize`), or quantised again in the same FP8 format (`keep`: scale = largest magnitude / 448, or the next power of
-two where `scale_fmt` is ue8m0; the error is measured on the written file, `requantized_error`); weights that loaders
-hold as one tensor or require to be alike (the experts of a block; q, k and v; gate and up) are written alike. Of GPTQ
-all weights are, as its config cannot name some that are not codes. The output's `quantization_config` is the aligned
-model's, with what is written plain in its list of exceptions, and goes where nothing quantised is left or over plain
-weights.
+within a row), MXFP4 (`_blocks`, `_scales`; packed by compressed-tensors), and NVFP4 of compressed-tensors and
+ModelOpt (`weight_global_scale`, `weight_scale_2`, which is applied to the scales in float32 first). Their values are
+float32, code times scale, rounded once. EXL2, EXL3, HQQ, Quanto, torchao, AQLM, EETQ, BitNet, MLX and other kinds of
+GPTQ and AWQ are named, copied where no update touches them, and refused where one does. A scale is never merged,
+whatever the scope says; codes without their scale are refused. What nothing changes is copied with its scales. A
+changed weight is written plain (`output.quantized: dequantize`), or quantised again in the same FP8 format (`keep`:
+scale = largest magnitude / 448, or the next power of two where `scale_fmt` is ue8m0; the error is measured on the
+written file, `requantized_error`); weights that loaders hold as one tensor or require to be alike (the experts of a
+block; q, k and v; gate and up) are written alike. Of GPTQ all weights are, as its config cannot name some that are not
+codes. The output's `quantization_config` is the aligned model's, with what is written plain in its list of exceptions,
+and goes where nothing quantised is left or over plain weights.
+
+Each format is checked against a formula in float64, and against other code where a CPU runs it: transformers (FP8,
+MXFP4), compressed-tensors (its own, AWQ by its converter, NVFP4), bitsandbytes (NF4, FP4, LLM.int8), AutoGPTQ 0.7.1
+(its layer in plain torch, 4 and 8 bits, `g_idx` in any order; run by hand with `AUTO_GPTQ`, as no package on a CPU has
+it today). An output of which some weights are plain is loaded by transformers on a CPU: FP8, MXFP4, compressed-tensors,
+bitsandbytes, and GPTQ, of which all are plain then. AWQ's layers need more than a CPU: there, which modules
+transformers would convert is asked of its own code.
 
 **Noise floor.** Where V or Δ comes from quantised weights, the plan shows the expected ‖noise‖ of rounding beside ρ
 (`noise_v`, `noise_delta`): of what is even in the cell of each code. Where that is half of ‖V‖² or ‖Δ‖², the plan

@@ -2,12 +2,14 @@
 
 Guards `engine.requantised`, `planning.stored`, `methods.on_codes`, `weights.quantised`, `weights.dequantise`,
 `weights.packed`, `sources.quantised.find`, `sources.quantised.group`, `sources.quantised.scaled`,
-`sources.quantised.mxfp4`, `sources.quantised.compressed`, `sources.quantised.small`.
+`sources.quantised.mxfp4`, `sources.quantised.compressed`, `sources.quantised.fp4`,
+`sources.quantised.small`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,8 @@ def test_what_nothing_changes_is_copied_with_its_scales(
     assert written.keys() == (aligned.keys() - parts) | plain
     for name in written.keys() - plain:
         assert written[name].dtype == aligned[name].dtype
-        assert torch.equal(written[name].view(torch.uint8), aligned[name].view(torch.uint8)), name
+        before, after = (tensors[name].reshape(-1).view(torch.uint8) for tensors in (aligned, written))
+        assert torch.equal(before, after), name
     for name in plain:
         wanted = worth(aligned, name)
         if "q_proj" in name:
@@ -413,7 +416,7 @@ CLOSED = {
                            "weight.quant_map": torch.ones(16),
                            "weight.quant_state.bitsandbytes__nf4": torch.ones(9, dtype=torch.uint8)},
     "NVFP4": {"weight": torch.ones(40, 12, dtype=torch.uint8),
-              "weight_scale": torch.ones(40, 2).to(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(1.0)},
+              "weight_scale": torch.ones(40, 7).to(torch.float8_e4m3fn), "weight_scale_2": torch.tensor(1.0)},
     "order of their own": {"weight_packed": torch.ones(40, 3, dtype=torch.int32), "weight_scale": torch.ones(40, 3),
                            "weight_shape": torch.tensor([40, 24]), "weight_g_idx": torch.ones(24, dtype=torch.int32)},
 }  # fmt: skip
@@ -550,6 +553,54 @@ def test_values_are_those_of_transformers_and_compressed_tensors() -> None:
     torch.testing.assert_close(theirs.double(), worth(found, "w"), rtol=2**-23, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "AUTO_GPTQ" not in os.environ, reason="AUTO_GPTQ: a folder with the wheel of auto-gptq 0.7.1, unzipped"
+)
+@pytest.mark.parametrize(("bits", "shuffled"), [(4, True), (4, False), (8, True), (8, False)])
+def test_values_of_gptq_are_those_of_auto_gptq(bits: int, shuffled: bool) -> None:
+    """Its layer in plain torch, from its file alone, as the package wants a transformers of its time."""
+    import importlib.util
+
+    from tests.fixtures.quantise import gptq
+
+    path = Path(os.environ["AUTO_GPTQ"]) / "auto_gptq" / "nn_modules" / "qlinear" / "qlinear_cuda.py"
+    spec = importlib.util.spec_from_file_location("qlinear_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stored = gptq("w.weight", torch.randn(64, 96), bits=bits, group=16, shuffled=shuffled)
+    layer = module.QuantLinear(bits, 16, 96, 64, False, weight_dtype=torch.float32)
+    for name in ("qweight", "qzeros", "scales", "g_idx"):
+        setattr(layer, name, stored[f"w.{name}"].float() if name == "scales" else stored[f"w.{name}"])
+    torch.testing.assert_close(layer(torch.eye(96)).T.double(), worth(stored, "w.weight"), rtol=2**-22, atol=0)
+
+
+def test_values_of_4_bit_floats_are_those_of_compressed_tensors() -> None:
+    """Both libraries' forms of NVFP4, whose number over all scales is the other's reciprocal, and MXFP4."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    from tests.fixtures.quantise import mxfp4_packed, nvfp4
+
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(2))
+    made = {"nv": nvfp4("w", weight, 16), "modelopt": nvfp4("w", weight, 16, True), "mx": mxfp4_packed("w", weight, 32)}
+    for kind, stored in made.items():
+        packed = stored.get("w_packed", stored.get("w"))
+        assert packed is not None
+        codes = unpack_fp4_from_uint8(packed, 32, 96, dtype=torch.float32)
+        scale = stored["w_scale"].float() if kind != "mx" else 2.0 ** (stored["w_scale"].float() - 127)
+        over = {"nv": stored.get("w_global_scale"), "modelopt": 1 / stored.get("w_scale_2", torch.ones(())), "mx": None}
+        strategy, group = ("group", 32) if kind == "mx" else ("tensor_group", 16)
+        args = QuantizationArgs(num_bits=4, type="float", strategy=strategy, group_size=group, symmetric=True)
+        theirs = dequantize(codes, scale, args=args, global_scale=over[kind], dtype=torch.float32)
+        torch.testing.assert_close(theirs.double(), worth(stored, "w"), rtol=2**-21, atol=0)
+        assert float((worth(stored, "w") - weight).norm() / weight.norm()) < 0.2
+
+
 def test_values_of_llm_int8_are_those_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     from tests.fixtures.quantise import llm_int8
@@ -591,8 +642,8 @@ def test_values_of_4_bits_are_those_of_bitsandbytes(
 # Loaded by transformers, from an output in which some weights are plain and others quantised
 
 
-def loaded(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
-    """The state of the model that transformers makes of an output; no key may be missing or unexpected."""
+def model_of(folder: Path, **more: Any) -> Any:
+    """What transformers makes of an output; no key may be missing or unexpected."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -606,7 +657,12 @@ def loaded(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    return dict(model.state_dict())
+    return model
+
+
+def loaded(folder: Path, **more: Any) -> dict[str, torch.Tensor]:
+    """The state of that model."""
+    return dict(model_of(folder, **more).state_dict())
 
 
 def mixed_output(tmp_path: Path, family: Family, kind: str, quantization: dict[str, Any], **output: str) -> Tensors:
@@ -691,6 +747,7 @@ COMPRESSED = {
     "FP8 channels": compressed("float", 8, "channel", None, "float-quantized"),
     "int8": compressed("int", 8, "channel", None, "int-quantized"),
     "int4": compressed("int", 4, "group", 8, "pack-quantized"),
+    "NVFP4": compressed("float", 4, "tensor_group", 8, "nvfp4-pack-quantized"),
 }
 
 
@@ -707,3 +764,62 @@ def test_a_compressed_tensors_output_loads_in_transformers(tmp_path: Path, famil
     state = loaded(tmp_path / "out0", quantization_config=CompressedTensorsConfig(**asked, dequantize=True))
     for name, tensor in values.items():
         torch.testing.assert_close(state[name].double(), tensor, rtol=2**-7, atol=1e-4, msg=name)
+
+
+BITSANDBYTES = {
+    "NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
+    "FP4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"},
+    "LLM.int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_a_bitsandbytes_output_loads_in_transformers(tmp_path: Path, family: Family, kind: str) -> None:
+    """Merged modules as plain ones, all others quantised, with the values that bitsandbytes itself gives back."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values = mixed_output(tmp_path, family, kind, {"quant_method": "bitsandbytes", **BITSANDBYTES[kind]})
+    model = model_of(tmp_path / "out0")
+    for name, tensor in values.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        weight = module.weight
+        assert (type(module).__name__ in ("Linear4bit", "Linear8bitLt")) == (name in GATED and "self_attn" not in name)
+        if type(module).__name__ == "Linear4bit":
+            state, packed = weight.quant_state, weight.data.flatten()  # its kernels want blocks of 32 and more
+            codes = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+            weight = (state.code[codes] * state.absmax.repeat_interleave(state.blocksize)).view(state.shape)
+        elif type(module).__name__ == "Linear8bitLt":
+            weight = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        torch.testing.assert_close(weight.detach().double(), tensor, rtol=2**-7, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "AWQ"])
+def test_what_transformers_would_convert_is_what_is_quantised(tmp_path: Path, family: Family, kind: str) -> None:
+    """Their layers need a GPU's library: which modules become such layers is asked of transformers' own code."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    declared: dict[str, Any] = {"quant_method": kind.lower(), "bits": 4, "group_size": 8, "zero_point": True}
+    if kind == "AWQ":  # which cannot pack these, as they have 12 outputs
+        declared["modules_to_not_convert"] = ["lm_head", "k_proj", "v_proj"]
+    values = mixed_output(tmp_path, family, kind, declared)
+    written = load_file(tmp_path / "out0" / "model.safetensors")
+    coded = {name.removesuffix(".qweight") for name in written if name.endswith(".qweight")}
+    said = config_of(tmp_path).get("quantization_config")
+    if kind == "GPTQ":  # converts every layer of the blocks: all are plain, and it loads as a plain model
+        assert not coded
+        assert said is None
+        state = model_of(tmp_path / "out0").state_dict()
+        for name, tensor in values.items():
+            torch.testing.assert_close(state[name].double(), tensor, rtol=2**-7, atol=1e-6, msg=name)
+        return
+    assert said is not None
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in CONFIG.items() if k != "architectures"}))
+    skipped = HfQuantizer.get_modules_to_not_convert(
+        model, said["modules_to_not_convert"], None, add_default_skips=True
+    )
+    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name in layers if should_convert_module(name, skipped)} == coded
+    assert coded == {n.removesuffix(".weight") for n in GATED if "self_attn" not in n}

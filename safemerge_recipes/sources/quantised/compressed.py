@@ -1,4 +1,4 @@
-"""compressed-tensors' packed integers of 4 or 8 bits."""
+"""compressed-tensors' packed integers of 4 or 8 bits; its packed FP4 is `fp4`'s."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.quantised import fp4
 from safemerge_recipes.sources.quantised.names import Found
 from safemerge_recipes.sources.quantised.small import bytes_of
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -22,8 +23,10 @@ def read(found: Found, _: Mapping[str, Any]) -> tuple[str, Quantised | None]:
     """
     kind, root, parts = found.kind, found.root, found.parts
     codes, scales, shape = (parts.get(f".weight_{end}") for end in ("packed", "scale", "shape"))
+    if codes is not None and codes.dtype == "U8":
+        return fp4.read(found)
     if codes is None or codes.dtype != "I32":
-        return ("NVFP4" if codes is not None and codes.dtype == "U8" else kind), None
+        return kind, None
     if scales is None or shape is None:
         raise SourceError(
             f"{codes.path}: {root} holds packed integers without .weight_{'scale' if scales is None else 'shape'}; "

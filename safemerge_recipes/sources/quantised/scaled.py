@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safemerge_recipes.errors import SourceError
+from safemerge_recipes.sources.quantised import fp4
 from safemerge_recipes.sources.quantised.names import FP8, Found
 from safemerge_recipes.storage.dtypes import FLOAT_DTYPES
 from safemerge_recipes.storage.safetensors import TensorRef
@@ -27,6 +28,8 @@ def read(found: Found, config: Mapping[str, Any]) -> tuple[str, Quantised | None
     scales = next(ref for end, ref in parts.items() if re.fullmatch(r"(\.weight)?_scale(_inv)?", end))
     if codes is not None and codes.dtype == "U8" and scales.numel == 1:
         return "BitNet", None
+    if codes is not None and codes.dtype == "U8" and ".weight" in parts:
+        return fp4.read(found)
     if ".weight_scale_2" in parts or (codes is not None and codes.dtype == "U8"):
         return "NVFP4", None
     if ".weight_zero_point" in parts:
