@@ -29,7 +29,6 @@ SHARDS = {"path": "out", "max_shard_size": "8KB"}
 def address() -> Iterator[str]:
     """The server's."""
     with pytest.MonkeyPatch.context() as patch, s3.server(patch) as found:
-        s3.hurry(patch)
         yield found
 
 

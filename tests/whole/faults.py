@@ -29,7 +29,8 @@ from safemerge_recipes.engine.folder import MANIFEST_FILE
 from safemerge_recipes.evaluation.experiments.results import is_results
 from tests.fixtures.chat_family import RECIPE, make_family
 from tests.fixtures.hub_server import TOKEN, environment, serve
-from tests.fixtures.program import WarmProgram, digests, run, snapshot, warm
+from tests.fixtures.hub_world import SETTINGS
+from tests.fixtures.program import WarmProgram, digests, run, snapshot
 
 KILL = "SIGKILL at a call"
 """The kind of a kill in the table."""
@@ -233,7 +234,7 @@ class Verb:
     scores: bool = False
     """Whether it runs models, which takes seconds."""
     hub: bool = False
-    """Whether it talks to the hub: in a process that has not looked yet where that is."""
+    """Whether it talks to the hub."""
 
 
 SMALL = ("--set", "output.max_shard_size=40KB", "--no-evaluate")
@@ -321,11 +322,15 @@ def _key(path: Path) -> Path:
     return path
 
 
+LIGHT = (
+    "huggingface_hub.hf_api", "huggingface_hub.file_download", "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+)  # fmt: skip
+"""What the program loads sooner or later of others' libraries."""
 HEAVY = (
-    "safemerge_recipes.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks",
-    "lm_eval.models.huggingface", "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto", "transformers.generation.utils", "trl", "peft", "datasets",
-    "safemerge_recipes.training.run", "transformers.models.auto.tokenization_auto", "lm_eval.models",
+    *LIGHT, "safemerge_recipes.evaluation.harness", "lm_eval.evaluator", "lm_eval.tasks",
+    "lm_eval.models.huggingface", "transformers.generation.utils", "trl", "peft", "datasets",
+    "safemerge_recipes.training.run", "lm_eval.models",
 )  # fmt: skip
 """What the program loads sooner or later where models run."""
 
@@ -392,8 +397,8 @@ class Bench:
         threading.Thread(target=self._judge.serve_forever, daemon=True).start()
         self._serving = serve()
         self.hub = self._serving.__enter__()
-        self.plain = warm()
-        self.warm = WarmProgram(root, *HEAVY) if scoring else self.plain
+        with _environment(HF_ENDPOINT=self.hub.url):
+            self.warm = WarmProgram(root, *(HEAVY if scoring else LIGHT))
         known = verbs(f"http://127.0.0.1:{self._judge.server_port}/v1", _key(root / "key.pem"))
         self.verbs = tuple(verb for verb in known if scoring or not verb.scores)
         self.sources = snapshot(root / "family")
@@ -410,8 +415,7 @@ class Bench:
 
     def close(self) -> None:
         """Ends the warm program and the judge."""
-        if self.warm is not self.plain:
-            self.warm.close()
+        self.warm.close()
         self._serving.__exit__(None, None, None)
         self._judge.shutdown()
         self._judge.server_close()
@@ -453,8 +457,8 @@ class Bench:
             if not verb.hub:
                 return self.warm(*verb.arguments(place, recipe), before=before)
             given = environment(self.hub, place / "cache", TOKEN)
-            setting = f"import os, time; os.environ.update({given!r}); time.sleep = lambda seconds: None\n{before}"
-            return self.plain(*verb.arguments(place, recipe), before=setting)
+            setting = f"import os, time; os.environ.update({given!r}); time.sleep = lambda seconds: None\n{SETTINGS}"
+            return self.warm(*verb.arguments(place, recipe), before=f"{setting}{before}")
 
     def _on_the_hub(self, place: Path) -> dict[str, str]:
         """Files of a trial's repository."""
@@ -530,8 +534,7 @@ class Bench:
             limits = Fault("", "from tests.whole.faults import limited; limited(20)")
             with _environment(SAFEMERGE_CACHE=str(place / "cache")):
                 arguments = verb.arguments(place, place / "family" / "recipe.yaml")
-                program = self.plain if verb.hub else self.warm
-                code, _, err = program(*arguments, before=limits.before)
+                code, _, err = self.warm(*arguments, before=limits.before)
             row.struck += code != 0
             problem = _untold(code, err)
             if verb.name == "verify" and target.parent.name == "out" and code != 6:

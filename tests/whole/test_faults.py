@@ -41,13 +41,13 @@ def test_verbs_killed_anywhere_lose_nothing(bench: Bench) -> None:
 @pytest.mark.parametrize("kind", faults.PLANTED)
 def test_no_verb_waits_for_what_is_no_file_or_follows_it(bench: Bench, kind: str) -> None:
     dice = random.Random(kind)
-    for verb in bench.verbs[dice.randrange(3) :: 3]:
+    for verb in bench.verbs[dice.randrange(5) :: 5]:
         assert bench.plant(verb, kind, dice) == ""
 
 
-def test_a_report_killed_at_every_call_leaves_no_temporary_files(bench: Bench) -> None:
+def test_a_report_killed_at_a_call_leaves_no_temporary_files(bench: Bench) -> None:
     verb = next(verb for verb in bench.verbs if verb.name == "report")
-    for at in range(2, bench.expected(verb)[2], 2):
+    for at in range(2, bench.expected(verb)[2], 4):
         assert bench.attempt(verb, at_call("kill", at)) == ""
 
 
@@ -78,8 +78,8 @@ def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, ho
     "fault", [faults.SIGNALS, faults.FEW_FILES, faults.SMALL_FILES, faults.STREAMS[1]], ids=lambda fault: fault.kind
 )
 def test_what_lasts_for_a_whole_run_loses_nothing(bench: Bench, fault: faults.Fault) -> None:
-    for verb in bench.verbs[2:4]:
-        assert bench.attempt(verb, fault) == ""
+    verb = bench.verbs[2 + len(fault.kind) % 2]  # an adapter or a model
+    assert bench.attempt(verb, fault) == ""
 
 
 def test_the_harness_sees_what_is_lost(bench: Bench) -> None:

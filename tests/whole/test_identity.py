@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import yaml
 
 from tests.fixtures.gated_family import ROLES, Family, read_weights
+from tests.fixtures.program import finish, spawn
 
 METHODS = [
     "linear",
@@ -44,8 +43,16 @@ def _plan(folder: Path) -> Any:
     return plan
 
 
-@pytest.mark.parametrize("forms", ["full", "adapters"])
-@pytest.mark.parametrize("method", METHODS)
+def _of_every_day() -> list[Any]:
+    """(method, forms): every method in one of them, by turns; the other is slow."""
+    return [
+        pytest.param(method, forms, marks=[] if (number + place) % 2 == 0 else [pytest.mark.slow])
+        for number, method in enumerate(METHODS)
+        for place, forms in enumerate(("full", "adapters"))
+    ]
+
+
+@pytest.mark.parametrize(("method", "forms"), _of_every_day())
 def test_workers_and_memory_change_nothing(
     wide: Family,
     merge: Callable[..., Any],
@@ -137,8 +144,13 @@ def _interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseExcepti
     return patch
 
 
-@pytest.mark.parametrize("after", [0, 1, 9, 20])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "after"),
+    [
+        *((OSError(errno.ENOSPC, "No space left on device"), after) for after in (0, 9)),
+        *((KeyboardInterrupt(), after) for after in (1, 20)),
+    ],
+)
 def test_an_interrupted_run_is_resumed_by_the_same_command(
     llama: Family, merge: Callable[..., Any], call: Any, recipe: Any, monkeypatch: Any, tmp_path: Path,
     after: int, error: BaseException,
@@ -170,7 +182,7 @@ def test_a_killed_run_is_resumed_and_damaged_parts_are_written_again(
 ) -> None:
     fresh, _ = merge(llama, gate={"tau": 0.5}, merge={"method": "ties"})
     path = _command(recipe, llama)
-    code = (
+    die = (
         "import os, signal\n"
         "from safemerge_recipes.engine.journal import Journal\n"
         "note, count = Journal.done, iter(range(99))\n"
@@ -178,11 +190,9 @@ def test_a_killed_run_is_resumed_and_damaged_parts_are_written_again(
         "    note(*a)\n"
         "    if next(count) == 11: os.kill(os.getpid(), signal.SIGKILL)\n"
         "Journal.done = done\n"
-        "from safemerge_recipes.cli.app import main\n"
-        f"main(['run', {str(path)!r}, '--workers', '1'])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, _, err = finish(spawn("run", path, "--workers", "1", before=die))
+    assert code == -signal.SIGKILL, err
     part = tmp_path / "out.part"
     journal = [json.loads(line) for line in (part / "safemerge_journal.jsonl").read_text().splitlines()]
     assert len(journal) == 13

@@ -92,10 +92,10 @@ def kill_and_resume(start, family, tmp_path, at, *, again=None, first=()):
     return killed
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(10))
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(start, family, tmp_path, number):
     dice = random.Random(number)
-    at = 1 + (family[2] - 1) * number // 20 + dice.randrange(max(1, family[2] // 20))
+    at = 1 + (family[2] - 1) * number // 10 + dice.randrange(max(1, family[2] // 10))
     kill_and_resume(start, family, tmp_path, at, again=dice.randrange(1, family[2]) if number % 4 == 0 else None)
 
 
@@ -133,7 +133,7 @@ def test_a_run_of_several_deltas_killed_anywhere_goes_on_to_the_same_bytes(start
     assert killed > 8
 
 
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(0, 6, 2))
 def test_replacing_an_output_is_safe_from_kills_too(start, family, tmp_path, number):
     recipe, expected, calls = family
     out, part = tmp_path / "out", tmp_path / "out.part"
@@ -191,18 +191,18 @@ SLOW = """
 import os, time
 real = os.pwrite
 def pwrite(*args):
-    time.sleep(0.15)
+    time.sleep(0.05)
     return real(*args)
 os.pwrite = pwrite
 """
 
 
 def wait_for(path, process):
-    for _ in range(600):
+    for _ in range(3000):
         if path.exists() and path.read_bytes().count(b"\n") > 4:
             return
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+        time.sleep(0.01)
     raise AssertionError(f"{path} never came")
 
 
