@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.plain_family import GATED, make_family
+from tests.fixtures.program import finish, spawn
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
@@ -37,10 +36,10 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "SAFEMERGE_CACHE": str(tmp_path / "cache")}
 
     def safemerge(*arguments: str) -> str:
-        command = [sys.executable, "-m", "safemerge_recipes", *arguments]
-        found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        before = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path[:0] = os.environ['PYTHONPATH'].split(':')"
+        code, out, err = finish(spawn(*arguments, before=before, env=environment))
+        assert code == 0, err
+        return out
 
     assert "safemerge-soft-clip 0.1.0" in safemerge("plugins")
     (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S)

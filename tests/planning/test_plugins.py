@@ -25,6 +25,7 @@ from safemerge_recipes.recipe import builtins
 from safemerge_recipes.recipe.loading import parse_recipe
 from safemerge_recipes.recipe.model import SELECTORS as SELECTOR_KEYS
 from tests.fixtures.plain_family import FULL, GATED, make_family, recipe_text, run_recipe
+from tests.fixtures.program import finish, spawn
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = sorted(path for path in (ROOT / "plugins").iterdir() if path.is_dir())
@@ -177,11 +178,11 @@ class TestPlugins:
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SAFEMERGE_CACHE": str(tmp_path / "cache")}
 
     def run(self, tmp_path: Path, *arguments: str) -> str:
-        command = [sys.executable, "-m", "safemerge_recipes.cli.app", *arguments]
         environment = self.environment(tmp_path)
-        found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
+        before = f"import os, sys; os.chdir({str(tmp_path)!r}); sys.path[:0] = os.environ['PYTHONPATH'].split(':')"
+        code, out, err = finish(spawn(*arguments, before=before, env=environment))
+        assert code == 0, err
+        return out
 
     def test_there_is_one_of_each_kind(self):
         assert len(PLUGINS) == 3
@@ -195,12 +196,13 @@ class TestPlugins:
                 own = {module for module in modules if module.partition(".")[0] == "safemerge_recipes"}
                 assert own <= {"safemerge_recipes.plugins"}, path
 
-    @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda path: path.name)
-    def test_its_own_test_passes(self, plugin, tmp_path):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(plugin), "-c",
-                   os.devnull, str(plugin / "tests")]  # fmt: skip
+    def test_their_own_tests_pass(self, tmp_path):
+        tests = [str(plugin / "tests") for plugin in PLUGINS]
+        options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull)
+        command = [sys.executable, "-m", "pytest", *options, "--rootdir", str(PLUGINS[0].parent), *tests]
         found = subprocess.run(command, capture_output=True, text=True, env=self.environment(tmp_path), check=False)
         assert found.returncode == 0, found.stdout + found.stderr
+        assert all((plugin / "tests").is_dir() for plugin in PLUGINS)
 
     def test_the_command_lists_them_with_their_origin(self, tmp_path):
         rows = {(row["kind"], row["name"]): row for row in json.loads(self.run(tmp_path, "plugins", "--json"))}

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from safemerge_recipes.engine.folder import MANIFEST_FILE
 from safemerge_recipes.engine.manifest import manifest_record, output_files, sha256_of, write_manifest
-from safemerge_recipes.errors import SafemergeError
+from safemerge_recipes.errors import CheckError, SafemergeError
 from safemerge_recipes.evaluation import answers
 from safemerge_recipes.evaluation.compare import render_again
-from safemerge_recipes.evaluation.experiments.results import STORE_FILE, write_results
+from safemerge_recipes.evaluation.experiments.results import STORE_FILE, check_results, write_results
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
 from safemerge_recipes.evaluation.scoring import MERGED, REFERENCES, attach, document
@@ -297,10 +297,12 @@ def test_every_flipped_bit_of_results_is_found(tmp_path, kept):
     for at in [len(content) - 1, *(dice.randrange(len(content)) for _ in range(60))]:
         flipped = content[:at] + bytes([content[at] ^ 1 << dice.randrange(8)]) + content[at + 1 :]
         path.write_bytes(flipped)
-        assert run("verify", tmp_path)[0] == 6, (at, flipped[at])
+        with pytest.raises(CheckError):
+            check_results(tmp_path)
         if kept == STORE_FILE:
             again = Store(path)  # what is not as it was written is not believed
             assert again.answers("key").get("request") in (None, "An answer.")
+    assert run("verify", tmp_path)[0] == 6
     path.write_bytes(content)
     assert run("verify", tmp_path)[0] == 0
 
