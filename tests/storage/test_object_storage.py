@@ -209,8 +209,9 @@ def test_a_store_that_stays_ill_is_one_message(
     for secret in ("not-a-secret", "Traceback", "a bug in"):
         assert secret not in err
     assert "safemerge_manifest.json" not in s3.names(out.rpartition("/")[2])
-    code, _, err = run("run", _recipe(tmp_path), "--output", out)  # it was mended
-    assert code == 0, err
+    if what in ("fails", "lies about a size"):  # while reading, and while writing
+        code, _, err = run("run", _recipe(tmp_path), "--output", out)  # it was mended
+        assert code == 0, err
 
 
 def _answer(code: str, status: int, message: str = "") -> Exception:
