@@ -328,17 +328,20 @@ def test_a_merge_that_is_all_compiled_does_not_load_torch(
     code = (
         "import sys; from safemerge_recipes.cli.program import guarded\n"
         "from safemerge_recipes.cli.app import run_app as app\n"
-        "code = guarded(lambda: app(sys.argv[1:], standalone_mode=False))\n"
-        "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+        "for path in sys.argv[1:]:\n"
+        "    code = guarded(lambda: app([path], standalone_mode=False))\n"
+        "    print(path, code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
-    for method in ("linear", "slerp", "ties", "dare_ties"):
-        path = recipe(sources=sources, gate={"tau": 0.5}, merge={"method": method})
-        output = tmp_path / method
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(path), "--output", str(output)], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == "0 []", done.stderr
-        plan = json.loads((output / "safemerge_plan.json").read_text())
+    methods = ("linear", "slerp", "ties", "dare_ties")
+    paths = [
+        recipe(f"{method}.yaml", sources=sources, gate={"tau": 0.5}, merge={"method": method}, output={"path": method})
+        for method in methods
+    ]
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for method, path in zip(methods, paths, strict=True):
+        assert f"{path} 0 []" in done.stdout.splitlines(), done.stderr
+        plan = json.loads((tmp_path / method / "safemerge_plan.json").read_text())
         assert plan["summary"]["merged"]
 
 
