@@ -225,7 +225,10 @@ def _first_other(old: str, new: str) -> str:
 def _json(path: Path) -> Any:
     """The JSON of a file, or of each of its lines, without the two sides' own folders in its texts."""
     text = re.sub(r"/out/(old|new)/", "/out/SIDE/", path.read_text())
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    if path.suffix != ".jsonl":
+        return json.loads(text)
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line if "digest" not in line else line | {"digest": "of a line with seconds"} for line in lines]
 
 
 def main() -> None:
