@@ -6,8 +6,9 @@ import contextlib
 import io
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Iterator[int]]:
+    """A folder for the caches of all tests, and their numbers: pytest looks through its own for the next name."""
+    return tmp_path_factory.mktemp("caches"), count()
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(caches: tuple[Path, Iterator[int]], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing a test does reaches the user's caches or a hub."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = caches[0] / str(next(caches[1]))
+    folder.mkdir()
     monkeypatch.setenv("SAFEMERGE_CACHE", str(folder))
     monkeypatch.setenv("HF_HOME", str(folder / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -108,12 +116,12 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def merge(call: Callable[..., Outcome], recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
     """`merge(family, gate=…, merge=…)`: runs a recipe over full checkpoints, returns (output folder, plan)."""
-    count = iter(range(1000))
+    numbers = iter(range(1000))
 
     def run(
         family: Family, *options: str, sources: dict[str, Any] | None = None, **content: Any
     ) -> tuple[Path, dict[str, Any]]:
-        output = tmp_path / f"out-{next(count)}"
+        output = tmp_path / f"out-{next(numbers)}"
         roles = {role: family / role for role in ROLES}
         content.setdefault("gate", {"always": True})
         path = recipe(sources={**roles, **(sources or {})}, **content)

@@ -124,8 +124,8 @@ def train(
             on_event(TrainingStep(len(rows), state.global_step, steps, losses[-1]))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step % schedule.save_steps == 0:
-                control.should_log = True  # before it is saved, so that no checkpoint follows a loss that is no number
+            if state.global_step % schedule.save_steps == 0 or state.global_step == state.max_steps:
+                control.should_log = True  # before it is saved, so that nothing kept follows a loss that is no number
 
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)

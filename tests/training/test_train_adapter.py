@@ -92,12 +92,12 @@ def test_a_trained_adapter_is_loaded_by_peft_and_has_learned_the_answers(folder:
     from transformers import AutoModelForCausalLM
 
     seen: list[Any] = []
-    path = training_file(folder, output="./out", train={"epochs": 15})
+    path = training_file(folder, output="./out", train={"epochs": 16})
     found = train_adapter(load_training(path), on_event=seen.append)
     assert [one.text for one in seen if isinstance(one, Note)] == ["training with 16 rows"]
     seen = [one for one in seen if isinstance(one, TrainingStep)]
     assert [step.done for step in seen] == sorted(step.done for step in seen)
-    assert seen[-1].done == seen[-1].total == 60
+    assert seen[-1].done == seen[-1].total == 64  # no multiple of the steps between two events
     assert sorted(p.name for p in found.path.iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "safemerge.lock", "train.json",
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_trained_adapter_is_loaded_by_peft_and_has_learned_the_answers(folder:
     adapted = PeftModel.from_pretrained(base, folder / "out").eval()
     assert loss_on_answers(adapted, folder) < 0.4 * before
     card = (found.path / "README.md").read_text()
-    for words in ("8 harmful, 8 harmless", "apache-2.0", "r = 8", "60 steps", "rows.jsonl"):
+    for words in ("8 harmful, 8 harmless", "apache-2.0", "r = 8", "64 steps", "rows.jsonl"):
         assert words in card
     assert str(folder) not in card + (found.path / "train.json").read_text()
 
