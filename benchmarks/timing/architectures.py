@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
 from typing import Any
 
 ROLES = ("base", "aligned", "finetuned", "safety")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -21,6 +23,10 @@ class Architecture:
     shard_bytes: int | None = None
     sparse: bool = False
     roles: tuple[str, ...] = ROLES
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """Of the tensors that are not BF16."""
+    repeated: bool = False
+    """Matrices that no adapter changes are one piece of random numbers over and over, as nothing looks at them."""
 
     def adapted_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the weights an adapter changes, with their shapes (d_out, d_in), in checkpoint order."""
@@ -101,9 +107,9 @@ def qwen3_moe(
     return Architecture(config, _model(vocab, hidden, inside), ATTENTION, shard_bytes)
 
 
-def deepseek_v3() -> Architecture:
+def deepseek_v3(blocks: int = 61, dense: int = 3, vocab: int = 129280) -> Architecture:
     """Return DeepSeek-V3's published shape (671 B parameters) in bf16, without its extra prediction block."""
-    hidden, blocks, dense, experts, vocab, heads = 7168, 61, 3, 256, 129280, 128
+    hidden, experts, heads = 7168, 256, 128
     config = _common(
         hidden, blocks, heads, heads, vocab,
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", intermediate_size=18432,
@@ -132,10 +138,25 @@ def deepseek_v3() -> Architecture:
     return Architecture(config, _model(vocab, hidden, inside), (), 8_000_000_000, sparse=True)
 
 
+def in_fp8(full: Architecture) -> Architecture:
+    """Return a DeepSeek as it is published: matrices in FP8 with a scale for each 128 x 128, but for routers."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for name, shape in full.tensors.items():
+        tensors[name] = shape
+        if len(shape) == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+            scale = f"{name}_scale_inv"
+            tensors[scale] = (ceil(shape[0] / 128), ceil(shape[1] / 128))
+            dtypes |= {name: "F8_E4M3", scale: "F32"}
+    how = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    config = {**full.config, "quantization_config": how}
+    return replace(full, config=config, tensors=tensors, dtypes=dtypes, adapted=(*LATENT, *MLP), roles=("base",))
+
+
 def llama_8b() -> Architecture:
     """Return Llama-3.1-8B's shape as most fine-tune it: two models, and adapters on q and v."""
     full = llama(4096, 32, 14336, 32, 8, 128256, shard_bytes=5_000_000_000)
-    return replace(full, adapted=("q_proj", "v_proj"), roles=("base", "aligned"))
+    return replace(full, adapted=("q_proj", "v_proj"), roles=("base", "aligned"), repeated=True)
 
 
 SIZES = {
@@ -150,4 +171,5 @@ SIZES = {
     "blocks-70b": lambda: llama(8192, 4, 28672, 64, 8, 320, shard_bytes=1_000_000_000, sparse=True),
     "block-70b": lambda: llama(8192, 1, 28672, 64, 8, 320),  # one block of a 70 B model: its largest matrices
     "headers-671b": deepseek_v3,
+    "fp8-671b": lambda: in_fp8(deepseek_v3(3, 1, 320)),  # one dense and two of its 58 blocks of experts
 }

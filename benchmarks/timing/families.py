@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ def make_family(size: str, data: Path = DATA, seed: int = 0) -> Path:
     marker.unlink(missing_ok=True)
     architecture = SIZES[size]()
     places = {
-        r: lay_out(folder / r, architecture.tensors, "BF16", architecture.shard_bytes) for r in architecture.roles
+        r: lay_out(folder / r, architecture.tensors, "BF16", architecture.shard_bytes, others=architecture.dtypes)
+        for r in architecture.roles
     }
     for role in architecture.roles:
         write_json(folder / role / "config.json", architecture.config)
@@ -51,7 +53,13 @@ def make_family(size: str, data: Path = DATA, seed: int = 0) -> Path:
         write_tokenizer(folder / role)
     if not architecture.sparse:
         files = {role: Files(places[role]) for role in architecture.roles}
-        _over_tensors(_fill_tensor, architecture.tensors, seed, files)
+        drawn = architecture.tensors
+        if architecture.repeated:
+            drawn = architecture.adapted_tensors()
+            _over_tensors(
+                _repeat, {n: shape for n, shape in architecture.tensors.items() if n not in drawn}, seed, files
+            )
+        _over_tensors(_fill_tensor, drawn, seed, files)
         for role in architecture.roles:
             files[role].close()
         write_adapters(folder, architecture, seed)
@@ -131,6 +139,23 @@ def _fill_tensor(name: str, shape: tuple[int, ...], seed: int, files: dict[str, 
         for role, tensor in stored.items():
             data = tensor.view(torch.uint8).numpy().data.cast("B")
             files[role].write(name, start * columns * 2, data)
+
+
+def _repeat(name: str, shape: tuple[int, ...], seed: int, files: dict[str, Files]) -> None:
+    """Write one tensor of every model as a piece of W over and over; unlike files still differ by where it is cut."""
+    piece = _bf16(Draws(seed, name).normal("base", BLOCK_ELEMENTS) * WEIGHT)
+    size = 2 * prod(shape)
+    for role, file in files.items():
+        data = piece if role == "base" else piece[2:] + piece[:2]
+        for start in range(0, size, len(data)):
+            file.write(name, start, memoryview(data)[: size - start])
+
+
+def _bf16(values: np.ndarray) -> bytes:
+    """The bytes of float32 numbers rounded to bf16."""
+    import torch
+
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
 def write_adapters(folder: Path, architecture: Architecture, seed: int) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safemerge_recipes.storage import safetensors
 
-ITEM_BYTES = {"BF16": 2, "F32": 4}
+ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +27,20 @@ class Place:
 
 def lay_out(
     folder: Path, tensors: dict[str, tuple[int, ...]], dtype: str, shard_bytes: int | None = None,
-    stem: str = "model",
+    stem: str = "model", others: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Place]:  # fmt: skip
     """Create the files of a checkpoint, headers and index written, data still holes; return every place.
 
-    The files have their final size from the start, so a checkpoint that is never filled costs no disk.
+    The files have their final size from the start, so a checkpoint that is never filled costs no disk. `others` has
+    the tensors of another dtype.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    item = ITEM_BYTES[dtype]
+    dtypes = {name: others.get(name, dtype) for name in tensors}
+    sizes = {name: prod(shape) * ITEM_BYTES[dtypes[name]] for name, shape in tensors.items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in tensors.items():
-        nbytes = prod(shape) * item
+        nbytes = sizes[name]
         if shard_bytes is not None and shards[-1] and filled + nbytes > shard_bytes:
             shards.append({})
             filled = 0
@@ -52,8 +56,8 @@ def lay_out(
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shard.items():
-            start, end = end, end + prod(shape) * item
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            start, end = end, end + sizes[name]
+            header[name] = {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_recipes.errors import RecipeError
+from safemerge_recipes.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
     from safemerge_recipes.recipe.loading import LoadedRecipe
     from safemerge_recipes.storage.workers import Resources
 
     RecipeLike = LoadedRecipe | str | Path
+
+LEAST = 64_000_000
+"""Bytes below which no run is tried."""
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -92,13 +95,23 @@ def target_of(loaded: LoadedRecipe, output: str | Path | None) -> Path | str:
 
 
 def resources_of(device: str, workers: int | None, max_memory: str | int) -> Resources:
-    """The means of a run. Raises RecipeError for too little memory, PlanError for a device that is not there."""
+    """The means of a run: what a GPU has free bounds the memory too, as a worker's buffers lie on both.
+
+    Raises:
+        RecipeError: too little memory.
+        PlanError: a device that is not there, or is full.
+    """
     memory = memory_of(max_memory)
     from safemerge_recipes.pipeline.preparing import choose_device
+    from safemerge_recipes.storage.machine import device_room
     from safemerge_recipes.storage.workers import Resources
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Resources(workers or cores, memory, choose_device(device))
+    chosen = choose_device(device)
+    room = device_room(chosen)
+    if room is not None and room < LEAST:
+        raise PlanError(f"--device {chosen}: {room >> 20} MiB are free there; expected {LEAST >> 20}; try --device cpu")
+    return Resources(workers or cores, memory if room is None else min(memory, room), chosen)
 
 
 def memory_of(given: str | int) -> int:
@@ -109,6 +122,6 @@ def memory_of(given: str | int) -> int:
         size = parse_size(given)
     except ValueError as error:
         raise RecipeError(f"--max-memory {given}: {error}") from None
-    if not isinstance(size, int) or size < 64_000_000:
+    if not isinstance(size, int) or size < LEAST:
         raise RecipeError(f"--max-memory {given}: too little; expected at least 64MB")
     return size

@@ -188,7 +188,8 @@ def build_graph(
         family: the sources.
         methods: merge methods by name.
         origin_of: the distribution and version that brings a method; part of what names a result.
-        device: where it will be computed: on "cpu" by the compiled kernels as far as they go.
+        device: where what the compiled kernels cannot do is computed. What they can is the processor's work in any
+            case: it is bound by reading and writing, and its bytes are then those of every machine.
 
     Raises:
         RecipeError: a method is not known.
@@ -210,7 +211,7 @@ def build_graph(
             decided = replace(lines[form.codes], dtype=tensor.dtype, shape=tensor.shape) if form else tensor
         origin = origin_of(decided.policy.merge.method) if decided.policy and decided.action == "merge" else ""
         made, values = work.before_writing(layout.slots[tensor.name])
-        native = device == "cpu" and fits(made, values.dtype)
+        native = fits(made, values.dtype)
         where = "cpu" if native else device_name(device)
         if where == "cpu" and work.matrices:
             where = f"cpu {instruction_set()}"  # whole matrices: their products are rounded as the processor likes

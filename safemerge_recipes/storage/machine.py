@@ -28,6 +28,16 @@ def instruction_set() -> str:
     return " ".join([platform.machine(), *(one for one in _SETS if one in flags)][:2])
 
 
+def device_room(device: str) -> int | None:
+    """Bytes that a run may hold on a GPU: nine tenths of what is free, as its libraries take some. None: no GPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) * 9 // 10
+
+
 @cache
 def device_name(device: str) -> str:
     """What a device's rounding depends on: of a GPU its model and the version of its libraries, else its kind."""

@@ -39,6 +39,31 @@ def _merged(recipe: dict[str, Any], output: Path, device: str) -> tuple[dict[str
     return json.loads((output / "safemerge_plan.json").read_text()), load_file(output / "model.safetensors")
 
 
+@pytest.mark.skipif(compiled.LIBRARY is None, reason="no compiled kernels")
+@pytest.mark.parametrize("device", ["cpu:0", GPU])
+@pytest.mark.parametrize("method", ["ties", "project"])
+def test_compiled_kernels_write_beside_a_gate_on_the_device(
+    wide: Family, method: str, device: str, tmp_path: Path
+) -> None:
+    """What they can do has the bytes of a run without a device; what they cannot is the device's."""
+    sources = {role: str(wide / role) for role in ("base", "aligned", "finetuned", "safety")}
+    recipe = {"sources": sources, "gate": {"fraction": 0.5}, "merge": {"method": method}}
+    runs = {}
+    for where in ("cpu", device):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(recipe))
+        resolved = resolve(load_recipe(path))
+        prepared = prepare(resolved, Resources(2, 500_000_000, where), ignore, use_cache=False)
+        merged = [task for task in prepared.graph.tasks if task.work.copied is None]
+        assert merged
+        assert all(task.native is (method == "ties") for task in merged if task.work.matrices or method == "ties")
+        output = tmp_path / where.replace(":", "-")
+        carry_out(prepared, output, Digests(resolved.identities), ignore)
+        runs[where] = (output / "model.safetensors").read_bytes()
+    if method == "ties":
+        assert runs[device] == runs["cpu"]
+
+
 @pytest.mark.parametrize("device", ["cpu:0", GPU])
 @pytest.mark.parametrize("sides", ["full", "adapters"])
 @pytest.mark.parametrize("method", METHODS)
