@@ -17,14 +17,17 @@ def room_of(task: Task, share: int) -> int:
     return max(0, share - task_memory(task))
 
 
-def writers(graph: Graph, held: int, resources: Resources) -> Resources:
-    """Resources with as many workers as may each write a file of which `held` bytes wait to be sent.
+def writers(graph: Graph, held: int, resources: Resources) -> tuple[int, Resources]:
+    """How many workers may each write a file of which `held` bytes wait to be sent, and what one may use besides.
 
     Raises:
         PlanError: not even one may.
     """
-    name, need = worst((task.slot.name, task_memory(task)) for task in graph.tasks)
-    return replace(resources, workers=fit_workers([(name, need + held)], resources.workers, resources.memory))
+    if held:
+        name, need = worst((task.slot.name, task_memory(task)) for task in graph.tasks)
+        workers = fit_workers([(name, need + held)], resources.workers, resources.memory)
+        resources = replace(resources, workers=workers)
+    return resources.workers, Resources(1, resources.share - held, resources.device)
 
 
 def projected_peak(largest: int, workers: int, measured: int = 0) -> int:

@@ -111,8 +111,7 @@ class Parts:
     ) -> Sealed:
         """See `Executor`: writes the files of its share, and says what all workers have written so far."""
         stop = threading.Event()
-        resources = writers(graph, store.held, resources) if store.held else resources
-        own = Resources(1, resources.share - store.held, resources.device)
+        workers, own = writers(graph, store.held, resources)
         keys = {task.slot.name: task.key for task in graph.tasks}
         turn = threading.Lock()
 
@@ -141,7 +140,7 @@ class Parts:
             _tell(sealed.tensors, file, sealed.files[file], on_event)
 
         light = not any(task.needs_torch for task in graph.tasks)
-        run_parallel(self.share(graph), work, resources.workers, resources.device, stop, light=light)
+        run_parallel(self.share(graph), work, workers, resources.device, stop, light=light)
         return joined(read_receipts(self.place, graph, store.list()), graph)
 
 

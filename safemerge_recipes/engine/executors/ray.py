@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from safemerge_recipes.engine.batches import batches
@@ -18,6 +19,7 @@ from safemerge_recipes.engine.store import Store
 from safemerge_recipes.errors import PlanError, SourceError
 from safemerge_recipes.events import BytesDone, FileSealed, Listener, TensorDone
 from safemerge_recipes.planning.graph import Graph
+from safemerge_recipes.planning.memory import writers
 from safemerge_recipes.storage.digests import Digests, InputDigest, known_digest, remember_digest
 from safemerge_recipes.storage.identity import FileIdentity, check_unchanged, fingerprint
 from safemerge_recipes.storage.workers import Resources
@@ -100,6 +102,8 @@ class OnRay:
         self, graph: Graph, store: Store, resources: Resources, done: Done, journal: Notes, on_event: Listener
     ) -> Sealed:
         """See `Executor`. Also raises PlanError when the cluster cannot be reached."""
+        workers, fitting = writers(graph, store.held, resources)
+        own, cpus = _own(fitting), ceil(resources.workers / workers)
         store.open()  # room and permission show now
         store.close()
         for name in done:
@@ -129,7 +133,6 @@ class OnRay:
                 one = graph.alone(shard)
                 there = {name: done[name] for name in one.layout.slots if name in done}
                 paths = {ref.path for task in one.tasks for ref in task.work.refs}
-                own = _own(resources)
                 job = WriteJob(shard, one, store.alone(shard), own, there, prints.of(paths), versions())
                 yield shard, (job, board)
 
@@ -145,7 +148,7 @@ class OnRay:
                 on_event(FileSealed(file, digest))
             tell(shard, graph.layout.sizes[shard] - len(graph.layout.headers[shard]))
 
-        cluster.do(write, jobs(), take, look)
+        cluster.do(write, jobs(), take, look, cpus)
         store.commit()
         return Sealed(files, tensors)
 

@@ -97,21 +97,29 @@ class Cluster:
         """Jobs that it can do at once, as it is now: one that grows may have no node yet."""
         return max(1, int(self.ray.cluster_resources().get("GPU" if self.gpu else "CPU", 0)))
 
+    def widest(self) -> int:
+        """CPUs of its largest node, at least one."""
+        nodes = (node["Resources"] for node in self.ray.nodes() if node["Alive"])
+        return max(1, *(int(one.get("CPU", 0)) for one in nodes))
+
     def do(
         self,
         function: Callable[..., Any],
         jobs: Iterator[tuple[Key, tuple[Any, ...]]],
         take: Callable[[Key, Any], None],
         look: Callable[[], None] = lambda: None,
+        cpus: int = 1,
     ) -> None:
         """Does `function(*arguments)` of every (key, arguments), lost workers' jobs again; takes results as they come.
+
+        A job has `cpus` CPUs to itself, or a node where none has as many: fewer run at a time, each with more memory.
 
         Raises:
             SafemergeError: one that a job returned; the others are ended first, as on Ctrl-C.
             WriteError: a job was lost again and again.
         """
         remote = self.ray.remote(function).options(
-            num_cpus=1, num_gpus=int(self.gpu), max_retries=RETRIES, scheduling_strategy="SPREAD"
+            num_cpus=min(cpus, self.widest()), num_gpus=int(self.gpu), max_retries=RETRIES, scheduling_strategy="SPREAD"
         )
         flying: dict[Any, Key] = {}
         more = True
