@@ -52,6 +52,8 @@ def sign(folder: Path, private_key: Path) -> Path:
     """
     hashing, signing, _ = _library()
     remove_left(folder, [SIGNATURE_FILE])
+    if (folder / SIGNATURE_FILE).is_dir():
+        raise CheckError(f"{folder / SIGNATURE_FILE}: is a folder; expected a signature or nothing, move it")
 
     def call() -> None:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)

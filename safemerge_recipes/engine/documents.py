@@ -93,7 +93,10 @@ def documents(
     from safemerge_recipes.report.page import render_report
 
     drawn = ((title, folder / name) for title, name in PICTURES.items())
-    pictures = {title: text_of(path, MAX_PICTURE_BYTES) for title, path in drawn if path.exists()}
+    try:
+        pictures = {title: text_of(path, MAX_PICTURE_BYTES) for title, path in drawn if path.exists()}
+    except UnicodeDecodeError:
+        raise CheckError(f"{folder}: holds a picture that is no text; expected that of a sweep or probe") from None
     return {
         REPORT_FILE: render_report(plan, scores=scores, provenance=provenance, pictures=pictures),
         "README.md": render_card(plan, scores=scores, provenance=provenance),

@@ -160,8 +160,14 @@ def replace_files(folder: Path, contents: Mapping[str, bytes | str]) -> None:
 
     The manifest first allows old and new, then the files are replaced one by one, then it allows the new alone. A
     run that is cut short in between leaves a sound output; the next one finishes it.
+
+    Raises:
+        CheckError: something that is no file lies where one goes; nothing is changed.
     """
     value = manifest_record(folder)
+    for name in contents:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise CheckError(f"{folder / name}: is a folder; expected a file of this output or nothing, move it")
     remove_left(folder, DOCUMENTS)
     data = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
     fresh = {name: {"size": len(one), "sha256": hashlib.sha256(one).hexdigest()} for name, one in data.items()}

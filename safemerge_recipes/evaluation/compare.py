@@ -16,6 +16,7 @@ from safemerge_recipes.engine.folder import MANIFEST_FILE, PICTURES, RECIPE_FILE
 from safemerge_recipes.engine.manifest import replace_files
 from safemerge_recipes.errors import CheckError, RecipeError, SourceError
 from safemerge_recipes.evaluation import answers
+from safemerge_recipes.evaluation.experiments.results import check_results
 from safemerge_recipes.evaluation.harness import Subject, Tell, score
 from safemerge_recipes.evaluation.rounds import Rounds
 from safemerge_recipes.evaluation.scores import Scores
@@ -263,4 +264,10 @@ def _results(place: Path) -> dict[str, bytes]:
     found = {name: content_of(place / name, MAX_BYTES) for name in names if (place / name).is_file()}
     if not found:
         raise CheckError(f"{place}: holds no result of a sweep or probe; expected {' or '.join(names[1::2])} there")
+    check_results(place)
+    for name, content in found.items():
+        try:
+            content.decode("utf-8")
+        except ValueError:
+            raise CheckError(f"{place / name}: is no text; expected it as the sweep or probe wrote it") from None
     return found

@@ -160,9 +160,9 @@ def text_of(path: Path | str, limit: int, links: Links = "inside") -> str:
     return content_of(path, limit, links).decode("utf-8")
 
 
-def check_file(path: Path, limit: int) -> None:
+def check_file(path: Path, limit: int, links: Links = "inside") -> None:
     """Refuses, without reading it, what `content_of` would refuse. Raises SourceError, or OSError."""
-    reading(path, limit).close()
+    reading(path, limit, links).close()
 
 
 def _check_size(path: Path | str, size: int, limit: int) -> None:

@@ -5,6 +5,7 @@ Guards `sharing.mergekit.method`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,9 @@ def test_what_is_wrong_is_one_message(
     assert done.code == code, done.err
     assert told in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_file_that_is_a_pipe_is_not_waited_for(call: Callable[..., Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "merge.yaml")
+    done = call("mergekit-yaml", tmp_path / "merge.yaml", tmp_path / "out")
+    assert (done.code, "merge.yaml: is a pipe; expected a regular file" in done.err) == (3, True), done.err

@@ -275,6 +275,34 @@ def test_a_judge_is_not_asked_about_an_output_that_cannot_take_its_verdicts(scor
     assert (code, MANIFEST_FILE in err, "refused" in err) == (6, True, False), err
 
 
+def test_report_shows_no_results_that_changed_and_touches_nothing_where_it_cannot(written, tmp_path):
+    folder, swept = shutil.copytree(written / "out", tmp_path / "out"), tmp_path / "swept"
+    swept.mkdir()
+    write_results(swept, "safemerge_sweep.json", {"axes": []}, {"safemerge_sweep.svg": "<svg/>"})
+    assert run("report", folder, "--include", swept)[0] == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, content, told in (
+        ("safemerge_sweep.svg", b"<svg>Audited.</svg>", "safemerge_sweep.svg: changed"),
+        ("safemerge_sweep.json", b"{}", "safemerge_sweep.json: changed"),
+        ("safemerge_probe.svg", b"\xff", "safemerge_probe.svg: is no text"),
+    ):
+        kept = (swept / name).read_bytes() if (swept / name).exists() else None
+        (swept / name).write_bytes(content)
+        code, _, err = run("report", folder, "--include", swept)
+        assert (code, told in err) == (6, True), err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        (swept / name).unlink() if kept is None else (swept / name).write_bytes(kept)
+    (folder / "safemerge_sweep.svg").write_bytes(b"\xff")
+    code, _, err = run("report", folder)
+    assert (code, "a picture that is no text" in err) == (6, True), err
+    (folder / "safemerge_sweep.svg").write_bytes(before["safemerge_sweep.svg"])
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    code, _, err = run("report", folder)
+    assert (code, "README.md: is a folder; expected a file" in err) == (6, True), err
+    assert (folder / MANIFEST_FILE).read_bytes() == before[MANIFEST_FILE]
+
+
 def test_a_document_of_another_version_is_not_called_forged(written, tmp_path, monkeypatch):
     shutil.copytree(written, tmp_path / "family")
     folder = tmp_path / "family" / "out"

@@ -4,6 +4,8 @@ mergekit shows a method one tensor at a time, so the gates are those that need n
 Importing this module imports mergekit; `run` hands over to it.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from mergekit.merge_methods import (
 )
 
 from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.storage.files import MAX_BYTES, check_file
 from safemerge_recipes.tensor_names import is_block_matrix
 
 NAME = "safemerge"
@@ -105,6 +108,9 @@ def run(arguments: list[str]) -> None:
 
     if any(one.split("=")[0] == "--trust-remote-code" for one in arguments):
         raise RecipeError("--trust-remote-code: found it; expected no code of a model repository to be run")
+    for one in arguments:
+        if os.path.exists(one) and not os.path.isdir(one):
+            check_file(Path(one), MAX_BYTES, "any")  # mergekit would wait for a pipe, and read a device without end
     enroll()
     try:
         main(arguments, prog_name="safemerge mergekit-yaml", standalone_mode=False)
