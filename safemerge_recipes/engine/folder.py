@@ -190,8 +190,9 @@ def locked(folder: Path, name: str, *, shared: bool = False) -> Iterator[None]:
                 raise PlanError(f"{folder}: another run is writing it ({holder}); wait for it or stop it") from None
         if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file)):
             raise PlanError(f"{folder}: another run has just finished it; look at its output, then run again")
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n{name}\n".encode(), 0)
+        told = f"process {os.getpid()} on {socket.gethostname()}\n{name}\n".encode()
+        os.pwrite(file, told, 0)  # over what an earlier run wrote: cut short, the name is still the same
+        os.ftruncate(file, len(told))
         yield
     finally:
         os.close(file)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE
+from safemerge_recipes.engine.folder import LOCK_FILE, MANIFEST_FILE, check_part, locked
 from tests.fixtures.program import digests, run, snapshot
 from tests.fixtures.sharded_family import make_family
 
@@ -119,3 +119,21 @@ def test_the_manifest_is_the_last_sign(tmp_path, recipe):
     assert run("run", recipe, "--output", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / MANIFEST_FILE).exists()
     assert not (tmp_path / "out" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("call", ["pwrite", "ftruncate"])
+def test_a_lock_whose_writing_failed_still_tells_whose_the_folder_is(tmp_path, monkeypatch, call):
+    part = tmp_path / "out.part"
+    part.mkdir()
+    (part / MANIFEST_FILE).write_text("{}")  # of the output that is being replaced
+    with locked(part, part.name):
+        pass
+
+    def fail(*_):
+        raise InterruptedError(4, "Interrupted system call")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"os.{call}", fail)
+        with pytest.raises(InterruptedError), locked(part, part.name):
+            pass
+    check_part(part)
