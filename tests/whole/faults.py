@@ -413,6 +413,12 @@ class Bench:
                 code, _, err = run("evaluate", root / "made" / "scored", *SCORED)
                 assert code == 0, err
 
+    @property
+    def undisturbed(self) -> str:
+        """Python that counts a run's calls and tells what it opens, and lets all pass."""
+        watched = f"from tests.whole.faults import watch; watch({str(self.root)!r})"
+        return f"{watched}\n{at_call('kill', 0, self.root / 'calls').before}"
+
     def close(self) -> None:
         """Ends the warm program and the judge."""
         self.warm.close()
@@ -441,9 +447,7 @@ class Bench:
         """Exit code and files of an undisturbed run of a verb, and the number of its calls."""
         if verb.name not in self._expected:
             place = self._place(verb)
-            counted = at_call("kill", 0, self.root / "calls").before
-            watched = f"from tests.whole.faults import watch; watch({str(self.root)!r})"
-            code, _, err = self._run(verb, place, Fault("", f"{watched}\n{counted}"))
+            code, _, err = self._run(verb, place, Fault("", self.undisturbed))
             assert code == 0, f"{verb.name}: {err}"
             self.opened[verb.name] = [line for line in err.splitlines() if line.startswith("OPENED ")]
             left = left_in(place) | self._on_the_hub(place)

@@ -56,6 +56,16 @@ def test_every_open_of_every_verb_goes_the_one_way(bench: Bench) -> None:
         assert bench.opened_otherwise(verb) == [], verb.name
 
 
+def test_the_watch_sees_what_is_opened_otherwise(bench: Bench) -> None:
+    """Also through the functions that count calls."""
+    path, own = bench.root / "seen.txt", "safemerge_recipes/own.py"
+    path.write_text("x")
+    opens = f"import os; os.close(os.open({str(path)!r}, os.O_RDONLY)); open({str(path)!r}).close()"
+    before = f"{bench.undisturbed}\nexec(compile({opens!r}, {own!r}, 'exec'))"
+    code, _, err = bench.warm("--version", before=before)
+    assert (code, err.count("OPENED")) == (0, 2), err
+
+
 @pytest.mark.slow
 def test_every_open_of_verbs_that_run_models_is_ours_or_a_library_s(tmp_path_factory: pytest.TempPathFactory) -> None:
     pytest.importorskip("lm_eval")
