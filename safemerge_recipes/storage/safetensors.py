@@ -25,6 +25,15 @@ from safemerge_recipes.storage.remote import is_url
 MAX_HEADER_BYTES = 16_000_000
 """Largest header accepted, in bytes: about 100 000 tensors a file, ten times what is found in the wild."""
 
+_OTHER = (
+    (b"version ", "it is a pointer of Git LFS, not the file; run `git lfs pull` in its folder"),
+    (b"<!doctyp", "it is a web page, not the file that was asked for"),
+    (b"<html", "it is a web page, not the file that was asked for"),
+    (b"pk\x03\x04", "it is an archive or a pickle of torch.save, which is never loaded"),
+    (b"gguf", "it is a GGUF file, for llama.cpp; use the model that it was made from"),
+)
+"""What else begins files of that name, in lower case, and what to tell."""
+
 MAX_FILE_BYTES = 400_000_000_000
 """Largest weight file accepted, in bytes; those in the wild stay below 150 GB, and what is read is hashed."""
 MAX_NAME = 500
@@ -174,6 +183,8 @@ def open_header(path: Path | str, whole: int | None = None) -> Header:
             if len(prefix) < 8:
                 raise ValueError(f"it has only {len(prefix)} bytes")
             (length,) = struct.unpack("<Q", prefix)
+            if other := next((told for start, told in _OTHER if prefix.lower().startswith(start)), None):
+                raise ValueError(other)
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(
                     f"its header claims {length} bytes; the file has {size}, the limit is {MAX_HEADER_BYTES}"

@@ -575,6 +575,22 @@ FOLDERS = {
     "consolidated.safetensors": "original release",
     "weights.safetensors": "rename it",
     "notes.txt": "no model.safetensors",
+    "mp_rank_00_model_states.pt": "DeepSpeed's partitions",
+    "mp_rank_00": "Megatron checkpoint",
+    "context": "NeMo checkpoint",
+    "onnx": "exported for inference",
+    "rank0.engine": "exported for inference",
+    "vocabulary.json": "exported for CTranslate2",
+    "ndarray-cache.json": "compiled for MLC",
+    "model_index.json": "pipeline of diffusers",
+    "manifest.ocdbt": "Orbax checkpoint",
+    "epoch=3.ckpt": "Lightning.*a pickle",
+    "optimizer.pt": r"state of a training run \(optimizer, scheduler\) and no model",
+    "final.pth": "pickled files",
+    "model.safetensors.incomplete": "download that did not end",
+    "model.safetensors.zip": "archive; .*unpack it",
+    "pytorch_model.bin.index.json": "index of pickled weights",
+    "tokenizer.json": "a tokenizer and no weights",
 }
 
 
@@ -585,6 +601,36 @@ def test_other_weight_files_are_named_with_the_way_out(tmp_path, family, name):
     (tmp_path / "other" / name).write_bytes(b"x")
     text = f"sources: {{aligned: {family.root}/aligned, finetuned: {{model: other}}}}\ngate: {{never: true}}\n"
     with pytest.raises(SourceError, match=FOLDERS[name]):
+        prepare_recipe(tmp_path, text)
+
+
+BEGINNINGS = {
+    b"version https://git-lfs.github.com/spec/v1": "pointer of Git LFS.*git lfs pull",
+    b"<!DOCTYPE html><html>": "a web page",
+    b"PK\x03\x04" + bytes(60): "an archive or a pickle",
+    b"GGUF" + bytes(60): "a GGUF file",
+}
+
+
+@pytest.mark.parametrize("content", BEGINNINGS)
+def test_other_files_of_the_right_name_are_told_by_their_beginning(tmp_path, family, content):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "other" / "model.safetensors").write_bytes(content)
+    text = f"sources: {{aligned: {family.root}/aligned, finetuned: {{model: other}}}}\ngate: {{never: true}}\n"
+    with pytest.raises(SourceError, match=BEGINNINGS[content]):
+        prepare_recipe(tmp_path, text)
+
+
+@pytest.mark.parametrize("module", ["cross_attn", "encoder_attn", "crossattention", "adapter_attn", "self_attn.draft"])
+def test_another_attention_of_the_same_block_takes_no_update(tmp_path, family, module):
+    """Its matrices have the names and shapes of the block's own attention."""
+    factors = {
+        f"model.layers.{i}.{module}.q_proj": (torch.randn(4, HIDDEN), torch.randn(HIDDEN, 4)) for i in range(BLOCKS)
+    }
+    write_adapter(tmp_path / "adapter", factors, 8)
+    text = f"sources: {{aligned: {family.root}/aligned, finetuned: adapter}}\ngate: {{never: true}}\n"
+    with pytest.raises(SourceError, match=r"adapts model\.layers\.0.*q_proj\.weight, which .* does not have"):
         prepare_recipe(tmp_path, text)
 
 

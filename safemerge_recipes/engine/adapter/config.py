@@ -111,14 +111,13 @@ def _check_saved(saved: Sequence[str], ranks: Collection[str]) -> None:
 
 def _complete(collected: Collector, module: str, whole: bool) -> None:
     """PEFT wants all tensors of a saved module, and with bias: lora_only the biases of all adapted ones."""
+    known = (disk for disk, name in collected.in_memory.items() if name.rpartition(".")[0] == module)
+    place = next(known, f"{module}.").rpartition(".")[0]
     for disk, ref in collected.family.inventory.items():
-        name = collected.in_memory.get(disk, disk)
-        if whole and name.startswith(f"{module}."):
-            key = name
-        elif not whole and name == f"{module}.bias":
-            key = f"{module}.base_layer.bias"
-        else:
+        rest = disk.removeprefix(f"{place}.")
+        if rest == disk or not (whole or rest == "bias"):
             continue
+        key = collected.in_memory.get(disk, f"{module}.{rest}") if whole else f"{module}.base_layer.{rest}"
         if key not in collected.parts.tensors:
             collected.parts.tensors[key] = collected.load(ref)
 

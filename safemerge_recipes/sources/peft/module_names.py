@@ -34,6 +34,24 @@ def different_starts(one: str, other: str) -> tuple[str, str]:
     return ".".join(one.split(".")[:-count]), ".".join(other.split(".")[:-count])
 
 
+_CALLED = (
+    ("attention", frozenset(("self_attn", "attn", "attention", "self_attention", "selfattention"))),
+    ("mlp", frozenset(("mlp", "feed_forward", "ffn", "ff", "moe", "block_sparse_moe"))),
+    ("shared", frozenset(("shared_expert", "shared_experts", "shared_mlp"))),
+)
+"""What a block's modules are called in memory one way and on disk another; all else is what it is called."""
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The part of the model, and the module of a block, that a tensor belongs to: attention to another input than a
+    block's own has matrices of the same names."""
+    block = block_of(name)
+    inside = name.removeprefix(f"{block}.").split(".") if block is not None else []
+    around = inside[-3].lower() if len(inside) > 2 else ""
+    known = next((kind for kind, names in _CALLED if around in names), around)
+    return part_of(name), "" if known.isdigit() else known
+
+
 _ROUTERS = {"router": "gate", "gate": "router"}
 """What models call the layer that chooses experts: in memory one way, on disk it may be the other (PhiMoE)."""
 
@@ -69,14 +87,14 @@ class DiskNames:
 
     def candidates(self, name: str) -> tuple[str, ...]:
         """The tensors on disk that are as much like a name in memory as each other: more than one is ambiguous."""
-        part = part_of(name)
-        similar = [other for other in self._similar.get(_key(name), []) if part_of(other) == part]
+        place = _place(name)
+        similar = [other for other in self._similar.get(_key(name), []) if _place(other) == place]
         best = max((_tail(name, other) for other in similar), default=None)
         return tuple(other for other in similar if _tail(name, other) == best)
 
     def elsewhere(self, name: str) -> tuple[str, ...]:
         """The tensors that are most like it in other parts of the model, where it must not be looked for."""
-        similar = [other for other in self._similar.get(_key(name), []) if part_of(other) != part_of(name)]
+        similar = [other for other in self._similar.get(_key(name), []) if _place(other) != _place(name)]
         best = max((_tail(name, other) for other in similar), default=None)
         return tuple(other for other in similar if _tail(name, other) == best)
 
