@@ -477,6 +477,12 @@ def test_config_says_the_dtype_that_was_written(tmp_path, family, asked, says, k
     assert config[key] == config["text_config"][key] == says
 
 
+def test_config_names_the_architecture_whose_tensors_are_written(tmp_path, family):
+    _, notes = merged(tmp_path, family, "other", family.finetuned, architectures=["LlamaForSequenceClassification"])
+    assert json.loads((tmp_path / "out0" / "config.json").read_text())["architectures"] == CONFIG["architectures"]
+    assert any("architectures is set to" in note for note in notes)
+
+
 def test_edits_leave_every_other_byte():
     content = b'{"a": 1,   "dtype": "float32", "text_config": {"dtype": "float32"}, "b": "dtype"}'
     edits = dtype_edits(json.loads(content), {"BF16": 9, "F32": 1})
@@ -488,20 +494,20 @@ def test_edits_leave_every_other_byte():
 def test_a_folder_owns_the_tokenizer_only_with_a_vocabulary(tmp_path, family):
     model(tmp_path / "aligned", family.aligned)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "aligned" / name).write_text(f'"aligned {name}"')
+        (tmp_path / "aligned" / name).write_text(json.dumps({"of": f"aligned {name}"}))
     write_adapter(tmp_path / "adapter", family.finetuned_factors, 8)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
-        (tmp_path / "adapter" / name).write_text(f'"adapter {name}"')
+        (tmp_path / "adapter" / name).write_text(json.dumps({"of": f"adapter {name}"}))
     prepared, _ = run_recipe(tmp_path, "sources: {aligned: aligned, finetuned: adapter}\ngate: {never: true}\n")
     found = {
-        path.name: path.read_text()
+        path.name: json.loads(path.read_text())["of"]
         for path in (tmp_path / "out0").iterdir()
         if "token" in path.name or "chat" in path.name
     }
     assert found == {
-        "tokenizer.json": '"aligned tokenizer.json"',
-        "tokenizer_config.json": '"adapter tokenizer_config.json"',
-        "chat_template.jinja": '"adapter chat_template.jinja"',
+        "tokenizer.json": "aligned tokenizer.json",
+        "tokenizer_config.json": "adapter tokenizer_config.json",
+        "chat_template.jinja": "adapter chat_template.jinja",
     }
     assert not any("vocabulary (" in warning for warning in prepared.plan.warnings)
 
