@@ -281,12 +281,9 @@ def _fit_vocabulary(
     return owner, sizes[owner]
 
 
-def _edits(owner: Side, aligned: Mapping[str, Any], untied: bool, size: int | None, coded: bool) -> dict[str, Any]:
+def _edits(owner: Side, untied: bool, size: int | None, coded: bool) -> dict[str, Any]:
     config = owner.checkpoint.config
     edits: dict[str, Any] = {}
-    named = aligned.get("architectures")
-    if named and config.get("model_type") == aligned.get("model_type") and config.get("architectures") != named:
-        edits["architectures"] = named  # whose tensors' names the output has
     if untied:
         text = config.get("text_config")
         flags = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, dict)]
@@ -334,7 +331,7 @@ def reconcile(sides: Mapping[Role, Side], vocabulary: str | None, dtype: str | N
                     f"{ref.shape}; {_shape_cure(own[name])}"
                 )
     untied = any(is_head(name) and name.endswith(".weight") for name in inventory)
-    edits = _edits(sides[owner], sides["aligned"].checkpoint.config, untied, size, bool(sides["aligned"].forms))
+    edits = _edits(sides[owner], untied, size, bool(sides["aligned"].forms))
     nbytes: Counter[str] = Counter()
     for ref in inventory.values():
         nbytes[dtype if dtype and ref.dtype in FLOAT_DTYPES else ref.dtype] += ref.numel

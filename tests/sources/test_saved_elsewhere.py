@@ -477,12 +477,6 @@ def test_config_says_the_dtype_that_was_written(tmp_path, family, asked, says, k
     assert config[key] == config["text_config"][key] == says
 
 
-def test_config_names_the_architecture_whose_tensors_are_written(tmp_path, family):
-    _, notes = merged(tmp_path, family, "other", family.finetuned, architectures=["LlamaForSequenceClassification"])
-    assert json.loads((tmp_path / "out0" / "config.json").read_text())["architectures"] == CONFIG["architectures"]
-    assert any("architectures is set to" in note for note in notes)
-
-
 def test_edits_leave_every_other_byte():
     content = b'{"a": 1,   "dtype": "float32", "text_config": {"dtype": "float32"}, "b": "dtype"}'
     edits = dtype_edits(json.loads(content), {"BF16": 9, "F32": 1})
