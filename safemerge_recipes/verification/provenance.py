@@ -67,6 +67,8 @@ def _decisions(prepared: Prepared, folder: Path) -> Iterator[str]:
     for key in ("tensors", "gated", "merged", "kept", "bytes_read", "bytes_written"):
         if not same(now["summary"][key], stored.get("summary", {}).get(key)):
             yield f"{PLAN_FILE}: summary.{key} is {stored.get('summary', {}).get(key)}; expected {now['summary'][key]}"
+    for key in stored.keys() - now.keys():
+        yield f"{PLAN_FILE}: {str(key)[:100]!r}: no run writes such a key"
     if [line["name"] for line in stored["tensors"]] != [tensor.name for tensor in prepared.plan.tensors]:
         yield f"{PLAN_FILE}: its tensors are not those of the output in their order"
 

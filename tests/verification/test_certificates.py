@@ -161,6 +161,7 @@ FORGERIES = {
     "rho": of_plan(rho=0.001),
     "a norm": of_plan(norm_v=123.0),
     "alpha in the plan": of_plan(alpha=0.5),
+    "a key beside the plan's": of_json("safemerge_plan.json", lambda plan: plan.update(audited="yes")),
     "a key of the plan": of_plan(note="judged safe"),
     "the count of merged tensors": of_json(
         "safemerge_plan.json", lambda plan: plan["summary"].update(merged=plan["summary"]["merged"] + 1)
