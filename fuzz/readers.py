@@ -20,12 +20,12 @@ from safemerge_recipes.evaluation.scores import Scores
 from safemerge_recipes.evaluation.scoring import document
 from safemerge_recipes.evaluation.store import Store
 from safemerge_recipes.evaluation.verdicts import read_guard, read_rubric, read_word, read_yes
+from safemerge_recipes.pipeline.lock import find_lock, pinned
 from safemerge_recipes.recipe.loading import load_recipe, parse_recipe, read_names
 from safemerge_recipes.recipe.training import load_training
 from safemerge_recipes.recipe.writing import dump_recipe
 from safemerge_recipes.report.card import render_card
 from safemerge_recipes.report.page import render_report
-from safemerge_recipes.sharing.lock import find_lock, pinned
 from safemerge_recipes.sources.locate import Folder
 from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.provenance import describe

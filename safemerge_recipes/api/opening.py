@@ -21,18 +21,15 @@ def opened(loaded: LoadedRecipe, on_event: Listener, *, planned: bool = False) -
         SourceError: a source is missing, broken, does not fit the others, or is not the locked one.
         RecipeError: the lock is that of another recipe.
     """
-    from safemerge_recipes.pipeline.opening import fetch, measured_away, resolve
-    from safemerge_recipes.sharing.lock import check_lock, find_lock, pinned
+    from safemerge_recipes.pipeline.opening import measured_away, open_sources
 
-    found = find_lock(loaded)
-    resolved = resolve(loaded if found is None else pinned(loaded, found), headers=True)
-    read = measured_away(resolved) if planned else None
-    for line in _told(resolved, read):
-        on_event(Note(line))
-    resolved = fetch(resolved, read, on_event)
-    if found is not None:
-        check_lock(resolved, found)
-    return resolved
+    def wanted(resolved: Resolved) -> tuple[str, ...] | None:
+        read = measured_away(resolved) if planned else None
+        for line in _told(resolved, read):
+            on_event(Note(line))
+        return read
+
+    return open_sources(loaded, on_event, wanted=wanted)
 
 
 def _told(resolved: Resolved, read: tuple[str, ...] | None) -> list[str]:

@@ -30,12 +30,12 @@ def lock(recipe: RecipeLike, on_event: Listener = ignore) -> Path:
         RecipeError: the recipe is wrong.
         SourceError: a source is missing, broken, or does not fit the others.
     """
+    from safemerge_recipes.pipeline.lock import check_place, write_lock
     from safemerge_recipes.pipeline.opening import open_sources
-    from safemerge_recipes.sharing.lock import check_place, write_lock
 
     loaded = loaded_of(recipe)
     check_place(loaded)
-    return write_lock(open_sources(loaded, on_event))
+    return write_lock(open_sources(loaded, on_event, locked=False))
 
 
 def schema() -> dict[str, Any]:

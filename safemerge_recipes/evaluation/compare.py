@@ -157,7 +157,7 @@ def folder_key(folder: Path, adapter: Path | None = None) -> str:
 def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     from safemerge_recipes.evaluation.live import LiveModel, WrittenModel
     from safemerge_recipes.events import ignore
-    from safemerge_recipes.pipeline.opening import resolve
+    from safemerge_recipes.pipeline.opening import open_sources
     from safemerge_recipes.pipeline.preparing import as_source, choose_device, prepare
     from safemerge_recipes.recipe.model import Evaluate
     from safemerge_recipes.storage.workers import Resources
@@ -165,7 +165,7 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     loaded = load_recipe(path)
     settings = loaded.recipe.evaluate or Evaluate(tasks=asked.tasks or ("safemerge",))
     suite = suite_of(loaded, asked.tasks, settings)
-    prepared = prepare(resolve(loaded), Resources(1, 1 << 30, choose_device(asked.device)), ignore)
+    prepared = prepare(open_sources(loaded, ignore), Resources(1, 1 << 30, choose_device(asked.device)), ignore)
     names = (*prepared.family.models, MERGED)
     rounds = Rounds(asked.on_event, len(names), suite, asked.limit or settings.limit)
     beside = side_key(prepared.resolved.side_files)

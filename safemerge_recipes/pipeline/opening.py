@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from safemerge_recipes.errors import SourceError
 from safemerge_recipes.events import Listener
+from safemerge_recipes.pipeline.lock import check_lock, find_lock, pinned
 from safemerge_recipes.planning.decisions import check_gates, survey
 from safemerge_recipes.planning.graph import check_merges
 from safemerge_recipes.planning.plugins import read_registry
@@ -80,9 +81,31 @@ def fetch(resolved: Resolved, files: Collection[str] | None, on_event: Listener)
     return resolve(resolved.loaded, folders=folders)
 
 
-def open_sources(loaded: LoadedRecipe, on_event: Listener) -> Resolved:
-    """Opens the sources: headers of all of them first, then whatever is still on the hub. Raises as `resolve` does."""
-    return fetch(resolve(loaded, headers=True), None, on_event)
+def open_sources(
+    loaded: LoadedRecipe,
+    on_event: Listener,
+    *,
+    locked: bool = True,
+    wanted: Callable[[Resolved], Collection[str] | None] = lambda resolved: None,
+) -> Resolved:
+    """Opens the sources: headers of all of them first, then what is `wanted` of what is still on the hub.
+
+    Args:
+        loaded: the recipe.
+        on_event: is told of bytes.
+        locked: where the recipe has a lock, at its commits and with its files and no others.
+        wanted: the files to fetch, by the paths of their headers, once headers are known; None: all.
+
+    Raises:
+        SourceError: as `resolve` does, or a source is not the locked one.
+        RecipeError: the lock is that of another recipe, or cannot be read.
+    """
+    found = find_lock(loaded) if locked else None
+    resolved = resolve(loaded if found is None else pinned(loaded, found), headers=True)
+    resolved = fetch(resolved, wanted(resolved), on_event)
+    if found is not None:
+        check_lock(resolved, found)
+    return resolved
 
 
 def measured_away(resolved: Resolved) -> tuple[str, ...]:

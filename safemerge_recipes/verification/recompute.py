@@ -40,7 +40,7 @@ def recompute(
             f"{folder}: written by arithmetic {manifest.engine}, this is {ENGINE}, which may round otherwise; "
             "check it with the version of safemerge-recipes named in its manifest"
         )
-    sources = open_sources(load_recipe(folder / RECIPE_FILE), on_event)
+    sources = open_sources(load_recipe(folder / RECIPE_FILE), on_event, locked=False)
     prepared = prepare(sources, resources, on_event, use_cache=False)
     refuse(folder, list(input_problems(prepared, manifest)))
     refuse(folder, list(made_otherwise(prepared, folder, manifest)))

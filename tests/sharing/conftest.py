@@ -16,7 +16,7 @@ LOADED = (
     *("rich.console", "rich.jupyter", "rich.progress", "threadpoolctl", "numpy.random", "multiprocessing.synchronize"),
     "safemerge_recipes.gate.measurer", "safemerge_recipes.gate.low_rank", "safemerge_recipes.methods.linear",
     "safemerge_recipes.report.card", "safemerge_recipes.report.console", "safemerge_recipes.report.page",
-    "safemerge_recipes.report.terminal", "safemerge_recipes.sharing.lock", "safemerge_recipes.sharing.places",
+    "safemerge_recipes.report.terminal", "safemerge_recipes.pipeline.lock", "safemerge_recipes.sharing.places",
     "safemerge_recipes.sharing.publish",
 )  # fmt: skip
 """What every run loads. The client reads its settings when it is loaded; `World` has it do so again."""

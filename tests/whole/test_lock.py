@@ -1,6 +1,6 @@
 """Locks: what a recipe read is what it reads, from folders and the hub's cache, or nothing is written.
 
-Guards `sharing.lock`.
+Guards `pipeline.lock`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from safemerge_recipes.errors import SourceError
+from safemerge_recipes.events import ignore
+from safemerge_recipes.pipeline.opening import open_sources
+from safemerge_recipes.recipe.loading import load_recipe
 from tests.fixtures.plain_family import ADAPTERS, make_family, recipe_text
 from tests.fixtures.program import finish, run, spawn
 
@@ -66,6 +70,15 @@ def test_a_run_refuses_other_files_and_writes_nothing(family, change, told):
     code, _, err = run("run", family / "recipe.yaml", "--output", family / "out", "--update-lock")
     assert code == 0, err
     assert run("plan", family / "recipe.yaml")[0] == 0
+
+
+def test_whoever_opens_the_sources_keeps_to_the_lock(family):
+    """Sweeps, probes, controls and scoring come through here."""
+    loaded = load_recipe(family / "recipe.yaml")
+    assert open_sources(loaded, ignore).family.models
+    flip(family / "finetuned-adapter" / "adapter_model.safetensors")
+    with pytest.raises(SourceError, match=r"finetuned: adapter_model\.safetensors has changed"):
+        open_sources(loaded, ignore)
 
 
 def test_the_same_files_elsewhere_pass_and_others_do_not(family):
