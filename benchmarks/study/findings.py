@@ -18,6 +18,8 @@ from safemerge_recipes.evaluation.statistics import MARGIN
 
 CARRIED = 0.10
 """What Δs must add to J, so that a family counts where Δs is merged."""
+DRAWS = 20
+"""Random choices of a family that must all be measured, so that it counts in a comparison with them."""
 
 
 def name_of(family: Outcomes) -> str:
@@ -53,13 +55,13 @@ def drawn(family: Outcomes) -> list[str]:
 
 
 def fit(comparison: Comparison, families: Sequence[Outcomes]) -> list[Outcomes]:
-    """The families that a comparison can use: scored, and with a safety adapter that carries where it needs one."""
+    """The families that a comparison can use: scored, with all its random draws or a safety adapter that carries."""
     found = []
     for family in families:
         if comparison.this != GATED and not carries(family):
             continue
         wanted = [comparison.this] if comparison.against is None else [comparison.this, comparison.against]
-        if scored(family, *wanted) and (comparison.against is not None or drawn(family)):
+        if scored(family, *wanted) and (comparison.against is not None or len(drawn(family)) >= DRAWS):
             found.append(family)
     return found
 

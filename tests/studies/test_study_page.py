@@ -102,6 +102,7 @@ def test_one_family_says_nothing_of_others_and_a_part_says_that_it_is_one():
     told = " ".join(page.split())
     assert "1 of 16 families, the first 90 prompts of each task, the shipped prompts alone" in told
     assert "answers of 32 tokens, 3 random draws" in told
+    assert row(comparisons([family(0), family(1, draws=19)]), "B")[0] == "1", "draws count when all of them are there"
     assert "this is a part of it" in told
     full = carried_out([family(place) for place in range(8)])
     assert "a part of it" not in full
