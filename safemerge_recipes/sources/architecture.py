@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,28 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
+def _named(config: Mapping[str, Any]) -> str:
+    """The first of a config's architectures; empty where it names none, or no name."""
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) and first.isidentifier() else ""
+
+
+def owned_class(config: Mapping[str, Any], transformers: Any) -> Any:
+    """transformers' own class of a config's architecture; None where it has none, or where the config brings code.
+
+    A config may name anything: only a model is taken for one.
+    """
+    kind, found = config.get("model_type"), getattr(transformers, _named(config), None)
+    known = isinstance(kind, str) and kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known and model and not config.get("auto_map") else None
+
+
 def _loads(folder: Path, transformers: Any) -> Loaded:
     said = read_object(folder / "config.json")
-    known = said.get("model_type") in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    named = next(iter(said.get("architectures") or ()), "")
-    owned = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
-    if not known or owned is None or said.get("auto_map"):
+    named, owned = _named(said), owned_class(said, transformers)
+    if owned is None:
         what = named or said.get("model_type") or "an architecture without a name"
         return Loaded(unchecked=(f"its names and shapes: transformers {transformers.__version__} has no {what}",))
     options = {"local_files_only": True, "trust_remote_code": False}

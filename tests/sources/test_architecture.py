@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from safemerge_recipes.errors import CheckError
 from safemerge_recipes.events import ignore
-from safemerge_recipes.sources.architecture import disagreements, loads
+from safemerge_recipes.sources.architecture import disagreements, loads, owned_class
 from safemerge_recipes.sources.checkpoint import open_checkpoint
 from safemerge_recipes.storage.workers import Resources
 from safemerge_recipes.verification.verify import verify
@@ -51,6 +51,21 @@ def test_a_sound_model_loads(llama: Path) -> None:
     assert any("names and shapes are those of transformers' LlamaForCausalLM" in line for line in found.checked)
     assert found.unchecked == ("tokenizer: there is none",)
     assert not list(disagreements(open_checkpoint(llama)))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"architectures": ["Trainer"]}, {"architectures": ["pipeline"]}, {"architectures": ["AutoModelForCausalLM"]},
+     {"architectures": 5}, {"architectures": "LlamaForCausalLM"}, {"architectures": [["LlamaForCausalLM"]]},
+     {"model_type": ["llama"]}, {"auto_map": {"AutoModel": "theirs.Model"}}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_names_a_model_of_transformers_or_nothing(said: dict[str, Any]) -> None:
+    import transformers
+
+    sound = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    assert owned_class(sound, transformers) is transformers.LlamaForCausalLM
+    assert owned_class(sound | said, transformers) is None
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

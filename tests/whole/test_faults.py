@@ -38,16 +38,18 @@ def test_verbs_killed_anywhere_lose_nothing(bench: Bench) -> None:
         assert reliability.kill(bench, verb, dice, 2) == ""
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", faults.PLANTED)
-def test_no_verb_waits_for_what_is_no_file_or_follows_it(bench: Bench, kind: str) -> None:
+def test_no_verb_waits_for_what_is_no_file_or_follows_it(bench: Bench, kind: str, every: int) -> None:
     dice = random.Random(kind)
-    for verb in bench.verbs[dice.randrange(5) :: 5]:
+    for verb in bench.verbs[dice.randrange(every) :: every]:
         assert bench.plant(verb, kind, dice) == ""
 
 
-def test_a_report_killed_at_a_call_leaves_no_temporary_files(bench: Bench) -> None:
+@pytest.mark.parametrize("first", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_report_killed_at_a_call_leaves_no_temporary_files(bench: Bench, first: int) -> None:
     verb = next(verb for verb in bench.verbs if verb.name == "report")
-    for at in range(2, bench.expected(verb)[2], 4):
+    for at in range(first, bench.expected(verb)[2], 4):
         assert bench.attempt(verb, at_call("kill", at)) == ""
 
 
@@ -87,8 +89,9 @@ def test_a_disk_that_fails_at_any_call_stops_a_verb_and_no_more(bench: Bench, ho
 @pytest.mark.parametrize(
     "fault", [faults.SIGNALS, faults.FEW_FILES, faults.SMALL_FILES, faults.STREAMS[1]], ids=lambda fault: fault.kind
 )
-def test_what_lasts_for_a_whole_run_loses_nothing(bench: Bench, fault: faults.Fault) -> None:
-    verb = bench.verbs[2 + len(fault.kind) % 2]  # an adapter or a model
+@pytest.mark.parametrize("other", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_lasts_for_a_whole_run_loses_nothing(bench: Bench, fault: faults.Fault, other: int) -> None:
+    verb = bench.verbs[2 + (len(fault.kind) + other) % 2]  # an adapter or a model
     assert bench.attempt(verb, fault) == ""
 
 

@@ -147,8 +147,12 @@ def _interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseExcepti
 @pytest.mark.parametrize(
     ("error", "after"),
     [
-        *((OSError(errno.ENOSPC, "No space left on device"), after) for after in (0, 9)),
-        *((KeyboardInterrupt(), after) for after in (1, 20)),
+        pytest.param(error, after, marks=[] if after in every_day else [pytest.mark.slow])
+        for error, every_day in (
+            (OSError(errno.ENOSPC, "No space left on device"), (0, 9)),
+            (KeyboardInterrupt(), (1, 20)),
+        )
+        for after in (0, 1, 9, 20)
     ],
 )
 def test_an_interrupted_run_is_resumed_by_the_same_command(

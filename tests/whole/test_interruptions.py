@@ -26,6 +26,11 @@ from tests.fixtures.sharded_family import make_family, write_recipe
 from tests.whole.faults import at_call
 
 
+def half_slow(count):
+    """Numbers of tries, of which every second is made every day."""
+    return [pytest.param(number, marks=[pytest.mark.slow] if number % 2 else []) for number in range(count)]
+
+
 def killed_at(call, counter=""):
     """Python that kills the program at its n-th call that changes the disk; 0: never."""
     return at_call("kill", call, counter).before
@@ -92,10 +97,10 @@ def kill_and_resume(start, family, tmp_path, at, *, again=None, first=()):
     return killed
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", half_slow(20))
 def test_a_run_killed_anywhere_goes_on_to_the_same_bytes(start, family, tmp_path, number):
     dice = random.Random(number)
-    at = 1 + (family[2] - 1) * number // 10 + dice.randrange(max(1, family[2] // 10))
+    at = 1 + (family[2] - 1) * number // 20 + dice.randrange(max(1, family[2] // 20))
     kill_and_resume(start, family, tmp_path, at, again=dice.randrange(1, family[2]) if number % 4 == 0 else None)
 
 
@@ -133,7 +138,7 @@ def test_a_run_of_several_deltas_killed_anywhere_goes_on_to_the_same_bytes(start
     assert killed > 8
 
 
-@pytest.mark.parametrize("number", range(0, 6, 2))
+@pytest.mark.parametrize("number", half_slow(6))
 def test_replacing_an_output_is_safe_from_kills_too(start, family, tmp_path, number):
     recipe, expected, calls = family
     out, part = tmp_path / "out", tmp_path / "out.part"

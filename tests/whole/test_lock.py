@@ -79,6 +79,9 @@ def test_whoever_opens_the_sources_keeps_to_the_lock(family):
     flip(family / "finetuned-adapter" / "adapter_model.safetensors")
     with pytest.raises(SourceError, match=r"finetuned: adapter_model\.safetensors has changed"):
         open_sources(loaded, ignore)
+    code, _, err = run("score", family / "recipe.yaml", "--by", "magnitude")
+    assert (code, "finetuned: adapter_model.safetensors has changed" in err) == (3, True), err
+    assert not (family / "magnitude.safetensors").exists()
 
 
 def test_the_same_files_elsewhere_pass_and_others_do_not(family):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safemerge_recipes.sources.architecture import owned_class
 from safemerge_recipes.sources.experts import FUSED
 from safemerge_recipes.sources.family import Family
 from safemerge_recipes.sources.peft.module_names import DiskNames
@@ -62,11 +63,10 @@ def _built(config: Mapping[str, Any]) -> Any:
         import transformers
     except ImportError:
         return None
-    named = next(iter(config.get("architectures") or ()), "")
-    owned = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
-    kinds = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if owned is None or config.get("auto_map") or config.get("model_type") not in kinds:
+    owned = owned_class(config, transformers)
+    if owned is None:
         return None
+    kinds = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     said = {key: value for key, value in config.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
     try:
         with warnings.catch_warnings(), torch.device("meta"):

@@ -99,8 +99,7 @@ class Cluster:
 
     def widest(self) -> int:
         """CPUs of its largest node, at least one."""
-        nodes = (node["Resources"] for node in self.ray.nodes() if node["Alive"])
-        return max(1, *(int(one.get("CPU", 0)) for one in nodes))
+        return max([1, *(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"])])
 
     def do(
         self,
