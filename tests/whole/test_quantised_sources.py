@@ -74,7 +74,7 @@ def close(written: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(written.double(), wanted.double(), rtol=step, atol=1e-7)
 
 
-EVERY_DAY = ("FP8 blocks", "int8 packed", "NF4 twice", "GPTQ", "AWQ")
+EVERY_DAY = ("FP8 blocks", "int8 packed", "NF4 twice", "GPTQ", "AWQ", "NVFP4", "NVFP4 of ModelOpt")
 KINDS = [kind if kind in EVERY_DAY else pytest.param(kind, marks=pytest.mark.slow) for kind in FORMATS]
 
 
