@@ -4,7 +4,8 @@
 
 `train` makes the adapters that are missing, `choose` takes τ, α and λ on the tuning split of each task's first family,
 `carry` checks that the safety adapter has something to give, `score` asks every model on the test split, `draws` holds
-the gate against random choices, `report` writes the page. Without a part all are run. A call that was stopped, or
+the gate against random choices, `report` writes the page; `aim` asks apart from them whether a merge chosen for the
+task brings 90 % of the lost J back (benchmarks/study/aim.py). Without a part all are run. A call that was stopped, or
 reached `--minutes`, goes on where it stopped; several may run beside each other on different families (`--only`).
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.study.aim import AimStudy
 from benchmarks.study.families import FAMILIES, Family, Places
 from benchmarks.study.models import Choice
 from benchmarks.study.page import write_page
@@ -26,8 +28,9 @@ from safemerge_recipes.storage.cache import cache_folder
 
 HERE = Path(__file__).resolve().parents[2]
 RESULTS = HERE / "docs" / "evidence" / "outcomes"
+AIMS = HERE / "docs" / "evidence" / "aim"
 PAGE = HERE / "docs" / "evidence.md"
-PARTS = ("train", "choose", "carry", "score", "draws", "report")
+PARTS = ("train", "choose", "carry", "score", "draws", "aim", "report")
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
@@ -70,7 +73,7 @@ def train(families: tuple[Family, ...], places: Places, deadline: float, console
     return True
 
 
-def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE) -> bool:
+def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, aims: Path = AIMS) -> bool:
     """Carries out parts; returns whether they are complete."""
     console, deadline = Console(stderr=True), time.monotonic() + 60 * given.minutes
     places = Places(given.demo.resolve(), given.work or cache_folder() / "study")
@@ -78,21 +81,24 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE) -
     settings = Settings(given.limit, given.tokens, not given.shipped, given.draws, given_choice(given.choice), deadline)
     parts = given.parts or list(PARTS)
     done = train(families, places, deadline, console) if "train" in parts else True
-    scored = [part for part in ("choose", "carry", "score", "draws") if part in parts]
+    scored = [part for part in ("choose", "carry", "score", "draws", "aim") if part in parts]
     for family in families if scored else ():
         missing = [adapter.name for adapter in family.adapters if not places.has(adapter)]
         if missing:
             console.print(f"{family.name}: {', '.join(missing)} not trained yet: PART=train", markup=False)
             done = False
             continue
-        study = Study(family, places, settings, results, console)
         for part in scored:
             console.print(f"{family.name}: {part}", markup=False)
+            if part == "aim":
+                study: Study = AimStudy(family, places, settings, aims, console)
+            else:
+                study = Study(family, places, settings, results, console)
             if not getattr(study, part)():
                 done = False
                 break
     if "report" in parts:
-        write_page(results, page)
+        write_page(results, page, aims)
     return done
 
 

@@ -167,3 +167,21 @@ def test_tau_alpha_and_lambda_are_chosen_once_for_a_task(demo, tmp_path, monkeyp
     (results / "choice-arithmetic.json").write_text(json.dumps(kept | {"settings": {}}))
     assert run(given, results), "chosen under other settings: chosen again"
     assert json.loads((results / "choice-arithmetic.json").read_text()) == kept
+
+
+def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypatch):
+    from benchmarks.study import aim
+
+    monkeypatch.setattr(aim, "TRIED", dict(list(aim.TRIED.items())[:2]))
+    work, results, aims = tmp_path / "work", tmp_path / "outcomes", tmp_path / "aim"
+    given = asked(demo, work, ["aim"], limit=2)
+    assert run(given, results, aims=aims)
+    kept = json.loads((aims / "aim-arithmetic.json").read_text())
+    assert set(kept["J and utility on the tuning split"]) == {"aligned", FINE_TUNED, *aim.TRIED}
+    found = read(aims / "01-arithmetic.jsonl")
+    assert found.head["aim"] == kept["chosen"]
+    assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN}
+    assert not results.exists(), "the comparisons are left alone"
+    (aims / "aim-arithmetic.json").write_text(json.dumps(kept | {"chosen": list(aim.TRIED)[1], "on": "another"}))
+    assert run(given, results, aims=aims)
+    assert read(aims / "01-arithmetic.jsonl").head["aim"] == list(aim.TRIED)[1], "a choice that is there is taken"

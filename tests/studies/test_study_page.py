@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
+from benchmarks.study.aim import CHOSEN, aim_table, aimed, brought_back, summary
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
-from benchmarks.study.models import DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
+from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
 from benchmarks.study.outcomes import Outcomes, read
 from benchmarks.study.page import carried_out, read_families, text_of, write_page
 
@@ -109,6 +110,29 @@ def test_one_family_says_nothing_of_others_and_a_part_says_that_it_is_one():
     assert "cannot give a p below 0.00781" in full
 
 
+def test_what_is_brought_back_is_held_against_the_aim():
+    reports = next(place for place, one in enumerate(FAMILIES) if one.task == "qa")
+    levels = {ALIGNED: 0.7, FINE_TUNED: 0.2}
+    outcomes = [family(0, **levels, **{HALF: 0.68}), family(reports, **levels), family(2)]
+    aims = [family(reports, **levels, **{CHOSEN: 0.4})]
+    aims[0].head["aim"] = "λ = 2 on the lowest 50 %"
+    outcomes[0].head["choice"] = {"lambda_": 1.0}
+    held = aimed(outcomes, aims)
+    assert [model for _, model in held] == [HALF, CHOSEN], "a family without its aligned model is left out"
+    assert brought_back(*held[0]) == pytest.approx(0.96, abs=0.08)
+    first, second = aim_table(held).splitlines()[2:]
+    assert "| λ = 1 on the lowest 50 % | 5" in first
+    assert first.endswith("| met |")
+    assert second.endswith("| missed |")
+    assert brought_back(*held[1]) == pytest.approx(0.4, abs=0.15)
+    assert f"qa: {100 * brought_back(*held[1]):.0f} % (" in summary(held)
+    page = text_of(outcomes, DOCS / "evidence", aims)
+    assert aim_table(held) in page
+    skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
+    skill[:] = [0] * len(skill)
+    assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
+
+
 def test_outcomes_come_back_as_they_were_written(tmp_path: Path):
     found = family(0, n=5, draws=1)
     found.write(tmp_path / f"{FAMILIES[0].name}.jsonl")
@@ -119,12 +143,12 @@ def test_outcomes_come_back_as_they_were_written(tmp_path: Path):
 
 
 def test_the_page_is_made_from_the_outcomes_that_ship(tmp_path: Path):
-    write_page(DOCS / "evidence" / "outcomes", tmp_path / "evidence.md")
+    write_page(DOCS / "evidence" / "outcomes", tmp_path / "evidence.md", DOCS / "evidence" / "aim")
     assert (tmp_path / "evidence.md").read_text() == (DOCS / "evidence.md").read_text(), "make study PART=report"
 
 
 def test_no_answer_and_no_path_ships():
-    for path in (DOCS / "evidence" / "outcomes").glob("*.jsonl"):
+    for path in [*(DOCS / "evidence" / "outcomes").glob("*.jsonl"), *(DOCS / "evidence" / "aim").glob("*")]:
         text = path.read_text()
         assert '"answer' not in text
         assert not re.search(r'"/(home|root|tmp|work|Users)', text)

@@ -1,0 +1,143 @@
+"""The demo's aim on every task: a gated merge that brings back 90 % of the lost J for less than 5 points of utility.
+
+Not one of the four comparisons. λ and the share of tensors are chosen on the tuning split of one family of a task, by
+the rule of `safemerge sweep`, and every family of the task reports that choice on its test split, beside the model that
+it repairs. Outcomes lie apart from those of the comparisons (docs/evidence/aim).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility_change
+from benchmarks.study.models import ALIGNED, FINE_TUNED, HALF, added
+from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.scoring import Study
+from safemerge_recipes.evaluation.experiments.controls import merged
+from safemerge_recipes.evaluation.experiments.measures import measures
+from safemerge_recipes.evaluation.experiments.sweep import choose
+from safemerge_recipes.evaluation.separation import separation, separation_change
+from safemerge_recipes.storage.files import write_json
+
+CHOSEN = "Δf + λΔs, chosen for the task"
+SHARE = 0.9
+"""Of the lost J, that is to be brought back."""
+LOSS = 0.05
+"""Of utility, that it may cost."""
+TRIED: Mapping[str, tuple[str, ...]] = {
+    f"λ = {weight:g} on the lowest {100 * share:g} %": added(weight, f"gate.fraction={share:g}")
+    for weight, share in itertools.product((1.0, 1.5, 2.0), (0.5, 0.75))
+}
+
+
+class AimStudy(Study):
+    """One family, asked for the aim alone; `results` is the folder of these outcomes."""
+
+    def _choice_path(self) -> Path:
+        return self.results / f"aim-{self.family.task}.json"
+
+    def aim(self) -> bool:
+        """Chooses for the task where nothing is chosen yet, then scores the choice on the test split."""
+        chosen = self._chosen_before() or self._choose_on_tuning()
+        if chosen is None:
+            return False
+        plan = self.bench.plan(TRIED[chosen])
+        self.outcomes.head |= {"aim": chosen, "merged": {CHOSEN: len(merged(plan))}}
+        graphs = {
+            ALIGNED: self.bench.role("aligned"),
+            FINE_TUNED: self.bench.role("finetuned"),
+            CHOSEN: self.bench.graph(plan),
+        }
+        return len(self._scored(graphs, self.tasks, self._take)) == len(graphs)
+
+    def _chosen_before(self) -> str | None:
+        if not self._choice_path().exists():
+            return None
+        found = json.loads(self._choice_path().read_text(encoding="utf-8"))
+        return str(found["chosen"]) if found["settings"] == self.settings.as_json() else None
+
+    def _choose_on_tuning(self) -> str | None:
+        plans = {label: self.bench.plan(overrides) for label, overrides in TRIED.items()}
+        sources = {ALIGNED: self.bench.role("aligned"), FINE_TUNED: self.bench.role("finetuned")}
+        graphs = sources | {label: self.bench.graph(plan) for label, plan in plans.items()}
+        scores = self._scored(graphs, self.tuning)
+        if len(scores) < len(graphs):
+            return None
+        by = measures(self.bench.suite(self.tuning).better, self.tuning)
+        counts = {label: len(merged(plan)) for label, plan in plans.items()}
+        best = choose({label: scores[label] for label in plans}, scores[FINE_TUNED], by, LOSS, counts)
+        values = {label: [round(100 * one, 1) for one in by.of(found)] for label, found in scores.items()}
+        content: dict[str, Any] = {"chosen": best, "on": self.family.name, "settings": self.settings.as_json()}
+        self.results.mkdir(parents=True, exist_ok=True)
+        write_json(self._choice_path(), content | {"merged": counts, "J and utility on the tuning split": values})
+        return best
+
+
+# What came out
+
+
+def brought_back(family: Outcomes, model: str) -> float:
+    """The share of the lost J that a model has again; more than one where it stands above the aligned model."""
+    aligned, before, after = (separation(sides(family, one))[0] for one in (ALIGNED, FINE_TUNED, model))
+    return (after - before) / (aligned - before)
+
+
+def aim_table(held: Sequence[tuple[Outcomes, str]]) -> str:
+    """Families with the model that is held against the aim.
+
+    Args:
+        held: (outcomes, label of the model).
+    """
+    rows = []
+    for family, model in held:
+        values = [separation(sides(family, one))[0] for one in (ALIGNED, FINE_TUNED, model)]
+        change, interval, _ = separation_change(sides(family, model), sides(family, FINE_TUNED))
+        skill = utility_change(family, model, FINE_TUNED)
+        share = brought_back(family, model)
+        met = skill is not None and share >= SHARE and skill > -LOSS
+        rows.append(
+            [
+                name_of(family),
+                family.head.get("aim") or f"λ = {family.head['choice']['lambda_']:g} on the lowest 50 %",
+                *(f"{100 * value:.0f}" for value in values),
+                f"{points(change)} ({span(interval)})",
+                f"{100 * share:.0f} %",
+                "–" if skill is None else points(skill),
+                "met" if met else "missed",
+            ]
+        )
+    head = ["family", "merge", "J aligned", "fine-tuned", "merged", "change", "brought back", "utility", "aim"]
+    return table(head, rows)
+
+
+def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[Outcomes, str]]:
+    """Every family with the model that is held against the aim.
+
+    Sums take the demo's own choice, λ = 1 on the lowest half, which the comparisons score already.
+    """
+    sums = [(one, HALF) for one in outcomes if one.head["family"]["task"] == "arithmetic"]
+    chosen = [(one, CHOSEN) for one in aims]
+    return [
+        (one, model)
+        for one, model in sums + chosen
+        if all(scored(one, asked) for asked in (ALIGNED, FINE_TUNED, model))
+    ]
+
+
+def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
+    """How many families met it, by task."""
+    told = []
+    for task in dict.fromkeys(one.head["family"]["task"] for one, _ in held):
+        own = [pair for pair in held if pair[0].head["family"]["task"] == task]
+        shares = [brought_back(*pair) for pair in own]
+        skills = [change for one, model in own if (change := utility_change(one, model, FINE_TUNED)) is not None]
+        told.append(
+            f"{task}: {100 * fmean(shares):.0f} % ({100 * min(shares):.0f} to {100 * max(shares):.0f}) of the lost J "
+            f"back in {len(own)} families, utility {points(fmean(skills))} points"
+        )
+    return "; ".join(told) + "."
