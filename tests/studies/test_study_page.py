@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 from benchmarks.study.aim import CHOSEN, aim_table, aimed, brought_back, summary
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
-from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
+from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
 from benchmarks.study.outcomes import Outcomes, read
 from benchmarks.study.page import carried_out, read_families, text_of, write_page
 
@@ -116,7 +116,7 @@ def test_what_is_brought_back_is_held_against_the_aim():
     outcomes = [family(0, **levels, **{HALF: 0.68}), family(reports, **levels), family(2)]
     aims = [family(reports, **levels, **{CHOSEN: 0.4})]
     aims[0].head["aim"] = "λ = 2 on the lowest 50 %"
-    outcomes[0].head["choice"] = {"lambda_": 1.0}
+    outcomes[0].head["choice"] = Choice(0.1, 0.5, 1.0, "given").as_json()
     held = aimed(outcomes, aims)
     assert [model for _, model in held] == [HALF, CHOSEN], "a family without its aligned model is left out"
     assert brought_back(*held[0]) == pytest.approx(0.96, abs=0.08)
