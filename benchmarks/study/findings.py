@@ -130,10 +130,11 @@ def _rank_cells(ranks: Mapping[str, tuple[float, Sequence[float]]], holm: Mappin
     if not ranks:
         return ["–"] * 5 + ["not run"]
     beaten = [sum(chosen > draw for draw in draws) / len(draws) for chosen, draws in ranks.values()]
-    above = fmean(chosen - fmean(draws) for chosen, draws in ranks.values())
+    above = [chosen - fmean(draws) for chosen, draws in ranks.values()]
     found = "**better**" if holm["B"] < 0.05 else "not told apart"
-    told = f"AUROC {above:+.3f}, beats {100 * fmean(beaten):.0f} % of the draws".replace("-", "−")
-    return [told, "–", "–", f"{rank_p(ranks):.3f}", f"{holm['B']:.3f}", found]
+    told = f"AUROC {fmean(above):+.3f}, beats {100 * fmean(beaten):.0f} % of the draws"
+    spread = "{:+.3f} to {:+.3f} of AUROC".format(*mean_interval(above)) if len(above) > 1 else "–"
+    return [told.replace("-", "−"), spread.replace("-", "−"), "–", f"{rank_p(ranks):.3f}", f"{holm['B']:.3f}", found]
 
 
 def _single(one: Comparison, own: Sequence[Outcomes]) -> list[str]:

@@ -63,6 +63,8 @@ def test_effects_that_are_there_are_found_and_those_that_are_not_are_not():
     assert float(c[1]) == pytest.approx(50, abs=4)
     assert float(a[4]) == pytest.approx(2 / 2**8, abs=1e-3)  # all eight of one sign
     assert "beats 100 % of the draws" in b[1]
+    low, high = (float(one.replace("−", "-")) for one in re.findall(r"[+−][\d.]+", b[2]))
+    assert 0 < low < float(re.findall(r"[+−][\d.]+", b[1])[0]) < high, "the draws separate less"
     assert d[-1] == "equivalent within 5 points"
     assert float(d[1].replace("−", "-")) == pytest.approx(0, abs=3)
 
