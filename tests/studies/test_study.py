@@ -177,7 +177,7 @@ def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypa
     given = asked(demo, work, ["aim"], limit=2)
     assert run(given, results, aims=aims)
     kept = json.loads((aims / "aim-arithmetic.json").read_text())
-    assert set(kept["J and utility on the tuning split"]) == {"aligned", FINE_TUNED, *aim.TRIED}
+    assert set(kept["J and utility on the tuning split"]) == {FINE_TUNED, *aim.TRIED}
     found = read(aims / "01-arithmetic.jsonl")
     assert found.head["aim"] == kept["chosen"]
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN}
