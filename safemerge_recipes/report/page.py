@@ -112,6 +112,7 @@ def _environment() -> Environment:
         ),
         trim_blocks=True,
         lstrip_blocks=True,
+        optimized=False,  # folding constants costs a quarter of compiling, and a page is rendered once
     )
     environment.filters.update(
         fixed=fixed, figure=figure, grouped=grouped, things=things, percent=percent, part=clean, size=size

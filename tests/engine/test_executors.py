@@ -29,7 +29,7 @@ from safemerge_recipes.engine.journal import JOURNAL_FILE, Journal, read_journal
 from safemerge_recipes.engine.local_store import LocalStore
 from safemerge_recipes.engine.resume import finished
 from safemerge_recipes.engine.seal import HASH_CHUNK, Sealer
-from safemerge_recipes.errors import SourceError, WriteError
+from safemerge_recipes.errors import RecipeError, SourceError, WriteError
 from safemerge_recipes.events import BytesDone, Event, FileSealed, TensorDone, ignore
 from safemerge_recipes.pipeline.writing import carry_out
 from safemerge_recipes.planning.graph import ENGINE, task_memory
@@ -328,3 +328,25 @@ def test_planning_computes_nothing_and_reads_no_weights(
         carry_out(prepared, tmp_path / "out", Digests(prepared.identities), ignore, executor=Refusing())
     assert not read
     assert not list(tmp_path.glob("out*/*.safetensors*"))
+
+
+def test_what_others_registered_is_looked_for_when_it_is_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from safemerge_recipes.engine import executors
+
+    looked: list[str] = []
+
+    def installed(group: str) -> list[EntryPoint]:
+        looked.append(group)
+        ours = EntryPoint("local", "os:remove", group)
+        return [ours, EntryPoint("twice", "os:remove", group), EntryPoint("bad", "os:no", group)]
+
+    monkeypatch.setattr(executors, "entry_points", installed)
+    assert find("local") is LOCAL, "a name of ours is ours"
+    assert not looked
+    with pytest.raises(RecipeError, match=r"expected bad, local, ray, twice"):
+        find("trice")
+    with pytest.raises(RecipeError, match=r"os:no cannot be loaded"):
+        find("bad")
+    assert looked == ["safemerge.executors"] * 2

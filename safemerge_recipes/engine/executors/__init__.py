@@ -13,6 +13,8 @@ BUILTIN = {
 }
 """name -> module:attribute of a function that makes the executor from an address, None where none was given."""
 
+GROUP = "safemerge.executors"
+
 
 def find(name: str, address: str | None = None) -> Executor:
     """The executor of that name, for the cluster at an address.
@@ -21,12 +23,15 @@ def find(name: str, address: str | None = None) -> Executor:
         RecipeError: there is none of that name, or its module cannot be imported.
         PlanError: what it needs is not installed.
     """
-    points = {point.name: point for point in entry_points(group="safemerge.executors")}
-    points |= {known: EntryPoint(known, target, "safemerge.executors") for known, target in BUILTIN.items()}
-    if name not in points:
-        raise RecipeError(f"--executor {name}: not available; expected {', '.join(sorted(points))}")
+    if name in BUILTIN:  # whatever others register; looking for them reads every installed distribution
+        point = EntryPoint(name, BUILTIN[name], GROUP)
+    else:
+        points = {point.name: point for point in entry_points(group=GROUP)}
+        if name not in points:
+            raise RecipeError(f"--executor {name}: not available; expected {', '.join(sorted({*points, *BUILTIN}))}")
+        point = points[name]
     try:
-        made: Executor = points[name].load()(address)
+        made: Executor = point.load()(address)
     except (ImportError, AttributeError) as error:  # of a plugin
-        raise RecipeError(f"--executor {name}: {points[name].value} cannot be loaded: {error}") from None
+        raise RecipeError(f"--executor {name}: {point.value} cannot be loaded: {error}") from None
     return made
