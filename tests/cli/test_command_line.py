@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,18 +138,27 @@ def test_light_commands_import_nothing_heavy(llama: Family, recipe: Any, argumen
         f"found = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "assert not found, found\n"
     )
-    best = 99.0
-    for _ in range(10):  # the machine may be busy
-        begun = time.process_time(), os.times()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        after = os.times()
+    best = shortest = math.inf
+    for _ in range(10):  # the machine may be busy, or slow: what it takes to import the libraries is the measure
+        shortest = min(shortest, _processor_time(YARDSTICK)[0])
+        spent, done = _processor_time(code)
         assert done.returncode == 0, done.stderr
         assert done.stdout
-        spent = after.children_user + after.children_system - begun[1].children_user - begun[1].children_system
         best = min(best, spent)
-        if best < 0.5:
+        if best < 4 * shortest:
             return
-    pytest.fail(f"{best:.2f} s of processor time, 0.5 are allowed")
+    pytest.fail(f"{best:.2f} s of processor time, four times {shortest:.2f} are allowed")
+
+
+YARDSTICK = "import asyncio, email.message, http.client, unittest.mock, xml.dom.minidom, pydantic.main, typer"
+
+
+def _processor_time(code: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = os.times()
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return spent, done
 
 
 def test_the_schema_is_what_recipes_are_checked_by(call: Callable[..., Any], recipe: Any, llama: Family) -> None:
