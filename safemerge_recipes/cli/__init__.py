@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 if sys.platform == "win32":  # before anything that Windows does not have is imported
     sys.stderr.write("safemerge: found Windows; expected Linux or macOS, on Windows use WSL (`wsl --install`)\n")
     raise SystemExit(4)
-
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "true")  # looking for them reads every installed distribution
 
 
 def main(arguments: list[str] | None = None) -> None:
