@@ -88,13 +88,11 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
             console.print(f"{family.name}: {', '.join(missing)} not trained yet: PART=train", markup=False)
             done = False
             continue
+        study = Study(family, places, settings, results, console)
         for part in scored:
             console.print(f"{family.name}: {part}", markup=False)
-            if part == "aim":
-                study: Study = AimStudy(family, places, settings, aims, console)
-            else:
-                study = Study(family, places, settings, results, console)
-            if not getattr(study, part)():
+            asked = AimStudy(family, places, settings, aims, console) if part == "aim" else study
+            if not getattr(asked, part)():
                 done = False
                 break
     if "report" in parts:

@@ -137,8 +137,10 @@ def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
         own = [pair for pair in held if pair[0].head["family"]["task"] == task]
         shares = [brought_back(*pair) for pair in own]
         skills = [change for one, model in own if (change := utility_change(one, model, FINE_TUNED)) is not None]
+        spread = f"({100 * min(shares):.0f} to {100 * max(shares):.0f}) " if len(own) > 1 else ""
+        where = f"{len(own)} families" if len(own) > 1 else "one family, which says nothing of others"
         told.append(
-            f"{task}: {100 * fmean(shares):.0f} % ({100 * min(shares):.0f} to {100 * max(shares):.0f}) of the lost J "
-            f"back in {len(own)} families, utility {points(fmean(skills))} points"
+            f"{task}: {100 * fmean(shares):.0f} % {spread}of the lost J back, utility {points(fmean(skills))} points, "
+            f"in {where}"
         )
     return "; ".join(told) + "."

@@ -127,7 +127,8 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert first.endswith("| met |")
     assert second.endswith("| missed |")
     assert brought_back(*held[1]) == pytest.approx(0.4, abs=0.15)
-    assert f"qa: {100 * brought_back(*held[1]):.0f} % (" in summary(held)
+    assert f"qa: {100 * brought_back(*held[1]):.0f} % of the lost J" in summary(held)
+    assert "one family, which says nothing of others" in summary(held)
     page = text_of(outcomes, DOCS / "evidence", aims)
     assert aim_table(held) in page
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
