@@ -174,7 +174,8 @@ def _recipe_models(path: Path, asked: _Asked) -> dict[str, Scores]:
     def live() -> LiveModel | WrittenModel:
         if not held:
             hf = settings.backend == "hf"
-            held.append(LiveModel(prepared, device=asked.device) if hf else WrittenModel(prepared))
+            dtype = settings.dtype
+            held.append(LiveModel(prepared, device=asked.device, dtype=dtype) if hf else WrittenModel(prepared))
         return held[0]
 
     found: dict[str, Scores] = {}

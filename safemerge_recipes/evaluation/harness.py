@@ -19,7 +19,7 @@ from safemerge_recipes.errors import CheckError, WriteError
 from safemerge_recipes.evaluation.likelihood import refusal_likelihoods
 from safemerge_recipes.evaluation.listening import Listening
 from safemerge_recipes.evaluation.lm_results import prompt_id, task_scores
-from safemerge_recipes.evaluation.models import versions, wrap, wrap_by
+from safemerge_recipes.evaluation.models import choose, versions, wrap, wrap_by
 from safemerge_recipes.evaluation.quiet import alone, first_line, kept_mode, quiet, torch_threads
 from safemerge_recipes.evaluation.refusal import MATCHER_VERSION
 from safemerge_recipes.evaluation.scores import Metric, Scores, TaskScores
@@ -203,7 +203,7 @@ def result_keys(subject: Subject, suite: Suite, **given: Any) -> dict[str, str]:
     defaults = {"dtype": "auto", "batch_size": None, "num_fewshot": None, "chat_template": True, "seed": 0}
     defaults["auroc"] = True
     given = {name: value for name, value in given.items() if (name, value) != ("backend", "hf")}
-    machine = Path("/dev/nvidiactl").exists()  # what `auto` stands for
+    machine = choose(str(given.get("device", "auto")), str(given.get("dtype", "auto")))  # what `auto` stands for
     known = [defaults | given, machine, suite.answer_tokens, suite.fingerprint, MATCHER_VERSION, versions()]
     return {task: key_of(subject.key, task, known) for task in suite.tasks}
 

@@ -121,7 +121,7 @@ def graph_subject(live: Callable[[], LiveModel | WrittenModel], graph: Graph, be
 
 def conditions(settings: Evaluate, limit: int | None, device: str) -> dict[str, Any]:
     """What a score depends on beside model and tasks, as arguments of `harness.score`."""
-    kept = ("batch_size", "num_fewshot", "chat_template", "seed", "auroc", "backend")
+    kept = ("batch_size", "num_fewshot", "chat_template", "seed", "auroc", "backend", "dtype")
     return {"limit": limit or settings.limit, "device": device, **{key: getattr(settings, key) for key in kept}}
 
 
@@ -329,7 +329,10 @@ def score_output(
     def live() -> LiveModel | WrittenModel:
         if not held:
             hf = settings.backend == "hf"
-            held.append(LiveModel(prepared, output, device=device) if hf else WrittenModel(prepared, output))
+            dtype = settings.dtype
+            held.append(
+                LiveModel(prepared, output, device=device, dtype=dtype) if hf else WrittenModel(prepared, output)
+            )
         return held[0]
 
     scores: dict[str, Scores] = {}

@@ -55,6 +55,9 @@ class Evaluate(Strict):
     backend: Text = "hf"
     """Which of lm-eval's models runs them, by lm-eval's own name: `hf` is transformers; `vllm` and others load every
     model from a folder, so that sources are written to $TMPDIR first, and measure no AUROC."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What models compute in while they are scored; `auto`: on an accelerator the checkpoint's, on a processor bfloat16
+    where it computes in it and else float32, so that a recipe's scores repeat on any machine only where it is named."""
     auroc: bool = True
     """Also measure how likely a refusal is, of harmful and harmless requests, without decoding."""
     judge: Judge | None = None

@@ -81,6 +81,17 @@ def test_a_backend_that_loads_folders_scores_the_same_models(family, output, tmp
     assert not list(tmp_path.glob("safemerge-*")), "what was written for it is gone"
 
 
+def test_a_named_dtype_is_what_any_machine_computes_in(family, tmp_path, monkeypatch):
+    """`auto` is bfloat16 on one processor and float32 on another; one store serves both names and mixes nothing up."""
+    monkeypatch.setenv("SAFEMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small = ("--set", "evaluate.limit=2", "--set", "evaluate.tasks=[safemerge_arithmetic]", "--device", "cpu")
+    for dtype in ("float32", "bfloat16"):
+        run("run", family, "--output", tmp_path / dtype, "--set", f"evaluate.dtype={dtype}", *small)
+        found = json.loads((tmp_path / dtype / "safemerge_scores.json").read_text())["details"]
+        assert {one["settings"]["dtype"] for one in found.values()} == {dtype}
+
+
 def test_scores_are_in_the_documents_and_the_manifest_fits_the_folder(output):
     content = json.loads((output / "safemerge_scores.json").read_text())
     assert "finetuned" in (output / "README.md").read_text()

@@ -192,5 +192,5 @@ class Bench:
         """The loaded model that becomes one merge after the other; opened once."""
         self._opened += 1
         if self._live is None:
-            self._live = LiveModel(self.prepared, device=self._device)
+            self._live = LiveModel(self.prepared, device=self._device, dtype=self.settings.dtype)
         return self._live
