@@ -99,7 +99,10 @@ class Study:
         self.tasks = (*self.harmful, LOOKALIKES, self.utility)
         self.tuning = tuple(f"{task}_tuning" for task in (REFUSAL, LOOKALIKES, self.utility))
         self.bench = Bench(
-            load(self._recipe(), ["evaluate.batch_size=96", "evaluate.dtype=float32", f"evaluate.answer_tokens={settings.tokens}"]),
+            load(
+                self._recipe(),
+                ["evaluate.batch_size=96", "evaluate.dtype=float32", f"evaluate.answer_tokens={settings.tokens}"],
+            ),
             places.own / "scores.jsonl",
             Resources(1, 1 << 30),
             self._tell,
