@@ -57,7 +57,7 @@ def measure(
         reader: open files.
         arena: the worker's buffers.
         room: bytes that may be used to keep a matrix between passes instead of reading it again; changes
-            no result.
+            no result; the same for all tensors of a worker, whose arena goes on holding it.
         effort: where both sides are full matrices: `sketch` (with an interval) or `exact` (to rounding); elsewhere
             ρ is exact anyway.
         rank: also measure the energy of Δ inside so many leading left singular directions of V; 0: do not.
@@ -83,7 +83,7 @@ def measure(
     else:
         exact = effort == "exact" or side <= EXACT_SIDE
         left, right = (
-            TorchRows(weight, reader, arena, slot, room // 2, ROW_PIECE if exact else NARROW_PIECE)
+            TorchRows(weight, reader, arena, slot, room // 2, ROW_PIECE if exact else NARROW_PIECE, again=True)
             for weight, slot in ((v, "v"), (delta, "delta"))
         )
         if exact:

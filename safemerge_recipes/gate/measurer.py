@@ -181,12 +181,12 @@ def measure_all(
     }
     workers = fit_workers(needs.items(), resources.workers, resources.memory)
     share = (resources.memory - SLACK) // workers
+    room = share - max(needs.values(), default=0)  # the same for all: what a worker holds stays with it
     found: dict[str, Moments] = {}
     stop = threading.Event()
     with Reader(workers) as reader:
 
         def work(one: Asked, arena: Arena) -> None:
-            room = share - needs[one.name]
             parts = [measure(name, *pair, reader, arena, room, effort, rank, null) for name, pair in one.matrices]
             found[one.name] = reduce(add, parts)
             on_event(BytesDone(one.nbytes))

@@ -89,16 +89,19 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     start = normal_probes(name + "\0range", v.columns, RANK, v.dtype, device)
     probes = normal_probes(name + "\0rest", v.columns, RANK, v.dtype, device)
     leading = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)
+    thin = torch.empty(v.rows, RANK, dtype=v.dtype, device=device)  # products of a pass: new memory costs as much
     v_square = 0.0
-    for _, piece in v:  # pass 1: the leading right space of V
-        leading += (piece @ start).T @ piece
+    for rows, piece in v:  # pass 1: the leading right space of V
+        leading.addmm_(torch.mm(piece, start, out=thin[rows]).T, piece)
         v_square += square_sum(piece)
     right = orthonormal(leading.T)
     few = probes if null else probes[:, :NULL_FEW]  # these are for ρ₀ alone
     outside = few - right @ (right.T @ few)
 
-    image = torch.zeros(v.rows, RANK, dtype=v.dtype, device=device)  # S = V·right
-    gram_rows = torch.zeros(RANK + outside.shape[1], v.columns, dtype=v.dtype, device=device)
+    sides = torch.cat([right, outside], dim=1)
+    both = torch.empty(v.rows, sides.shape[1], dtype=v.dtype, device=device)
+    image = both[:, :RANK]  # S = V·right
+    gram_rows = torch.zeros(sides.shape[1], v.columns, dtype=v.dtype, device=device)
     inner = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # SᵀΔ
     delta_square = product = 0.0
     beside = normal_probes(name + "\0delta", v.columns, DELTA_PROBES, v.dtype, device)
@@ -106,10 +109,8 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     for (rows, piece), (_, d_piece) in zip(v, delta, strict=True):  # pass 2
         found = (d_piece @ beside).double()
         products.addmm_(found.T, found)
-        both = piece @ torch.cat([right, outside], dim=1)
-        image[rows] = both[:, :RANK]
-        gram_rows += both.T @ piece
-        inner += both[:, :RANK].T @ d_piece
+        gram_rows.addmm_(torch.mm(piece, sides, out=both[rows]).T, piece)
+        inner.addmm_(image[rows].T, d_piece)
         delta_square += square_sum(d_piece)
         product += inner_product(piece, d_piece)
     gram, gram_error = gram_moment(gram_rows, RANK, QUANTILE if null else NULL_QUANTILE)
@@ -126,14 +127,19 @@ def sketched_moments(name: str, v: TorchRows, delta: TorchRows, device: str, nul
     d = (solve.T @ inner.double()).to(v.dtype)  # QᵀΔ `(k, d_in)`
     d_probes = d @ probes
 
-    mq = torch.zeros(v.rows, RANK, dtype=v.dtype, device=device)  # MQ
+    del both, image
+    mq = torch.empty(v.rows, RANK, dtype=v.dtype, device=device)  # MQ
     rest = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # (VᵀR·probes)ᵀ
     mq_delta = torch.zeros(RANK, v.columns, dtype=v.dtype, device=device)  # (MQ)ᵀΔ
     for (rows, piece), (_, d_piece) in zip(v, delta, strict=True):  # pass 3
-        mq[rows] = piece @ vq
-        rest += (d_piece @ probes - q[rows] @ d_probes).T @ piece
-        mq_delta += mq[rows].T @ d_piece
-    images = torch.cat([piece @ rest.T for _, piece in v]).double()  # pass 4: MR·probes
+        torch.mm(piece, vq, out=mq[rows])
+        beyond = torch.mm(d_piece, probes, out=thin[rows]).addmm_(q[rows], d_probes, alpha=-1)
+        rest.addmm_(beyond.T, piece)
+        mq_delta.addmm_(mq[rows].T, d_piece)
+    back = rest.T.contiguous()
+    for rows, piece in v:  # pass 4: MR·probes
+        torch.mm(piece, back, out=thin[rows])
+    images = thin.double()
     led = mq.double() @ d_probes.double()
 
     mq64, d64 = mq.double(), d.double()

@@ -31,10 +31,21 @@ def panel_width(longest: int) -> int:
 
 
 class TorchRows:
-    """A weight as pieces of rows of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes."""
+    """A weight as pieces of rows of a matrix `(rows, columns)`; kept in memory if it fits `room` bytes.
+
+    `again`: what is kept lies in a buffer of the arena, which the next matrix of the slot takes over: half of the
+    time of keeping is pages that are new. It stays with the worker, so `room` must be the same for all of its tensors.
+    """
 
     def __init__(
-        self, weight: Weight, reader: Reader, arena: Arena, slot: str, room: int = 0, piece: int = ROW_PIECE
+        self,
+        weight: Weight,
+        reader: Reader,
+        arena: Arena,
+        slot: str,
+        room: int = 0,
+        piece: int = ROW_PIECE,
+        again: bool = False,
     ) -> None:
         from safemerge_recipes.weights.torch_rows import Evaluator  # only where a tensor is read: starts need not wait
 
@@ -45,6 +56,11 @@ class TorchRows:
         self._step = max(1, piece // self.columns)
         self._hold = self.rows * self.columns * self.dtype.itemsize <= room
         self._held: list[tuple[slice, torch.Tensor]] = []
+        self._kept = (
+            arena.take(f"{slot}:held", self.rows * self.columns, self.dtype).view(-1, self.columns)
+            if again and self._hold
+            else None
+        )
 
     def lift(self, x: np.ndarray) -> torch.Tensor:
         """The array as it goes into products with the pieces."""
@@ -63,7 +79,7 @@ class TorchRows:
             (piece,) = self._evaluate(first * self.columns, last * self.columns)
             piece = piece.view(-1, self.columns)
             if self._hold:
-                piece = piece.clone()
+                piece = piece.clone() if self._kept is None else self._kept[first:last].copy_(piece)
                 held.append((slice(first, last), piece))
             yield slice(first, last), piece
         self._held = held
