@@ -45,6 +45,7 @@ from safemerge_recipes.weights.spectrum import SMALL
 WORKER = Resources(workers=1, memory=2_000_000_000)
 SIDES = (1024, 2048, 4096, 8192)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+EFFORTS: tuple[Effort, ...] = ("sketch", "exact")
 
 
 class Counted:
@@ -183,45 +184,79 @@ def compare(sources: Mapping[str, Path], where: Path) -> dict[str, Any]:
     return {"questions": rows, **spread}
 
 
-def by_side(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
-    """Measure single square matrices both ways: CPU seconds of one thread, ρ and its interval.
+def square_pair(side: int, flat: bool, draw: Any, where: Path) -> tuple[Weight, Weight]:
+    """V and Δ of bf16 checkpoints, `(side, side)`.
 
     V is 64 directions of falling strength over noise, or nothing but noise; Δ lies halfway between V's image and noise.
     """
+    import torch
+
+    v = torch.randn(side, side, generator=draw)
+    if not flat:
+        strength = 8 * math.sqrt(side) / torch.arange(1, 65)
+        v += (torch.randn(side, 64, generator=draw) * strength) @ torch.randn(64, side, generator=draw) / 8
+    image = v @ torch.randn(side, side, generator=draw)
+    delta = image / image.square().mean().sqrt() + torch.randn(side, side, generator=draw)
+    refs = {}
+    base = torch.randn(side, side, generator=draw) * 0.02
+    for name, weight in (("base", base), ("aligned", base + 1e-3 * v), ("finetuned", base + 1e-3 * (v + delta))):
+        path = where / f"{name}.bin"
+        path.write_bytes(weight.bfloat16().view(torch.uint8).numpy().tobytes())
+        refs[name] = Weight.of(Stored(TensorRef(str(path), 0, 2 * side * side, "BF16", (side, side))))
+    return refs["aligned"] - refs["base"], refs["finetuned"] - refs["aligned"]
+
+
+def timed(operands: tuple[Weight, Weight], effort: Effort, times: int = 1) -> tuple[Moments, float]:
+    """The moments, and the least CPU seconds of one thread in so many measurements."""
+    seconds, arena = math.inf, Arena()
+    with Reader() as reader:
+        for _ in range(times):
+            began = time.process_time()
+            found = measuring.measure("x", *operands, reader, arena, WORKER.memory, effort)
+            seconds = min(seconds, time.process_time() - began)
+    return found, seconds
+
+
+def by_side(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure single square matrices both ways: CPU seconds of one thread, ρ and its interval."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     torch.set_num_threads(1)
     rows = []
     for side, flat in itertools.product(sides, (False, True)):
-        v = torch.randn(side, side, generator=draw)
-        if not flat:
-            strength = 8 * math.sqrt(side) / torch.arange(1, 65)
-            v += (torch.randn(side, 64, generator=draw) * strength) @ torch.randn(64, side, generator=draw) / 8
-        image = v @ torch.randn(side, side, generator=draw)
-        delta = image / image.square().mean().sqrt() + torch.randn(side, side, generator=draw)
-        refs = {}
-        base = torch.randn(side, side, generator=draw) * 0.02
-        for name, weight in (("base", base), ("aligned", base + 1e-3 * v), ("finetuned", base + 1e-3 * (v + delta))):
-            path = where / f"{name}.bin"
-            path.write_bytes(weight.bfloat16().view(torch.uint8).numpy().tobytes())
-            refs[name] = Weight.of(Stored(TensorRef(str(path), 0, 2 * side * side, "BF16", (side, side))))
-        del v, image, delta, base
-        operands = refs["aligned"] - refs["base"], refs["finetuned"] - refs["aligned"]
-        seconds, found = {}, {}
-        with Reader() as reader:
-            for effort in ("sketch", "exact"):
-                began = time.process_time()
-                found[effort] = measuring.measure("x", *operands, reader, Arena(), WORKER.memory, effort)  # type: ignore[arg-type]  # a literal
-                seconds[effort] = time.process_time() - began
-        sketch, exact = found["sketch"], found["exact"]
+        operands = square_pair(side, flat, draw, where)
+        (sketch, sketch_s), (exact, exact_s) = timed(operands, "sketch"), timed(operands, "exact")
         rows.append({
             "side": side, "spectrum": "flat" if flat else "falling", "rho": exact.rho, "sketch": sketch.rho,
-            "half_width": sketch.rho_error, "sketch_s": seconds["sketch"], "exact_s": seconds["exact"],
+            "half_width": sketch.rho_error, "sketch_s": sketch_s, "exact_s": exact_s,
         })  # fmt: skip
         print(f"  {side} × {side}, {rows[-1]['spectrum']:8} ρ {exact.rho:.4f}, sketched {sketch.rho:.4f} "
-              f"± {sketch.rho_error:.2g}: {seconds['sketch']:.2f} s against {seconds['exact']:.2f} s: "
-              f"{seconds['exact'] / seconds['sketch']:.1f} ×", flush=True)  # fmt: skip
+              f"± {sketch.rho_error:.2g}: {sketch_s:.2f} s against {exact_s:.2f} s: "
+              f"{exact_s / sketch_s:.1f} ×", flush=True)  # fmt: skip
+    return rows
+
+
+def matrix_units(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
+    """The same matrices where float32 products may be made of bfloat16 ones, as a prefilter would: what that saves."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)
+    rows = []
+    for side, flat in itertools.product(sides, (False, True)):
+        operands = square_pair(side, flat, draw, where)
+        row: dict[str, Any] = {"side": side, "spectrum": "flat" if flat else "falling"}
+        for precision, effort in itertools.product(("ieee", "bf16"), EFFORTS):
+            torch.backends.mkldnn.matmul.fp32_precision = precision
+            found, seconds = timed(operands, effort, 3)
+            row[f"{effort} {precision}"] = {"rho": found.rho, "half_width": found.rho_error, "cpu_s": seconds}
+        rows.append(row)
+        for effort in EFFORTS:
+            one, two = row[f"{effort} ieee"], row[f"{effort} bf16"]
+            saved = one["cpu_s"] / two["cpu_s"]
+            print(f"  {side} × {side}, {row['spectrum']:8} {effort}: ρ {one['rho']:.6f} and {two['rho']:.6f}, "
+                  f"{one['cpu_s']:.3f} and {two['cpu_s']:.3f} s: {saved:.2f} ×", flush=True)  # fmt: skip
     return rows
 
 
@@ -230,8 +265,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--work", type=Path, help="where checkpoints are written meanwhile (default: beside --data)")
     parser.add_argument("--only", default="", help="families whose name contains this")
+    parser.add_argument("--matrix-units", action="store_true", help="single matrices in float32 and bfloat16 products")
     options = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(), "families": {}}
+    if options.matrix_units:
+        with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+            results = {"machine": machine(), "matrices": matrix_units(Path(scratch), SIDES[1:3])}
+        (RESULTS / "matrix-units.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        return
     measuring.EXACT_SIDE = SMALL
     with tempfile.TemporaryDirectory(dir=options.work or options.data) as scratch:
         where = Path(scratch)
