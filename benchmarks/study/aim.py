@@ -119,15 +119,16 @@ def aim_table(held: Sequence[tuple[Outcomes, str]]) -> str:
 def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[Outcomes, str]]:
     """Every family with the model that is held against the aim.
 
-    Sums take the demo's own choice, λ = 1 on the lowest half, which the comparisons score already.
+    Sums for which nothing was chosen take the demo's own choice, λ = 1 on the lowest half, which the comparisons score.
     """
     sums = [(one, HALF) for one in outcomes if one.head["family"]["task"] == "arithmetic"]
-    chosen = [(one, CHOSEN) for one in aims]
-    return [
-        (one, model)
-        for one, model in sums + chosen
+    held = sums + [(one, CHOSEN) for one in aims]
+    found = {
+        name_of(one): (one, model)
+        for one, model in held
         if all(scored(one, asked) for asked in (ALIGNED, FINE_TUNED, model))
-    ]
+    }
+    return list(found.values())
 
 
 def summary(held: Sequence[tuple[Outcomes, str]]) -> str:

@@ -131,6 +131,8 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert "one family, which says nothing of others" in summary(held)
     page = text_of(outcomes, DOCS / "evidence", aims)
     assert aim_table(held) in page
+    chosen = aimed(outcomes, [*aims, family(0, **levels, **{CHOSEN: 0.5})])
+    assert [model for _, model in chosen] == [CHOSEN, CHOSEN], "sums that were chosen for stand there once"
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
