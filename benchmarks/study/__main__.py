@@ -5,8 +5,9 @@
 `train` makes the adapters that are missing, `choose` takes τ, α and λ on the tuning split of each task's first family,
 `carry` checks that the safety adapter has something to give, `score` asks every model on the test split, `draws` holds
 the gate against random choices, `report` writes the page; `aim` asks apart from them whether a merge chosen for the
-task brings 90 % of the lost J back (benchmarks/study/aim.py). Without a part all are run. A call that was stopped, or
-reached `--minutes`, goes on where it stopped; several may run beside each other on different families (`--only`).
+task, or with `aim-own` for the family, brings 90 % of the lost J back (benchmarks/study/aim.py). Without a part all are
+run. A call that was stopped, or reached `--minutes`, goes on where it stopped; several may run beside each other on
+different families (`--only`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HERE = Path(__file__).resolve().parents[2]
 RESULTS = HERE / "docs" / "evidence" / "outcomes"
 AIMS = HERE / "docs" / "evidence" / "aim"
 PAGE = HERE / "docs" / "evidence.md"
-PARTS = ("train", "choose", "carry", "score", "draws", "aim", "report")
+PARTS = ("train", "choose", "carry", "score", "draws", "aim", "aim-own", "report")
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
@@ -81,7 +82,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
     settings = Settings(given.limit, given.tokens, not given.shipped, given.draws, given_choice(given.choice), deadline)
     parts = given.parts or list(PARTS)
     done = train(families, places, deadline, console) if "train" in parts else True
-    scored = [part for part in ("choose", "carry", "score", "draws", "aim") if part in parts]
+    scored = [part for part in ("choose", "carry", "score", "draws", "aim", "aim-own") if part in parts]
     for family in families if scored else ():
         missing = [adapter.name for adapter in family.adapters if not places.has(adapter)]
         if missing:
@@ -91,8 +92,8 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
         study = Study(family, places, settings, results, console)
         for part in scored:
             console.print(f"{family.name}: {part}", markup=False)
-            asked = AimStudy(family, places, settings, aims, console) if part == "aim" else study
-            if not getattr(asked, part)():
+            asked = AimStudy(family, places, settings, aims, console) if part.startswith("aim") else study
+            if not getattr(asked, part.replace("-", "_"))():
                 done = False
                 break
     if "report" in parts:

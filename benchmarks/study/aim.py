@@ -2,7 +2,8 @@
 
 Not one of the four comparisons. λ and the share of tensors are chosen on the tuning split of one family of a task, by
 the rule of `safemerge sweep`, and every family of the task reports that choice on its test split, beside the model that
-it repairs. Outcomes lie apart from those of the comparisons (docs/evidence/aim).
+it repairs (`aim`); or they are chosen for each family on its own tuning split, as a user would do it (`aim-own`).
+Outcomes lie apart from those of the comparisons (docs/evidence/aim).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from safemerge_recipes.evaluation.separation import separation, separation_chang
 from safemerge_recipes.storage.files import write_json
 
 CHOSEN = "Δf + λΔs, chosen for the task"
+OWN = "Δf + λΔs, chosen for the family"
 SHARE = 0.9
 """Of the lost J, that is to be brought back."""
 LOSS = 0.05
@@ -38,30 +40,36 @@ TRIED: Mapping[str, tuple[str, ...]] = {
 class AimStudy(Study):
     """One family, asked for the aim alone; `results` is the folder of these outcomes."""
 
-    def _choice_path(self) -> Path:
-        return self.results / f"aim-{self.family.task}.json"
-
     def aim(self) -> bool:
         """Chooses for the task where nothing is chosen yet, then scores the choice on the test split."""
-        chosen = self._chosen_before() or self._choose_on_tuning()
+        return self._asked_for(CHOSEN, self.family.task)
+
+    def aim_own(self) -> bool:
+        """The same with a choice for this family alone."""
+        return self._asked_for(OWN, self.family.name)
+
+    def _asked_for(self, label: str, scope: str) -> bool:
+        path = self.results / f"aim-{scope}.json"
+        chosen = self._chosen_before(path) or self._choose_on_tuning(path)
         if chosen is None:
             return False
         plan = self.bench.plan(TRIED[chosen])
-        self.outcomes.head |= {"aim": chosen, "merged": {CHOSEN: len(merged(plan))}}
+        for key, found in (("aims", chosen), ("merged", len(merged(plan)))):
+            self.outcomes.head.setdefault(key, {})[label] = found
         graphs = {
             ALIGNED: self.bench.role("aligned"),
             FINE_TUNED: self.bench.role("finetuned"),
-            CHOSEN: self.bench.graph(plan),
+            label: self.bench.graph(plan),
         }
         return len(self._scored(graphs, self.tasks, self._take)) == len(graphs)
 
-    def _chosen_before(self) -> str | None:
-        if not self._choice_path().exists():
+    def _chosen_before(self, path: Path) -> str | None:
+        if not path.exists():
             return None
-        found = json.loads(self._choice_path().read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
         return str(found["chosen"]) if found["settings"] == self.settings.as_json() else None
 
-    def _choose_on_tuning(self) -> str | None:
+    def _choose_on_tuning(self, path: Path) -> str | None:
         plans = {label: self.bench.plan(overrides) for label, overrides in TRIED.items()}
         graphs = {FINE_TUNED: self.bench.role("finetuned")} | {
             label: self.bench.graph(plan) for label, plan in plans.items()
@@ -75,7 +83,7 @@ class AimStudy(Study):
         values = {label: [round(100 * one, 1) for one in by.of(found)] for label, found in scores.items()}
         content: dict[str, Any] = {"chosen": best, "on": self.family.name, "settings": self.settings.as_json()}
         self.results.mkdir(parents=True, exist_ok=True)
-        write_json(self._choice_path(), content | {"merged": counts, "J and utility on the tuning split": values})
+        write_json(path, content | {"merged": counts, "J and utility on the tuning split": values})
         return best
 
 
@@ -86,6 +94,13 @@ def brought_back(family: Outcomes, model: str) -> float:
     """The share of the lost J that a model has again; more than one where it stands above the aligned model."""
     aligned, before, after = (separation(sides(family, one))[0] for one in (ALIGNED, FINE_TUNED, model))
     return (after - before) / (aligned - before)
+
+
+def merge_of(family: Outcomes, model: str) -> str:
+    """What a model that is held against the aim is merged by, and whether that was chosen for its family alone."""
+    if model == HALF:
+        return f"λ = {family.head['choice']['lambda_']:g} on the lowest 50 %"
+    return str(family.head["aims"][model]) + (", its own choice" if model == OWN else "")
 
 
 def aim_table(held: Sequence[tuple[Outcomes, str]]) -> str:
@@ -104,7 +119,7 @@ def aim_table(held: Sequence[tuple[Outcomes, str]]) -> str:
         rows.append(
             [
                 name_of(family),
-                family.head.get("aim") or f"λ = {family.head['choice']['lambda_']:g} on the lowest 50 %",
+                merge_of(family, model),
                 *(f"{100 * value:.0f}" for value in values),
                 f"{points(change)} ({span(interval)})",
                 f"{100 * share:.0f} %",
@@ -122,9 +137,9 @@ def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[
     Sums for which nothing was chosen take the demo's own choice, λ = 1 on the lowest half, which the comparisons score.
     """
     sums = [(one, HALF) for one in outcomes if one.head["family"]["task"] == "arithmetic"]
-    held = sums + [(one, CHOSEN) for one in aims]
+    held = sums + [(one, model) for model in (CHOSEN, OWN) for one in aims]
     found = {
-        name_of(one): (one, model)
+        (name_of(one), model == OWN): (one, model)
         for one, model in held
         if all(scored(one, asked) for asked in (ALIGNED, FINE_TUNED, model))
     }
@@ -132,16 +147,16 @@ def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[
 
 
 def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
-    """How many families met it, by task."""
+    """What came back on average, by task and by whom it was chosen for."""
     told = []
-    for task in dict.fromkeys(one.head["family"]["task"] for one, _ in held):
-        own = [pair for pair in held if pair[0].head["family"]["task"] == task]
-        shares = [brought_back(*pair) for pair in own]
-        skills = [change for one, model in own if (change := utility_change(one, model, FINE_TUNED)) is not None]
-        spread = f"({100 * min(shares):.0f} to {100 * max(shares):.0f}) " if len(own) > 1 else ""
-        where = f"{len(own)} families" if len(own) > 1 else "one family, which says nothing of others"
+    for task, own in dict.fromkeys((one.head["family"]["task"], model == OWN) for one, model in held):
+        those = [pair for pair in held if (pair[0].head["family"]["task"], pair[1] == OWN) == (task, own)]
+        shares = [brought_back(*pair) for pair in those]
+        skills = [change for one, model in those if (change := utility_change(one, model, FINE_TUNED)) is not None]
+        spread = f"({100 * min(shares):.0f} to {100 * max(shares):.0f}) " if len(those) > 1 else ""
+        where = f"{len(those)} families" if len(those) > 1 else "one family, which says nothing of others"
         told.append(
-            f"{task}: {100 * fmean(shares):.0f} % {spread}of the lost J back, utility {points(fmean(skills))} points, "
-            f"in {where}"
+            f"{task}{', chosen for each family' if own else ''}: {100 * fmean(shares):.0f} % {spread}of the lost J "
+            f"back, utility {points(fmean(skills))} points, in {where}"
         )
     return "; ".join(told) + "."

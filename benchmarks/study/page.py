@@ -60,9 +60,10 @@ share of right answers.
 """
 
 AIM = """The demo asks more of a merge than to beat another: 90 % of the lost J back for less than five points of
-utility. Δf + λΔs on the tensors with the lowest ρ, chosen on the tuning split of one family a task. One look at each
-family, by its point estimates: the intervals are those of the change in J over prompts. 100 % and more is a model that
-stands where the aligned one stood or above it.
+utility. Δf + λΔs on the tensors with the lowest ρ, chosen on the tuning split of one family a task; *its own choice* on
+that of the family itself, as a user would choose, is exploratory. One look at each family, by its point estimates: the
+intervals are those of the change in J over prompts. 100 % and more is a model that stands where the aligned one stood
+or above it.
 """
 
 SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task

@@ -179,9 +179,14 @@ def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypa
     kept = json.loads((aims / "aim-arithmetic.json").read_text())
     assert set(kept["J and utility on the tuning split"]) == {FINE_TUNED, *aim.TRIED}
     found = read(aims / "01-arithmetic.jsonl")
-    assert found.head["aim"] == kept["chosen"]
+    assert found.head["aims"] == {aim.CHOSEN: kept["chosen"]}
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN}
     assert not results.exists(), "the comparisons are left alone"
     (aims / "aim-arithmetic.json").write_text(json.dumps(kept | {"chosen": list(aim.TRIED)[1], "on": "another"}))
     assert run(given, results, aims=aims)
-    assert read(aims / "01-arithmetic.jsonl").head["aim"] == list(aim.TRIED)[1], "a choice that is there is taken"
+    found = read(aims / "01-arithmetic.jsonl")
+    assert found.head["aims"] == {aim.CHOSEN: list(aim.TRIED)[1]}, "a choice that is there is taken"
+    assert run(asked(demo, work, ["aim-own"], limit=2), results, aims=aims)
+    found = read(aims / "01-arithmetic.jsonl")
+    assert found.head["aims"] == {aim.CHOSEN: list(aim.TRIED)[1], aim.OWN: kept["chosen"]}, "its own is chosen anew"
+    assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN, aim.OWN}

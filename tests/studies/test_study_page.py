@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
-from benchmarks.study.aim import CHOSEN, aim_table, aimed, brought_back, summary
+from benchmarks.study.aim import CHOSEN, OWN, aim_table, aimed, brought_back, summary
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
@@ -117,7 +117,7 @@ def test_what_is_brought_back_is_held_against_the_aim():
     levels = {ALIGNED: 0.7, FINE_TUNED: 0.2}
     outcomes = [family(0, **levels, **{HALF: 0.68}), family(reports, **levels), family(2)]
     aims = [family(reports, **levels, **{CHOSEN: 0.4})]
-    aims[0].head["aim"] = "λ = 2 on the lowest 50 %"
+    aims[0].head["aims"] = {CHOSEN: "λ = 2 on the lowest 50 %", OWN: "λ = 1.5 on the lowest 50 %"}
     outcomes[0].head["choice"] = Choice(0.1, 0.5, 1.0, "given").as_json()
     held = aimed(outcomes, aims)
     assert [model for _, model in held] == [HALF, CHOSEN], "a family without its aligned model is left out"
@@ -133,6 +133,11 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert aim_table(held) in page
     chosen = aimed(outcomes, [*aims, family(0, **levels, **{CHOSEN: 0.5})])
     assert [model for _, model in chosen] == [CHOSEN, CHOSEN], "sums that were chosen for stand there once"
+    both = aimed(outcomes, [family(reports, **levels, **{CHOSEN: 0.4, OWN: 0.6})])
+    assert [model for _, model in both] == [HALF, CHOSEN, OWN]
+    both[2][0].head["aims"] = aims[0].head["aims"]
+    assert "| λ = 1.5 on the lowest 50 %, its own choice |" in aim_table(both)
+    assert f"qa, chosen for each family: {100 * brought_back(*both[2]):.0f} % of the lost J" in summary(both)
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
