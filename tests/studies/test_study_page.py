@@ -157,6 +157,17 @@ def test_the_page_is_made_from_the_outcomes_that_ship(tmp_path: Path):
     assert (tmp_path / "evidence.md").read_text() == (DOCS / "evidence.md").read_text(), "make study PART=report"
 
 
+def test_readme_says_what_came_out():
+    told = " ".join((DOCS.parent / "README.md").read_text().split())
+    found = comparisons(read_families(DOCS / "evidence" / "outcomes"))
+    rows = {kind: row(found, kind) for kind in "ABC"}
+    assert f"raised J by {float(rows['C'][1]):.0f} points" in told
+    assert f"brought back {-float(rows['A'][1].replace('−', '-')):.0f} fewer" in told
+    assert (rows["A"][-1], rows["B"][-1], rows["C"][-1]) == ("**worse**", "not told apart", "**better**")
+    assert {rows["A"][0], rows["C"][0]} == {"8"}
+    assert "of eight families" in told
+
+
 def test_no_answer_and_no_path_ships():
     for path in [*(DOCS / "evidence" / "outcomes").glob("*.jsonl"), *(DOCS / "evidence" / "aim").glob("*")]:
         text = path.read_text()
