@@ -47,6 +47,8 @@ class TorchRows:
         piece: int = ROW_PIECE,
         again: bool = False,
     ) -> None:
+        import torch
+
         from safemerge_recipes.weights.torch_rows import Evaluator  # only where a tensor is read: starts need not wait
 
         self.columns = weight.shape[-1]
@@ -56,11 +58,10 @@ class TorchRows:
         self._step = max(1, piece // self.columns)
         self._hold = self.rows * self.columns * self.dtype.itemsize <= room
         self._held: list[tuple[slice, torch.Tensor]] = []
-        self._kept = (
-            arena.take(f"{slot}:held", self.rows * self.columns, self.dtype).view(-1, self.columns)
-            if again and self._hold
-            else None
-        )
+        self._kept: torch.Tensor | None = None
+        if again and self._hold:
+            nbytes = self.rows * self.columns * self.dtype.itemsize
+            self._kept = arena.take(f"{slot}:held", nbytes, torch.uint8).view(self.dtype).view(-1, self.columns)
 
     def lift(self, x: np.ndarray) -> torch.Tensor:
         """The array as it goes into products with the pieces."""

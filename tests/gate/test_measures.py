@@ -106,6 +106,27 @@ def test_room_and_piece_size_change_nothing_but_rounding(
     _assert_moments(_measure(v, delta, room=0), *dense)
 
 
+@pytest.mark.parametrize("effort", ["sketch", "exact"])
+def test_a_worker_takes_over_what_it_held_and_holds_no_more_than_it_may(
+    tmp_path: Path, effort: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices of many sizes and of two dtypes, one after the other: no rest of one in the next, one buffer a side."""
+    monkeypatch.setattr("safemerge_recipes.gate.measure.EXACT_SIDE", 0)
+    shapes = [(300, 420), (60, 44), (420, 300), (300, 200)]
+    arena, room = Arena(), 2 * 8 * 300 * 420
+    for number, (shape, double) in enumerate(itertools.product(shapes, (False, True))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tensors = {f"{side}{at}": _random(10 * number + at, *shape) for side in "vd" for at in (0, 1)}
+        refs = _stored(folder, **{name: x.double() if double else x for name, x in tensors.items()})
+        pair = [Weight.of(Stored(refs[f"{side}1"])) - Weight.of(Stored(refs[f"{side}0"])) for side in "vd"]
+        with Reader() as reader:
+            assert measure("x", *pair, reader, arena, room, effort) == measure("x", *pair, reader, Arena(), 0, effort)
+        held = [x.nbytes for (slot, _), x in arena._slots.items() if slot.endswith(":held")]
+        assert len(held) == 2
+        assert sum(held) <= room
+
+
 @pytest.mark.parametrize("v_form", ["dense", "low rank"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_how_many_directions_carry_a_full_update_is_known_to_a_fraction(
