@@ -15,9 +15,10 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from safemerge_recipes.cli import app as cli
-from safemerge_recipes.evaluation.harness import Metric, Scores, TaskScores, evaluate
+from safemerge_recipes.evaluation.harness import Metric, Scores, Subject, TaskScores, evaluate, result_keys
 from safemerge_recipes.evaluation.rates import holm, mcnemar
 from safemerge_recipes.evaluation.scoring import compared, interval
+from safemerge_recipes.evaluation.suite import load_suite
 from tests.fixtures.chat_family import make_family
 
 
@@ -90,6 +91,15 @@ def test_a_named_dtype_is_what_any_machine_computes_in(family, tmp_path, monkeyp
         run("run", family, "--output", tmp_path / dtype, "--set", f"evaluate.dtype={dtype}", *small)
         found = json.loads((tmp_path / dtype / "safemerge_scores.json").read_text())["details"]
         assert {one["settings"]["dtype"] for one in found.values()} == {dtype}
+
+
+def test_a_kept_score_is_found_again_only_where_auto_means_the_same(monkeypatch):
+    suite, subject, keys = load_suite(("safemerge_arithmetic",)), Subject("x", "key", lambda: None), {}
+    for able in (True, False):
+        monkeypatch.setattr("safemerge_recipes.evaluation.models._cpu_has_bfloat16", lambda able=able: able)
+        keys[able] = [result_keys(subject, suite, device="cpu", dtype=dtype) for dtype in ("auto", "float32")]
+    assert keys[True][0] != keys[False][0]
+    assert keys[True][1] == keys[False][1]
 
 
 def test_scores_are_in_the_documents_and_the_manifest_fits_the_folder(output):
