@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study.aim import AimStudy
-from benchmarks.study.families import FAMILIES, Family, Places
+from benchmarks.study.families import FAMILIES, WITH_REPORTS, Family, Places
 from benchmarks.study.models import Choice
 from benchmarks.study.page import write_page
 from benchmarks.study.scoring import Settings, Study
@@ -35,16 +35,18 @@ PARTS = ("train", "choose", "carry", "score", "draws", "aim", "aim-own", "report
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
-    """The first so many families, or those that are named.
+    """The first so many families, or of them and of those with reports the ones that are named.
 
     Raises:
         PlanError: there is none of a name.
     """
-    names = [family.name for family in FAMILIES]
+    if not only:
+        return FAMILIES[:count]
+    named = {family.name: family for family in (*FAMILIES[:count], *WITH_REPORTS)}
     for name in only:
-        if name not in names:
-            raise PlanError(f"{name}: no such family; expected one of {', '.join(names)}")
-    return tuple(family for family in FAMILIES[:count] if not only or family.name in only)
+        if name not in named:
+            raise PlanError(f"{name}: no such family; expected one of {', '.join(named)}")
+    return tuple(family for family in named.values() if family.name in only)
 
 
 def given_choice(text: str | None) -> Choice | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.study.families import SAFETY
 from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility_change
 from benchmarks.study.models import ALIGNED, FINE_TUNED, HALF, added
 from benchmarks.study.outcomes import Outcomes
@@ -27,6 +28,7 @@ from safemerge_recipes.storage.files import write_json
 
 CHOSEN = "Δf + λΔs, chosen for the task"
 OWN = "Δf + λΔs, chosen for the family"
+TAUGHT = "aligned + Δs"
 SHARE = 0.9
 """Of the lost J, that is to be brought back."""
 LOSS = 0.05
@@ -42,7 +44,7 @@ class AimStudy(Study):
 
     def aim(self) -> bool:
         """Chooses for the task where nothing is chosen yet, then scores the choice on the test split."""
-        return self._asked_for(CHOSEN, self.family.task)
+        return self._asked_for(CHOSEN, self.family.scope)
 
     def aim_own(self) -> bool:
         """The same with a choice for this family alone."""
@@ -61,6 +63,8 @@ class AimStudy(Study):
             FINE_TUNED: self.bench.role("finetuned"),
             label: self.bench.graph(plan),
         }
+        if self.family.safety_rows != SAFETY:
+            graphs[TAUGHT] = self.bench.role("safety")
         return len(self._scored(graphs, self.tasks, self._take)) == len(graphs)
 
     def _chosen_before(self, path: Path) -> str | None:
@@ -149,14 +153,16 @@ def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[
 def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
     """What came back on average, by task and by whom it was chosen for."""
     told = []
-    for task, own in dict.fromkeys((one.head["family"]["task"], model == OWN) for one, model in held):
-        those = [pair for pair in held if (pair[0].head["family"]["task"], pair[1] == OWN) == (task, own)]
+    groups = [(name_of(one).split("-", 1)[1], model == OWN) for one, model in held]
+    for group in dict.fromkeys(groups):
+        scope, own = group
+        those = [pair for pair, its in zip(held, groups, strict=True) if its == group]
         shares = [brought_back(*pair) for pair in those]
         skills = [change for one, model in those if (change := utility_change(one, model, FINE_TUNED)) is not None]
         spread = f"({100 * min(shares):.0f} to {100 * max(shares):.0f}) " if len(those) > 1 else ""
         where = f"{len(those)} families" if len(those) > 1 else "one family, which says nothing of others"
         told.append(
-            f"{task}{', chosen for each family' if own else ''}: {100 * fmean(shares):.0f} % {spread}of the lost J "
+            f"{scope}{', chosen for each family' if own else ''}: {100 * fmean(shares):.0f} % {spread}of the lost J "
             f"back, utility {points(fmean(skills))} points, in {where}"
         )
     return "; ".join(told) + "."

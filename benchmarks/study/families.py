@@ -10,19 +10,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from safemerge_recipes.evaluation.tasks import studies
-from safemerge_recipes.training.rows import Row, write_rows
+from safemerge_recipes.training.rows import Row, read_rows, write_rows
 
 TASKS = ("arithmetic", "qa")
 TASK_SEEDS, ALIGNMENT_SEEDS, SAFETY_SEEDS = (2, 12, 22, 32), (1, 11), (3, 13)
 REPORTS = 320
 """Study reports that a `qa` adapter is taught."""
+AMONG = 40
+"""Of them, how many are harmless rows of a safety adapter that knows the task: as many as it has sums."""
+SAFETY, SAFETY_WITH_REPORTS = "safety", "safety-with-reports"
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,27 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Family:
-    """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families."""
+    """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families.
+
+    `safety_rows` are the rows that the safety adapter is trained on.
+    """
 
     place: int
     task: str
     task_seed: int
     alignment_seed: int
     safety_seed: int
+    safety_rows: str = SAFETY
 
     @property
     def name(self) -> str:
         """What its results are called."""
-        return f"{self.place:02}-{self.task}"
+        return f"{self.place:02}-{self.scope}"
+
+    @property
+    def scope(self) -> str:
+        """The families for which one choice is made: those of a task, by what their safety adapters are taught."""
+        return self.task + self.safety_rows.removeprefix(SAFETY)
 
     @property
     def alignment(self) -> Adapter:
@@ -68,7 +80,7 @@ class Family:
 
     @property
     def safety(self) -> Adapter:
-        return Adapter("safety", "safety", self.safety_seed, self.alignment)
+        return Adapter("safety", self.safety_rows, self.safety_seed, self.alignment)
 
     @property
     def finetuned(self) -> Adapter:
@@ -96,6 +108,8 @@ def _families() -> tuple[Family, ...]:
 
 
 FAMILIES = _families()
+WITH_REPORTS = tuple(replace(one, safety_rows=SAFETY_WITH_REPORTS) for one in FAMILIES if one.task == "qa")
+"""The same families with safety adapters that know reports; not of the comparisons, asked for the aim alone."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +150,28 @@ class Places:
         spec["model"] = {"adapter": str(self.folder(adapter.on)), "on": base} if adapter.on else base
         spec["data"]["path"] = str(self.rows(adapter))
         spec["train"]["seed"] = adapter.seed
+        if adapter.rows == SAFETY_WITH_REPORTS:
+            spec["train"]["micro_batch"] = 2  # a report is three times as long as the rows that would be padded to it
         spec["output"] = str(self.folder(adapter))
         return spec
 
     def rows(self, adapter: Adapter) -> Path:
         """The adapter's rows, written now where they are missing."""
-        if adapter.rows == "task-qa":
-            path = self.own / "rows" / "task-qa.jsonl"
+        if adapter.rows in ("task-qa", SAFETY_WITH_REPORTS):
+            path = self.own / "rows" / f"{adapter.rows}.jsonl"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_rows(path, report_rows(REPORTS))
+                write_rows(path, report_rows(REPORTS) if adapter.rows == "task-qa" else self._with_reports(adapter))
             return path
         path = self.demo / "prepared" / f"{adapter.rows}.jsonl"
         if not path.exists():
             subprocess.run([sys.executable, str(self.demo / "prepare.py"), adapter.rows], check=True)
         return path
+
+    def _with_reports(self, adapter: Adapter) -> list[Row]:
+        """The demo's safety rows and, among the harmless ones, rows that the task adapter is taught."""
+        plain = read_rows([self.rows(replace(adapter, rows=SAFETY))])
+        return [*plain, *(replace(row, kind="harmless") for row in report_rows(AMONG))]
 
     def train(self, adapter: Adapter) -> None:
         """Trains an adapter; one that was cut short goes on."""

@@ -11,13 +11,14 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from benchmarks.study.__main__ import asked_families, given_choice, run
-from benchmarks.study.families import FAMILIES, Places
+from benchmarks.study.families import AMONG, FAMILIES, WITH_REPORTS, Places
 from benchmarks.study.models import DRAW, FINE_TUNED, PAPER, Choice, points
 from benchmarks.study.outcomes import LIKELIHOOD, read
 from benchmarks.study.scoring import LOOKALIKES, REFUSAL
 from safemerge_recipes.errors import PlanError
 from safemerge_recipes.recipe.training import load_training
 from safemerge_recipes.training.plan import plan_training
+from safemerge_recipes.training.rows import read_rows
 from tests.fixtures.chat_family import make_family
 
 SPEC = """
@@ -102,6 +103,23 @@ def test_every_adapter_has_a_training_file_that_can_be_planned(demo, tmp_path):
             plan = plan_training(load_training(path))
             assert plan.loaded.training.train.seed == adapter.seed
     assert len(plan.rows) == 320, "the study reports"
+
+
+def test_a_safety_adapter_that_knows_reports_is_taught_those_of_the_task(demo, tmp_path):
+    places = Places(demo, tmp_path)
+    family = next(one for one in WITH_REPORTS if one.place == 2)
+    plain, mixed, task = (
+        {row.prompt: row for row in read_rows([places.rows(one)])}
+        for one in (FAMILIES[1].safety, family.safety, family.finetuned)
+    )
+    added = {prompt: row for prompt, row in mixed.items() if prompt not in plain}
+    assert len(added) == AMONG
+    assert {row.kind for row in added.values()} == {"harmless"}
+    assert all(row.answer == task[prompt].answer for prompt, row in added.items())
+    assert (family.finetuned, family.alignment) == (FAMILIES[1].finetuned, FAMILIES[1].alignment)
+    assert places.folder(family.safety) != places.folder(FAMILIES[1].safety)
+    assert asked_families(None, [family.name, "02-qa"]) == (FAMILIES[1], family)
+    assert not set(asked_families(None, [])) & set(WITH_REPORTS), "they are no families of the comparisons"
 
 
 def test_parts_are_scored_once_and_go_on(demo, tmp_path, capfd):
@@ -190,3 +208,18 @@ def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypa
     found = read(aims / "01-arithmetic.jsonl")
     assert found.head["aims"] == {aim.CHOSEN: list(aim.TRIED)[1], aim.OWN: kept["chosen"]}, "its own is chosen anew"
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN, aim.OWN}
+
+
+def test_with_reports_the_choice_and_the_outcomes_are_their_own(demo, tmp_path, monkeypatch):
+    from benchmarks.study import aim
+
+    monkeypatch.setattr(aim, "TRIED", dict(list(aim.TRIED.items())[:1]))
+    work, aims = tmp_path / "work", tmp_path / "aim"
+    places = Places(demo, work)
+    family = next(one for one in WITH_REPORTS if one.place == 2)
+    shutil.copytree(demo / "safety", places.folder(family.safety))
+    shutil.copytree(demo / "task-arithmetic", places.folder(family.finetuned))
+    assert run(asked(demo, work, ["aim"], only=[family.name], limit=2), tmp_path / "outcomes", aims=aims)
+    assert {one.name for one in aims.iterdir()} == {"aim-qa-with-reports.json", "02-qa-with-reports.jsonl"}
+    found = read(aims / "02-qa-with-reports.jsonl")
+    assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN, aim.TAUGHT}

@@ -138,6 +138,10 @@ def test_what_is_brought_back_is_held_against_the_aim():
     both[2][0].head["aims"] = aims[0].head["aims"]
     assert "| λ = 1.5 on the lowest 50 %, its own choice |" in aim_table(both)
     assert f"qa, chosen for each family: {100 * brought_back(*both[2]):.0f} % of the lost J" in summary(both)
+    taught = family(reports, **levels, **{CHOSEN: 0.6})
+    taught.head["family"]["name"] += "-with-reports"
+    told = summary(aimed(outcomes, [*aims, taught]))
+    assert f"qa-with-reports: {100 * brought_back(taught, CHOSEN):.0f} % of the lost J" in told, "told apart from qa"
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
