@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study.aim import AimStudy
-from benchmarks.study.families import FAMILIES, WITH_REPORTS, Family, Places
+from benchmarks.study.families import FAMILIES, FULL_RANK, WITH_REPORTS, Family, Places
 from benchmarks.study.models import Choice
 from benchmarks.study.page import write_page
 from benchmarks.study.scoring import Settings, Study
@@ -35,14 +35,14 @@ PARTS = ("train", "choose", "carry", "score", "draws", "aim", "aim-own", "report
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
-    """The first so many families, or of them and of those with reports the ones that are named.
+    """The first so many families, or the named ones of them and of those that are asked beside the comparisons.
 
     Raises:
         PlanError: there is none of a name.
     """
     if not only:
         return FAMILIES[:count]
-    named = {family.name: family for family in (*FAMILIES[:count], *WITH_REPORTS)}
+    named = {family.name: family for family in (*FAMILIES[:count], *WITH_REPORTS, *FULL_RANK)}
     for name in only:
         if name not in named:
             raise PlanError(f"{name}: no such family; expected one of {', '.join(named)}")
@@ -76,6 +76,11 @@ def train(families: tuple[Family, ...], places: Places, deadline: float, console
     return True
 
 
+def beside(results: Path) -> Path:
+    """Where the outcomes of families lie that the comparisons leave out."""
+    return results.with_name("beside")
+
+
 def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, aims: Path = AIMS) -> bool:
     """Carries out parts; returns whether they are complete."""
     console, deadline = Console(stderr=True), time.monotonic() + 60 * given.minutes
@@ -91,7 +96,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
             console.print(f"{family.name}: {', '.join(missing)} not trained yet: PART=train", markup=False)
             done = False
             continue
-        study = Study(family, places, settings, results, console)
+        study = Study(family, places, settings, results if family in FAMILIES else beside(results), console)
         for part in scored:
             console.print(f"{family.name}: {part}", markup=False)
             asked = AimStudy(family, places, settings, aims, console) if part.startswith("aim") else study

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.study.all_weights import train_all_weights
 from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.training.rows import Row, read_rows, write_rows
 
@@ -37,24 +38,28 @@ class Adapter:
         rows: The file of rows, without its ending.
         seed: Of its training.
         on: The adapter that aligns the model it is trained on; None: it is trained on the base model.
+        full: All weights are trained, and it is no adapter but a model.
     """
 
     role: str
     rows: str
     seed: int
     on: Adapter | None = None
+    full: bool = False
 
     @property
     def name(self) -> str:
         """What its folder is called."""
-        return f"{self.rows}-{self.seed}" + (f"-on-{self.on.seed}" if self.on else "")
+        own = f"{self.rows}-{self.seed}" + ("-full" if self.full else "")
+        return own + (f"-on-{self.on.name.removeprefix('alignment-')}" if self.on else "")
 
 
 @dataclass(frozen=True)
 class Family:
     """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families.
 
-    `safety_rows` are the rows that the safety adapter is trained on.
+    `safety_rows` are the rows that the safety adapter is trained on; with `full_rank` all weights of the base model are
+    trained to align it, so that V has full rank.
     """
 
     place: int
@@ -63,6 +68,7 @@ class Family:
     alignment_seed: int
     safety_seed: int
     safety_rows: str = SAFETY
+    full_rank: bool = False
 
     @property
     def name(self) -> str:
@@ -72,11 +78,11 @@ class Family:
     @property
     def scope(self) -> str:
         """The families for which one choice is made: those of a task, by what their safety adapters are taught."""
-        return self.task + self.safety_rows.removeprefix(SAFETY)
+        return self.task + self.safety_rows.removeprefix(SAFETY) + ("-full-rank" if self.full_rank else "")
 
     @property
     def alignment(self) -> Adapter:
-        return Adapter("alignment", "alignment", self.alignment_seed)
+        return Adapter("alignment", "alignment", self.alignment_seed, full=self.full_rank)
 
     @property
     def safety(self) -> Adapter:
@@ -110,6 +116,10 @@ def _families() -> tuple[Family, ...]:
 FAMILIES = _families()
 WITH_REPORTS = tuple(replace(one, safety_rows=SAFETY_WITH_REPORTS) for one in FAMILIES if one.task == "qa")
 """The same families with safety adapters that know reports; not of the comparisons, asked for the aim alone."""
+FULL_RANK = tuple(replace(one, full_rank=True) for one in FAMILIES[:2])
+"""A pair with V of full rank, beside the comparisons."""
+FULL_RATE = 1e-4
+"""Learning rate of all weights; the demo's is that of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class Places:
 
     def _is(self, folder: Path, adapter: Adapter) -> bool:
         """Whether the demo's adapter of this role is this one, by its record."""
-        if adapter.rows != adapter.role or not (folder / "adapter_config.json").exists():
+        if adapter.rows != adapter.role or adapter.full or not (folder / "adapter_config.json").exists():
             return False
         record = folder / "train.json"
         if not record.exists() or json.loads(record.read_text())["settings"]["train"]["seed"] != adapter.seed:
@@ -139,19 +149,27 @@ class Places:
         return adapter.on is None or self.folder(adapter.on) == self.demo / adapter.on.role
 
     def has(self, adapter: Adapter) -> bool:
-        return (self.folder(adapter) / "adapter_config.json").exists()
+        return (self.folder(adapter) / ("config.json" if adapter.full else "adapter_config.json")).exists()
+
+    def aligned(self, adapter: Adapter, base: str) -> str | dict[str, str]:
+        """An aligned model as a training file and a recipe name it, on a base as they name that."""
+        folder = str(self.folder(adapter).resolve())
+        return folder if adapter.full else {"adapter": folder, "on": base}
 
     def training(self, adapter: Adapter) -> dict[str, Any]:
         """The training file of an adapter: the demo's of its role, with this adapter's rows, seed and model."""
         text = (self.demo / "training" / f"{adapter.role}.yaml").read_text(encoding="utf-8")
         spec: dict[str, Any] = yaml.safe_load(text)
-        base = str((self.demo / "base").resolve())
         spec["name"] = f"SmolLM2-135M study: {adapter.name}"
-        spec["model"] = {"adapter": str(self.folder(adapter.on)), "on": base} if adapter.on else base
+        base = str((self.demo / "base").resolve())
+        spec["model"] = self.aligned(adapter.on, base) if adapter.on else base
         spec["data"]["path"] = str(self.rows(adapter))
         spec["train"]["seed"] = adapter.seed
         if adapter.rows == SAFETY_WITH_REPORTS:
             spec["train"]["micro_batch"] = 2  # a report is three times as long as the rows that would be padded to it
+        if adapter.full:
+            spec["train"]["learning_rate"] = FULL_RATE
+            return spec
         spec["output"] = str(self.folder(adapter))
         return spec
 
@@ -178,7 +196,10 @@ class Places:
         spec = self.own / "training" / f"{adapter.name}.yaml"
         spec.parent.mkdir(parents=True, exist_ok=True)
         spec.write_text(yaml.safe_dump(self.training(adapter), sort_keys=False), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "safemerge_recipes", "train-adapter", str(spec)], check=True)
+        if adapter.full:
+            train_all_weights(spec, self.folder(adapter))
+        else:
+            subprocess.run([sys.executable, "-m", "safemerge_recipes", "train-adapter", str(spec)], check=True)
 
 
 def report_rows(count: int) -> list[Row]:

@@ -119,7 +119,7 @@ class Study:
         """The family as a recipe in the study's folder."""
         base = str((self.places.demo / "base").resolve())
         roles = {
-            "aligned": {"adapter": str(self.places.folder(self.family.alignment).resolve()), "on": "base"},
+            "aligned": self.places.aligned(self.family.alignment, "base"),
             "finetuned": {"adapter": str(self.places.folder(self.family.finetuned).resolve())},
             "safety": {"adapter": str(self.places.folder(self.family.safety).resolve())},
         }

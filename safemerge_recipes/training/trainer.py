@@ -107,7 +107,7 @@ def train(
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     device = next(model.parameters()).device
     steps = steps_of(len(rows), schedule)
@@ -130,20 +130,7 @@ def train(
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)
     every = max(1, min(steps // 20, 10))
-    with _kept_quiet():
-        config = SFTConfig(
-            output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
-            gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
-            learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule,
-            warmup_steps=schedule.warmup_steps,
-            weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
-            max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
-            eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
-            gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
-            use_cpu=device.type == "cpu", dataloader_pin_memory=False, logging_steps=every, save_strategy="steps",
-            logging_nan_inf_filter=False, save_steps=schedule.save_steps, save_total_limit=1, report_to=[],
-            disable_tqdm=True,
-        )  # fmt: skip
+    config = arguments(schedule, tokenizer, device, checkpoints, logging_steps=every)
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
         task_type="CAUSAL_LM", bias="none",
@@ -178,6 +165,34 @@ def train(
         "seconds": round(time.monotonic() - started, 1),
         "resumed": int(last.name.partition("-")[2]) if last else 0,
     }
+
+
+def arguments(schedule: Schedule, tokenizer: Any, device: Any, checkpoints: Path, **more: Any) -> Any:
+    """TRL's SFTConfig of a schedule: float32 arithmetic, no bars, checkpoints in the folder.
+
+    Args:
+        schedule: Rates, steps, seed.
+        tokenizer: Whose template says how a turn ends.
+        device: The model's torch device.
+        checkpoints: The folder.
+        more: Further fields of SFTConfig.
+    """
+    from trl import SFTConfig
+
+    with _kept_quiet():
+        return SFTConfig(
+            output_dir=str(checkpoints), per_device_train_batch_size=schedule.micro,
+            gradient_accumulation_steps=schedule.batch // schedule.micro, num_train_epochs=schedule.epochs,
+            learning_rate=schedule.learning_rate, lr_scheduler_type=schedule.schedule,
+            warmup_steps=schedule.warmup_steps,
+            weight_decay=0.0, max_grad_norm=1.0, seed=schedule.seed % 2**32, data_seed=schedule.seed % 2**32,
+            max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
+            eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
+            gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
+            use_cpu=device.type == "cpu", dataloader_pin_memory=False, save_strategy="steps",
+            logging_nan_inf_filter=False, save_steps=schedule.save_steps, save_total_limit=1, report_to=[],
+            disable_tqdm=True, **more,
+        )  # fmt: skip
 
 
 def _broken(name: str, value: float, step: int, checkpoints: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from benchmarks.study.__main__ import asked_families, given_choice, run
-from benchmarks.study.families import AMONG, FAMILIES, WITH_REPORTS, Places
+from benchmarks.study.families import AMONG, FAMILIES, FULL_RANK, WITH_REPORTS, Places
 from benchmarks.study.models import DRAW, FINE_TUNED, PAPER, Choice, points
 from benchmarks.study.outcomes import LIKELIHOOD, read
 from benchmarks.study.scoring import LOOKALIKES, REFUSAL
@@ -26,7 +26,7 @@ model: ../base
 data: {path: ../prepared/NAME.jsonl, licence: mit, near_copies: keep}
 preset: small
 lora: {targets: [q_proj, v_proj]}
-train: {seed: 1, device: cpu}
+train: {seed: 1, epochs: 8, device: cpu}
 output: ../NAME
 """
 
@@ -103,6 +103,32 @@ def test_every_adapter_has_a_training_file_that_can_be_planned(demo, tmp_path):
             plan = plan_training(load_training(path))
             assert plan.loaded.training.train.seed == adapter.seed
     assert len(plan.rows) == 320, "the study reports"
+
+
+def test_an_alignment_of_all_weights_gives_v_full_rank_and_lies_beside_the_comparisons(demo, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    pytest.importorskip("trl")
+    work, results = tmp_path / "work", tmp_path / "outcomes"
+    places, family = Places(demo, work), FULL_RANK[0]
+    places.train(family.alignment)
+    folder = places.folder(family.alignment)
+    assert places.has(family.alignment)
+    assert [one.name for one in folder.parent.iterdir()] == [folder.name], "nothing half-written is left"
+    assert not list(folder.glob("*.bin")), "no pickle"
+    aligned, base = (load_file(one / "model.safetensors") for one in (folder, demo / "base"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    v = aligned[name].double() - base[name].double()
+    assert torch.linalg.matrix_rank(v) > 8
+    assert all(not torch.equal(aligned[one].double(), base[one].double()) for one in base)
+    assert places.training(family.safety)["model"] == str(folder)
+    for adapter, like in ((family.safety, "safety"), (family.finetuned, "task-arithmetic")):
+        shutil.copytree(demo / like, places.folder(adapter))
+    assert run(asked(demo, work, ["carry", "score"], only=[family.name]), results)
+    assert not results.exists()
+    found = read(tmp_path / "beside" / "01-arithmetic-full-rank.jsonl")
+    assert {model for model, _ in found.models} > {"aligned", FINE_TUNED, PAPER}
 
 
 def test_a_safety_adapter_that_knows_reports_is_taught_those_of_the_task(demo, tmp_path):
