@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.study.aim import AimStudy
 from benchmarks.study.families import FAMILIES, FULL_RANK, WITH_REPORTS, Family, Places
 from benchmarks.study.models import Choice
+from benchmarks.study.outcomes import outcomes_beside
 from benchmarks.study.page import write_page
 from benchmarks.study.scoring import Settings, Study
 from safemerge_recipes.errors import PlanError, SafemergeError
@@ -76,11 +77,6 @@ def train(families: tuple[Family, ...], places: Places, deadline: float, console
     return True
 
 
-def beside(results: Path) -> Path:
-    """Where the outcomes of families lie that the comparisons leave out."""
-    return results.with_name("beside")
-
-
 def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, aims: Path = AIMS) -> bool:
     """Carries out parts; returns whether they are complete."""
     console, deadline = Console(stderr=True), time.monotonic() + 60 * given.minutes
@@ -96,7 +92,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
             console.print(f"{family.name}: {', '.join(missing)} not trained yet: PART=train", markup=False)
             done = False
             continue
-        study = Study(family, places, settings, results if family in FAMILIES else beside(results), console)
+        study = Study(family, places, settings, results if family in FAMILIES else outcomes_beside(results), console)
         for part in scored:
             console.print(f"{family.name}: {part}", markup=False)
             asked = AimStudy(family, places, settings, aims, console) if part.startswith("aim") else study

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.study.families import SAFETY
-from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility_change
+from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility, utility_change
 from benchmarks.study.models import ALIGNED, FINE_TUNED, HALF, added
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.scoring import Study
@@ -166,3 +166,16 @@ def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
             f"back, utility {points(fmean(skills))} points, in {where}"
         )
     return "; ".join(told) + "."
+
+
+def taught(aims: Sequence[Outcomes]) -> str:
+    """What safety adapters that know the task make of the aligned model, by themselves; empty where none was asked."""
+    rows = []
+    for family in aims:
+        if not scored(family, ALIGNED, TAUGHT):
+            continue
+        values = (f"{100 * separation(sides(family, model))[0]:.0f}" for model in (ALIGNED, TAUGHT))
+        skills = (utility(family, model) for model in (ALIGNED, FINE_TUNED, TAUGHT))
+        rows.append([name_of(family), *values, *(f"{100 * fmean(one.values()):.0f}" if one else "–" for one in skills)])
+    head = ["family", "J aligned", "aligned + Δs", "right % aligned", "fine-tuned", "aligned + Δs"]
+    return table(head, rows) if rows else ""

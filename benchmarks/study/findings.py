@@ -175,6 +175,24 @@ def beside(families: Sequence[Outcomes]) -> str:
     return table(head, rows) if rows else "Fewer than two families are scored."
 
 
+def changes(families: Sequence[Outcomes]) -> str:
+    """A, C and D of each family by itself, with intervals over its prompts."""
+    rows = []
+    for family in families:
+        for one in COMPARISONS:
+            if one.against is None or not scored(family, one.this, one.against):
+                continue
+            this, against = sides(family, one.this), sides(family, one.against)
+            value, interval, p = separation_change(this, against)
+            skill = utility_change(family, one.this, one.against)
+            curve = auroc_change(*(sides(family, model, LIKELIHOOD) for model in (one.this, one.against)))[0]
+            cells = [f"**{one.letter}** {one.question}", points(value), span(interval), f"{p:.3f}"]
+            cells += [f"{curve:+.3f}".replace("-", "−"), "–" if skill is None else points(skill)]
+            rows.append([name_of(family), *cells])
+    head = ["family", "comparison", "J, points", "95 %, over prompts", "p", "AUROC", "utility"]
+    return table(head, rows)
+
+
 def _mean(values: Sequence[float], digits: int, times: float) -> str:
     mean, low, high = (
         f"{times * one:+.{digits}f}".replace("-", "−") for one in (fmean(values), *mean_interval(values))

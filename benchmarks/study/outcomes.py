@@ -76,6 +76,11 @@ class Outcomes:
         write_file(path, text)
 
 
+def outcomes_beside(results: Path) -> Path:
+    """Where the outcomes of families lie that the comparisons leave out."""
+    return results.with_name("beside")
+
+
 def read(path: Path) -> Outcomes:
     """The outcomes of a file."""
     head, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())

@@ -13,11 +13,12 @@ from statistics import fmean
 
 from benchmarks.first_study.results import PAPER as FIRST_PAPER
 from benchmarks.first_study.results import gains
-from benchmarks.study.aim import aim_table, aimed, summary
-from benchmarks.study.families import FAMILIES
+from benchmarks.study.aim import aim_table, aimed, summary, taught
+from benchmarks.study.families import FAMILIES, FULL_RANK, WITH_REPORTS
 from benchmarks.study.findings import (
     beside,
     carries,
+    changes,
     comparisons,
     drawn,
     name_of,
@@ -30,7 +31,7 @@ from benchmarks.study.findings import (
     utility,
 )
 from benchmarks.study.models import ALIGNED, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
-from benchmarks.study.outcomes import LIKELIHOOD, Outcomes, read
+from benchmarks.study.outcomes import LIKELIHOOD, Outcomes, outcomes_beside, read
 from safemerge_recipes.evaluation.separation import auroc, separation
 from safemerge_recipes.storage.files import write_file
 
@@ -66,6 +67,18 @@ intervals are those of the change in J over prompts. 100 % and more is a model t
 or above it.
 """
 
+TAUGHT = """*with-reports*: among its harmless rows the safety adapter has forty of the reports that the task adapter is
+taught, as one would make it who has the rows of the task; the others hold sums and no report. It was decided after the
+others were scored. What such an adapter alone makes of the aligned model, so that a skill that Δs brings is not taken
+for one that the merge spares:
+"""
+
+FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
+model, on the same rows, and task and safety adapters anew on that, so that ρ is what the paper means by it. τ is the
+median ρ of the first family's matrices. Differences in J, in points, with their interval over prompts; two families can
+pass no test.
+"""
+
 SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task
 adapters (sums, reports) and safety adapters trained on the aligned model by `safemerge train-adapter`, LoRA of rank 8
 on the 210 matrices of 30 blocks. Scores are lm-eval's through the chat template, greedy; a rule-based matcher reads
@@ -74,14 +87,16 @@ refusals ([validated here](evaluation.md)). J with Newcombe's 95 % interval.
 
 LIMITS = """## What this does not show
 
-One small model whose alignment is itself a LoRA, so that V has rank 8; a rule-based matcher and not a judge of harm;
-families of one model and one pool of rows are no independent draws of models. `make study` repeats it.
+One small model whose alignment is, in the comparisons, itself a LoRA, so that V has rank 8; a rule-based matcher and
+not a judge of harm; families of one model and one pool of rows are no independent draws of models. `make study` repeats
+it.
 """
 
 
 def read_families(folder: Path) -> list[Outcomes]:
     """The families that were scored, in their order."""
-    return [read(folder / f"{one.name}.jsonl") for one in FAMILIES if (folder / f"{one.name}.jsonl").exists()]
+    files = [folder / f"{one.name}.jsonl" for one in (*FAMILIES, *WITH_REPORTS, *FULL_RANK)]
+    return [read(file) for file in files if file.exists()]
 
 
 def family_table(family: Outcomes) -> str:
@@ -175,20 +190,35 @@ def before(folder: Path) -> str:
     )
 
 
-def text_of(families: Sequence[Outcomes], first: Path, aims: Sequence[Outcomes] = ()) -> str:
-    """The whole page."""
+def text_of(
+    families: Sequence[Outcomes], first: Path, aims: Sequence[Outcomes] = (), full: Sequence[Outcomes] = ()
+) -> str:
+    """The whole page.
+
+    Args:
+        families: Those of the comparisons.
+        first: The folder of the first study's results.
+        aims: Families that were asked for the aim.
+        full: Families with V of full rank.
+    """
     parts = [HEAD.rstrip(), carried_out(families)]
     if families:
         parts += ["## Four comparisons", comparisons(families), NOTES.rstrip()]
         parts += ["## What goes with it", BESIDE.rstrip(), beside(families)]
         if held := aimed(families, aims):
             parts += ["## 90 % of what was lost", AIM.rstrip(), aim_table(held), summary(held)]
+        if told := taught(aims):
+            parts += [TAUGHT.rstrip(), told]
+        if full:
+            parts += ["## V of full rank", FULL.rstrip(), changes(full)]
         parts += ["## The families", SETTING.rstrip()]
-        parts += [family_section(family) for family in families]
+        parts += [family_section(family) for family in (*families, *full)]
     parts += ["## The study before", before(first), LIMITS.rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
 def write_page(outcomes: Path, page: Path, aims: Path) -> None:
     """Writes the page from the folders of outcomes."""
-    write_file(page, text_of(read_families(outcomes), outcomes.parent, read_families(aims)))
+    found = (read_families(folder) for folder in (outcomes, aims, outcomes_beside(outcomes)))
+    families, aimed_at, full = found
+    write_file(page, text_of(families, outcomes.parent, aimed_at, full))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
-from benchmarks.study.aim import CHOSEN, OWN, aim_table, aimed, brought_back, summary
+from benchmarks.study.aim import CHOSEN, OWN, TAUGHT, aim_table, aimed, brought_back, summary
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
@@ -138,10 +138,15 @@ def test_what_is_brought_back_is_held_against_the_aim():
     both[2][0].head["aims"] = aims[0].head["aims"]
     assert "| λ = 1.5 on the lowest 50 %, its own choice |" in aim_table(both)
     assert f"qa, chosen for each family: {100 * brought_back(*both[2]):.0f} % of the lost J" in summary(both)
-    taught = family(reports, **levels, **{CHOSEN: 0.6})
+    taught = family(reports, **levels, **{CHOSEN: 0.6, TAUGHT: 0.9})
     taught.head["family"]["name"] += "-with-reports"
+    taught.head["aims"] = aims[0].head["aims"]
     told = summary(aimed(outcomes, [*aims, taught]))
     assert f"qa-with-reports: {100 * brought_back(taught, CHOSEN):.0f} % of the lost J" in told, "told apart from qa"
+    assert "*with-reports*" not in page
+    name = taught.head["family"]["name"]
+    alone = text_of(outcomes, DOCS / "evidence", [*aims, taught]).split("*with-reports*")[1]
+    assert re.search(rf"\| {name} \| 6\d \| [78]\d \|", alone), "the aligned model's J, and with Δs"
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
@@ -177,3 +182,16 @@ def test_no_answer_and_no_path_ships():
         text = path.read_text()
         assert '"answer' not in text
         assert not re.search(r'"/(home|root|tmp|work|Users)', text)
+
+
+def test_families_of_full_rank_are_told_one_by_one_beside_the_comparisons():
+    full = family(0)
+    full.head["family"]["name"] += "-full-rank"
+    others = [family(place) for place in range(4)]
+    page = text_of(others, DOCS / "evidence", (), [full])
+    assert comparisons(others) in page, "they change nothing there"
+    rows = [line for line in page.splitlines() if line.startswith("| 01-arithmetic-full-rank |")]
+    assert [line.split("**")[1] for line in rows] == ["A", "C", "D"]
+    assert float(rows[1].split("|")[3]) == pytest.approx(50, abs=6), "C, as the family was made"
+    assert "<b>01-arithmetic-full-rank</b>" in page
+    assert "V of full rank" not in text_of(others, DOCS / "evidence")
