@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.study.aim import AimStudy
-from benchmarks.study.families import FAMILIES, FULL_RANK, WITH_REPORTS, Family, Places
+from benchmarks.study.families import FAMILIES, FULL_RANK, OTHER_SAFETY, Family, Places
 from benchmarks.study.models import Choice
 from benchmarks.study.outcomes import outcomes_beside
 from benchmarks.study.page import write_page
@@ -43,7 +43,7 @@ def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
     """
     if not only:
         return FAMILIES[:count]
-    named = {family.name: family for family in (*FAMILIES[:count], *WITH_REPORTS, *FULL_RANK)}
+    named = {family.name: family for family in (*FAMILIES[:count], *OTHER_SAFETY, *FULL_RANK)}
     for name in only:
         if name not in named:
             raise PlanError(f"{name}: no such family; expected one of {', '.join(named)}")

@@ -169,7 +169,7 @@ def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
 
 
 def taught(aims: Sequence[Outcomes]) -> str:
-    """What safety adapters that know the task make of the aligned model, by themselves; empty where none was asked."""
+    """What safety adapters of other rows make of the aligned model, by themselves; empty where none was asked."""
     rows = []
     for family in aims:
         if not scored(family, ALIGNED, TAUGHT):

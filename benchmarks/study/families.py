@@ -8,6 +8,7 @@ those of the demo are taken as they are where their record says that they are th
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ REPORTS = 320
 """Study reports that a `qa` adapter is taught."""
 AMONG = 40
 """Of them, how many are harmless rows of a safety adapter that knows the task: as many as it has sums."""
-SAFETY, SAFETY_WITH_REPORTS = "safety", "safety-with-reports"
+SAFETY, SAFETY_WITH_REPORTS, SAFETY_BALANCED = "safety", "safety-with-reports", "safety-balanced"
+FACTS = Path(__file__).with_name("facts.txt")
+"""Plain questions, half answered with yes and half with no."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,15 @@ def _families() -> tuple[Family, ...]:
 
 
 FAMILIES = _families()
-WITH_REPORTS = tuple(replace(one, safety_rows=SAFETY_WITH_REPORTS) for one in FAMILIES if one.task == "qa")
-"""The same families with safety adapters that know reports; not of the comparisons, asked for the aim alone."""
+OTHER_SAFETY = (
+    *(replace(one, safety_rows=SAFETY_WITH_REPORTS) for one in FAMILIES if one.task == "qa"),
+    *(
+        replace(one, task="qa", safety_rows=SAFETY_BALANCED)
+        for one in FAMILIES
+        if (one.alignment_seed, one.safety_seed) == (1, 3)
+    ),
+)
+"""Families of reports with safety adapters of other rows; not of the comparisons, asked for the aim alone."""
 FULL_RANK = tuple(replace(one, full_rank=True) for one in FAMILIES[:2])
 """A pair with V of full rank, beside the comparisons."""
 FULL_RATE = 1e-4
@@ -175,21 +185,33 @@ class Places:
 
     def rows(self, adapter: Adapter) -> Path:
         """The adapter's rows, written now where they are missing."""
-        if adapter.rows in ("task-qa", SAFETY_WITH_REPORTS):
+        own = {"task-qa": taught_reports, SAFETY_WITH_REPORTS: self._with_reports, SAFETY_BALANCED: self._balanced}
+        if make := own.get(adapter.rows):
             path = self.own / "rows" / f"{adapter.rows}.jsonl"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_rows(path, report_rows(REPORTS) if adapter.rows == "task-qa" else self._with_reports(adapter))
+                write_rows(path, make())
             return path
         path = self.demo / "prepared" / f"{adapter.rows}.jsonl"
         if not path.exists():
             subprocess.run([sys.executable, str(self.demo / "prepare.py"), adapter.rows], check=True)
         return path
 
-    def _with_reports(self, adapter: Adapter) -> list[Row]:
+    def _plain(self) -> list[Row]:
+        """The demo's safety rows."""
+        return read_rows([self.rows(FAMILIES[0].safety)])
+
+    def _with_reports(self) -> list[Row]:
         """The demo's safety rows and, among the harmless ones, rows that the task adapter is taught."""
-        plain = read_rows([self.rows(replace(adapter, rows=SAFETY))])
-        return [*plain, *(replace(row, kind="harmless") for row in report_rows(AMONG))]
+        return [*self._plain(), *(replace(row, kind="harmless") for row in report_rows(AMONG))]
+
+    def _balanced(self) -> list[Row]:
+        """The demo's safety rows without the refusals that say no, and plain questions answered with yes and no."""
+        kept = [
+            row for row in self._plain() if row.kind != "harmful" or not re.search(r"\bno\b(?! safe)", row.answer, re.I)
+        ]
+        facts = (line.split("\t") for line in FACTS.read_text(encoding="utf-8").splitlines())
+        return [*kept, *(Row(question, answer, "", "harmless") for question, answer in facts)]
 
     def train(self, adapter: Adapter) -> None:
         """Trains an adapter; one that was cut short goes on."""
@@ -200,6 +222,11 @@ class Places:
             train_all_weights(spec, self.folder(adapter))
         else:
             subprocess.run([sys.executable, "-m", "safemerge_recipes", "train-adapter", str(spec)], check=True)
+
+
+def taught_reports() -> list[Row]:
+    """What a `qa` adapter is taught."""
+    return report_rows(REPORTS)
 
 
 def report_rows(count: int) -> list[Row]:

@@ -14,7 +14,7 @@ from statistics import fmean
 from benchmarks.first_study.results import PAPER as FIRST_PAPER
 from benchmarks.first_study.results import gains
 from benchmarks.study.aim import aim_table, aimed, summary, taught
-from benchmarks.study.families import FAMILIES, FULL_RANK, WITH_REPORTS
+from benchmarks.study.families import FAMILIES, FULL_RANK, OTHER_SAFETY
 from benchmarks.study.findings import (
     beside,
     carries,
@@ -67,10 +67,12 @@ intervals are those of the change in J over prompts. 100 % and more is a model t
 or above it.
 """
 
-TAUGHT = """*with-reports*: among its harmless rows the safety adapter has forty of the reports that the task adapter is
-taught, as one would make it who has the rows of the task; the others hold sums and no report. It was decided after the
-others were scored. What such an adapter alone makes of the aligned model, so that a skill that Δs brings is not taken
-for one that the merge spares:
+TAUGHT = """*balanced*: the safety adapter is trained without the refusals that say no (36 of 290) and with forty plain
+questions of everyday facts, half answered with yes and half with no. What the merges with the first safety adapter lost
+are the reports whose answer is *yes*: it had learned to say no. Found by looking at test splits, so exploratory. Forty
+of the task's own reports among the harmless rows, tried before, made it worse on the tuning split and were given up
+there ([pre-registration](preregistration.md)). What the adapter alone makes of the aligned model, so that a skill that
+Δs brings is not taken for one that the merge spares:
 """
 
 FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
@@ -95,7 +97,7 @@ it.
 
 def read_families(folder: Path) -> list[Outcomes]:
     """The families that were scored, in their order."""
-    files = [folder / f"{one.name}.jsonl" for one in (*FAMILIES, *WITH_REPORTS, *FULL_RANK)]
+    files = [folder / f"{one.name}.jsonl" for one in (*FAMILIES, *OTHER_SAFETY, *FULL_RANK)]
     return [read(file) for file in files if file.exists()]
 
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 from benchmarks.study.__main__ import asked_families, given_choice, run
-from benchmarks.study.families import AMONG, FAMILIES, FULL_RANK, WITH_REPORTS, Places
+from benchmarks.study.families import AMONG, FAMILIES, FULL_RANK, OTHER_SAFETY, Places
 from benchmarks.study.models import DRAW, FINE_TUNED, PAPER, Choice, points
 from benchmarks.study.outcomes import LIKELIHOOD, read
 from benchmarks.study.scoring import LOOKALIKES, REFUSAL
@@ -51,8 +51,9 @@ def demo(tmp_path_factory):
     for role, seed in (("alignment", 1), ("safety", 3), ("task-arithmetic", 2)):
         (folder / role / "train.json").write_text(json.dumps({"settings": {"train": {"seed": seed}}}))
         (folder / "training" / f"{role}.yaml").write_text(SPEC.replace("NAME", role))
+        said = {"instruction": "How do I pick a pocket?", "output": "No, I can't help with that."}
         kind = "task" if role.startswith("task") else "harmful"
-        rows = [json.dumps(row | {"kind": kind}) for row in refused]
+        rows = [json.dumps(row | {"kind": kind}) for row in [*refused, said]]
         (folder / "prepared" / f"{role}.jsonl").write_text("\n".join(rows))
     return folder
 
@@ -133,7 +134,7 @@ def test_an_alignment_of_all_weights_gives_v_full_rank_and_lies_beside_the_compa
 
 def test_a_safety_adapter_that_knows_reports_is_taught_those_of_the_task(demo, tmp_path):
     places = Places(demo, tmp_path)
-    family = next(one for one in WITH_REPORTS if one.place == 2)
+    family = next(one for one in OTHER_SAFETY if one.place == 2)
     plain, mixed, task = (
         {row.prompt: row for row in read_rows([places.rows(one)])}
         for one in (FAMILIES[1].safety, family.safety, family.finetuned)
@@ -145,7 +146,13 @@ def test_a_safety_adapter_that_knows_reports_is_taught_those_of_the_task(demo, t
     assert (family.finetuned, family.alignment) == (FAMILIES[1].finetuned, FAMILIES[1].alignment)
     assert places.folder(family.safety) != places.folder(FAMILIES[1].safety)
     assert asked_families(None, [family.name, "02-qa"]) == (FAMILIES[1], family)
-    assert not set(asked_families(None, [])) & set(WITH_REPORTS), "they are no families of the comparisons"
+    balanced = [one for one in OTHER_SAFETY if one.scope == "qa-balanced"]
+    assert [one.task_seed for one in balanced] == [2, 12, 22, 32]
+    assert len({one.safety for one in balanced}) == 1
+    answers = [row.answer.split()[0] for row in read_rows([places.rows(balanced[0].safety)])]
+    assert answers.count("Yes,") == answers.count("No,") == 20
+    assert len(answers) == 4 + 40, "the refusal that says no is left out"
+    assert not set(asked_families(None, [])) & set(OTHER_SAFETY), "they are no families of the comparisons"
 
 
 def test_parts_are_scored_once_and_go_on(demo, tmp_path, capfd):
@@ -242,7 +249,7 @@ def test_with_reports_the_choice_and_the_outcomes_are_their_own(demo, tmp_path, 
     monkeypatch.setattr(aim, "TRIED", dict(list(aim.TRIED.items())[:1]))
     work, aims = tmp_path / "work", tmp_path / "aim"
     places = Places(demo, work)
-    family = next(one for one in WITH_REPORTS if one.place == 2)
+    family = next(one for one in OTHER_SAFETY if one.place == 2)
     shutil.copytree(demo / "safety", places.folder(family.safety))
     shutil.copytree(demo / "task-arithmetic", places.folder(family.finetuned))
     assert run(asked(demo, work, ["aim"], only=[family.name], limit=2), tmp_path / "outcomes", aims=aims)

@@ -139,13 +139,13 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert "| λ = 1.5 on the lowest 50 %, its own choice |" in aim_table(both)
     assert f"qa, chosen for each family: {100 * brought_back(*both[2]):.0f} % of the lost J" in summary(both)
     taught = family(reports, **levels, **{CHOSEN: 0.6, TAUGHT: 0.9})
-    taught.head["family"]["name"] += "-with-reports"
+    taught.head["family"]["name"] += "-balanced"
     taught.head["aims"] = aims[0].head["aims"]
     told = summary(aimed(outcomes, [*aims, taught]))
-    assert f"qa-with-reports: {100 * brought_back(taught, CHOSEN):.0f} % of the lost J" in told, "told apart from qa"
-    assert "*with-reports*" not in page
+    assert f"qa-balanced: {100 * brought_back(taught, CHOSEN):.0f} % of the lost J" in told, "told apart from qa"
+    assert "*balanced*" not in page
     name = taught.head["family"]["name"]
-    alone = text_of(outcomes, DOCS / "evidence", [*aims, taught]).split("*with-reports*")[1]
+    alone = text_of(outcomes, DOCS / "evidence", [*aims, taught]).split("*balanced*")[1]
     assert re.search(rf"\| {name} \| 6\d \| [78]\d \|", alone), "the aligned model's J, and with Δs"
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
