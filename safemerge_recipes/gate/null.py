@@ -78,12 +78,12 @@ def null_of(v: float, gram: float, delta: float, delta_gram: float, d_out: int, 
         delta: ‖Δ‖².
         delta_gram: ‖ΔᵀΔ‖²; 0 where it is not known.
         d_out: rows.
-        error: half-width of ρ₀'s interval.
+        error: half-width of ρ₀'s interval; one that reaches 0 leaves ‖VᵀV‖² unbounded.
     """
     if not (v and gram and delta and d_out):
         return Null(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     overlap, image, rho = v * delta / d_out, gram * delta / d_out, v / math.sqrt(gram * d_out)
-    least, most = (image * (rho / max(rho + by, 1e-300)) ** 2 for by in (error, -error))
+    least, most = (image * (rho / (rho + by)) ** 2 if rho + by > 0 else math.inf for by in (error, -error))
     variance = 2 * (delta_gram / delta**2) * max(0.0, gram / v**2 - 1 / d_out)
     aa, ab, bb = (part * variance for part in (overlap**2, overlap * image, image**2))
     return Null(overlap, image, least, most, aa, ab, bb, int(not delta_gram))
