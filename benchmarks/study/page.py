@@ -68,12 +68,13 @@ or above it.
 """
 
 TAUGHT = """*balanced*: the safety adapter is trained without the refusals that say no (36 of 290) and with forty plain
-questions of everyday facts, half answered with yes and half with no. With the first safety adapter 02 and 10 lose the
-reports whose answer is *yes* (27 and 17 % of them right, *no* and *maybe* 100 %); with this one they and 01 lose those
-whose answer is *no* (73, 3 and 0 %; *yes* 100 %). So the rows of the safety adapter set a lean between the words that the
-task answers with, and this remedy leans the other way: the aim is missed. Found by looking at test splits, so
-exploratory. Forty of the task's own reports among the harmless rows, tried before, made it worse on the tuning split and
-were given up there ([pre-registration](preregistration.md)). What the adapter alone makes of the aligned model:
+questions of everyday facts, half answered with yes and half with no. With the first safety adapter 02 and
+10 lose the reports whose answer is *yes* (27 and 17 % of them right, *no* and *maybe* 100 %); with this one
+they and 01 lose those whose answer is *no* (73, 3 and 0 %; *yes* 100 %). So the rows of the safety adapter
+set a lean between the words that the task answers with, and this remedy leans the other way: the aim is
+missed. Found by looking at test splits, so exploratory. Forty of the task's own reports among the harmless
+rows, tried before, made it worse on the tuning split and were given up there
+([pre-registration](preregistration.md)). What the adapter alone makes of the aligned model:
 """
 
 FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the

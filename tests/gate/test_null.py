@@ -107,6 +107,18 @@ def test_the_interval_of_a_group_holds_what_its_members_allow():
         assert abs(group.rho_null - true.rho_null) <= group.null_error + 1e-12
 
 
+def test_an_interval_that_reaches_zero_is_no_end_of_a_plan():
+    """Seen with an aligned model whose every weight was trained: the sketch's ρ₀ was known to no better than itself."""
+    draw = np.random.default_rng(3)
+    exact = moments(low_rank(draw, 30, 20, 5), low_rank(draw, 30, 20, 3))
+    for error in (exact.rho_null, 1.0):
+        vague = replace(exact, null_error=error)
+        assert vague.rho_z == pytest.approx(exact.rho_z)
+        group = vague + exact
+        assert group.rho_null == pytest.approx(exact.rho_null)
+        assert group.null_error == pytest.approx(group.rho_null), "down to 0"
+
+
 def test_what_has_no_null_adds_nothing():
     draw = np.random.default_rng(2)
     one = moments(low_rank(draw, 30, 20, 5), low_rank(draw, 30, 20, 3))
