@@ -79,8 +79,8 @@ rows, tried before, made it worse on the tuning split and were given up there
 
 FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
 model, on the same rows, and task and safety adapters anew on that, so that ρ is what the paper means by it. τ is the
-median ρ of 01's matrices. Differences in J, in points, with their interval over prompts; one or two families can pass no
-test.
+median ρ of 01's matrices. Differences in J, in points, with their interval over prompts; one
+or two families can pass no test.
 """
 
 SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task
