@@ -41,8 +41,7 @@ def train_all_weights(path: Path, folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    config = arguments(schedule, tokenizer, model.device, part / "checkpoints", logging_steps=5)
-    config.save_strategy = "no"
+    config = arguments(schedule, tokenizer, model.device, part / "checkpoints", save_strategy="no", logging_steps=5)
     trainer: Any = SFTTrainer(
         model=model,
         args=config,

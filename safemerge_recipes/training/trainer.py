@@ -130,7 +130,7 @@ def train(
     checkpoints = folder / "checkpoints"
     last = _last_checkpoint(checkpoints)
     every = max(1, min(steps // 20, 10))
-    config = arguments(schedule, tokenizer, device, checkpoints, logging_steps=every)
+    config = arguments(schedule, tokenizer, device, checkpoints, save_strategy="steps", logging_steps=every)
     shape = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets),
         task_type="CAUSAL_LM", bias="none",
@@ -189,7 +189,7 @@ def arguments(schedule: Schedule, tokenizer: Any, device: Any, checkpoints: Path
             max_length=schedule.max_length, packing=False, completion_only_loss=schedule.loss_on == "answer",
             eos_token=turn_end(tokenizer) if schedule.template == "chat" else None,
             gradient_checkpointing=schedule.gradient_checkpointing, bf16=False, fp16=False,
-            use_cpu=device.type == "cpu", dataloader_pin_memory=False, save_strategy="steps",
+            use_cpu=device.type == "cpu", dataloader_pin_memory=False,
             logging_nan_inf_filter=False, save_steps=schedule.save_steps, save_total_limit=1, report_to=[],
             disable_tqdm=True, **more,
         )  # fmt: skip
