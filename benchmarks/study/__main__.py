@@ -109,7 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--families", type=int, help="only the first so many of 16")
-    parser.add_argument("--only", nargs="*", default=[], metavar="FAMILY", help="such as 02-qa")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        metavar="FAMILY",
+        help="such as 02-qa; or 02-qa-balanced, beside the comparisons",
+    )
     parser.add_argument("--limit", type=int, help="only the first so many prompts of each task")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
     parser.add_argument("--shipped", action="store_true", help="no prompts of HarmBench and StrongREJECT")

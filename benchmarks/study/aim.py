@@ -24,6 +24,7 @@ from safemerge_recipes.evaluation.experiments.controls import merged
 from safemerge_recipes.evaluation.experiments.measures import measures
 from safemerge_recipes.evaluation.experiments.sweep import choose
 from safemerge_recipes.evaluation.separation import separation, separation_change
+from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.storage.files import write_json
 
 CHOSEN = "Δf + λΔs, chosen for the task"
@@ -166,6 +167,22 @@ def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
             f"back, utility {points(fmean(skills))} points, in {where}"
         )
     return "; ".join(told) + "."
+
+
+def by_answer(held: Sequence[tuple[Outcomes, str]]) -> str:
+    """The reports that are answered right, by their answer, before and after a merge; empty where none was asked."""
+    rows = []
+    for family, model in held:
+        before, after = utility(family, FINE_TUNED), utility(family, model)
+        if before is None or after is None or not all(key.startswith("qa/") for key in after):
+            continue
+        answers = {key: studies.make(int(key.removeprefix("qa/"))).answer for key in after}
+        cells = [name_of(family), merge_of(family, model)]
+        for answer in studies.ANSWERS:
+            shares = (fmean(one[key] for key in after if answers[key] == answer) for one in (before, after))
+            cells.append(" → ".join(f"{100 * share:.0f}" for share in shares))
+        rows.append(cells)
+    return table(["family", "merge", *(f"{answer}, right %" for answer in studies.ANSWERS)], rows) if rows else ""
 
 
 def taught(aims: Sequence[Outcomes]) -> str:

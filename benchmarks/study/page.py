@@ -13,7 +13,7 @@ from statistics import fmean
 
 from benchmarks.first_study.results import PAPER as FIRST_PAPER
 from benchmarks.first_study.results import gains
-from benchmarks.study.aim import aim_table, aimed, summary, taught
+from benchmarks.study.aim import aim_table, aimed, by_answer, summary, taught
 from benchmarks.study.families import FAMILIES, FULL_RANK, OTHER_SAFETY
 from benchmarks.study.findings import (
     beside,
@@ -67,20 +67,23 @@ intervals are those of the change in J over prompts. 100 % and more is a model t
 or above it.
 """
 
-TAUGHT = """*balanced*: the safety adapter is trained without the refusals that say no (36 of 290) and with forty plain
-questions of everyday facts, half answered with yes and half with no. With the first safety adapter 02 and
-10 lose the reports whose answer is *yes* (27 and 17 % of them right, *no* and *maybe* 100 %); with this one
-they and 01 lose those whose answer is *no* (73, 3 and 0 %; *yes* 100 %). So the rows of the safety adapter
-set a lean between the words that the task answers with, and this remedy leans the other way: the aim is
-missed. Found by looking at test splits, so exploratory. Forty of the task's own reports among the harmless
-rows, tried before, made it worse on the tuning split and were given up there
+ANSWERS = """What reports a merge loses, by their answer, before → after:
+"""
+
+TAUGHT = """*balanced*: nothing in the safety rows says yes, and some of the refusals say no. These are left out, and
+forty plain questions of everyday facts come in, half answered with yes and half with no. It was made
+because of what 02 and 10 lose, so it is exploratory. What is lost changes sides with it; but the rows are
+not all of it, as 05 has a safety adapter of the first rows under another seed and loses nothing, and two
+things were changed at once, under one seed, and other merges were chosen. Forty of the task's own reports
+among the harmless rows, tried before, made it worse on the tuning split and were given up there
 ([pre-registration](preregistration.md)). What the adapter alone makes of the aligned model:
 """
 
 FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
-model, on the same rows, and task and safety adapters anew on that, so that ρ is what the paper means by it. τ is the
-median ρ of 01's matrices. Differences in J, in points, with their interval over prompts; one
-or two families can pass no test.
+model, on the same rows, and task and safety adapters anew on that, so that ρ is what the paper means by it.
+τ is the median ρ of 01's matrices. The aligned model refuses more of the harmless requests than was asked
+for ([pre-registration](preregistration.md)). Differences in J, in points, with their interval over prompts;
+one or two families can pass no test.
 """
 
 SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task
@@ -211,6 +214,8 @@ def text_of(
         parts += ["## What goes with it", BESIDE.rstrip(), beside(families)]
         if held := aimed(families, aims):
             parts += ["## 90 % of what was lost", AIM.rstrip(), aim_table(held), summary(held)]
+            if answers := by_answer(held):
+                parts += [ANSWERS.rstrip(), answers]
         if told := taught(aims):
             parts += [TAUGHT.rstrip(), told]
         if full:

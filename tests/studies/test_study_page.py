@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
-from benchmarks.study.aim import CHOSEN, OWN, TAUGHT, aim_table, aimed, brought_back, summary
+from benchmarks.study.aim import CHOSEN, OWN, TAUGHT, aim_table, aimed, brought_back, by_answer, summary
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
 from benchmarks.study.outcomes import Outcomes, read
 from benchmarks.study.page import carried_out, read_families, text_of, write_page
+from safemerge_recipes.evaluation.tasks import studies
 
 DOCS = Path(__file__).parents[2] / "docs"
 TASKS = {"harmful": ["safemerge_refusal"], "harmless": ["safemerge_overrefusal"]}
@@ -150,6 +151,20 @@ def test_what_is_brought_back_is_held_against_the_aim():
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
+
+
+def test_lost_reports_are_told_by_their_answer():
+    reports = next(place for place, one in enumerate(FAMILIES) if one.task == "qa")
+    one = family(reports, **{CHOSEN: 0.5})
+    one.head["aims"] = {CHOSEN: "λ = 2"}
+    seeds = [seed for seed, _ in studies.studies("test", 9)]
+    one.ids["safemerge_qa"] = [f"qa/{seed}" for seed in seeds]
+    one.models[FINE_TUNED, "safemerge_qa"]["acc"] = [1] * 9
+    # The answers stand in turn: yes, no, maybe.
+    one.models[CHOSEN, "safemerge_qa"]["acc"] = [0, 1, 1, 0, 1, 0, 1, 1, 1]
+    told = by_answer([(one, CHOSEN), (family(0), HALF)]).splitlines()
+    assert told[2:] == [f"| {FAMILIES[reports].name} | λ = 2 | 100 → 33 | 100 → 100 | 100 → 67 |"], "and no sums"
+    assert by_answer([(family(0), HALF)]) == ""
 
 
 def test_outcomes_come_back_as_they_were_written(tmp_path: Path):
