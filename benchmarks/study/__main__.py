@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parents[2]
 RESULTS = HERE / "docs" / "evidence" / "outcomes"
 AIMS = HERE / "docs" / "evidence" / "aim"
 PAGE = HERE / "docs" / "evidence.md"
-PARTS = ("train", "choose", "carry", "score", "draws", "aim", "aim-own", "report")
+PARTS = ("train", "choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own", "report")
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:
@@ -85,7 +85,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
     settings = Settings(given.limit, given.tokens, not given.shipped, given.draws, given_choice(given.choice), deadline)
     parts = given.parts or list(PARTS)
     done = train(families, places, deadline, console) if "train" in parts else True
-    scored = [part for part in ("choose", "carry", "score", "draws", "aim", "aim-own") if part in parts]
+    scored = [part for part in ("choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own") if part in parts]
     for family in families if scored else ():
         missing = [adapter.name for adapter in family.adapters if not places.has(adapter)]
         if missing:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.families import SAFETY
+from benchmarks.study.families import SAFETY, SAFETY_MEAN, Family
 from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility, utility_change
 from benchmarks.study.models import ALIGNED, FINE_TUNED, HALF, added
 from benchmarks.study.outcomes import Outcomes
@@ -34,10 +34,15 @@ SHARE = 0.9
 """Of the lost J, that is to be brought back."""
 LOSS = 0.05
 """Of utility, that it may cost."""
-TRIED: Mapping[str, tuple[str, ...]] = {
-    f"λ = {weight:g} on the lowest {100 * share:g} %": added(weight, f"gate.fraction={share:g}")
-    for weight, share in itertools.product((1.5, 2.0), (0.5, 0.75))
-}
+
+
+def tried(family: Family) -> Mapping[str, tuple[str, ...]]:
+    """label -> overrides of the merges among which is chosen; a mean of adapters is shorter than each of them."""
+    weights = (1.5, 2.0, 2.5) if family.safety_rows == SAFETY_MEAN else (1.5, 2.0)
+    return {
+        f"λ = {weight:g} on the lowest {100 * share:g} %": added(weight, f"gate.fraction={share:g}")
+        for weight, share in itertools.product(weights, (0.5, 0.75))
+    }
 
 
 class AimStudy(Study):
@@ -51,12 +56,17 @@ class AimStudy(Study):
         """The same with a choice for this family alone."""
         return self._asked_for(OWN, self.family.name)
 
+    def aim_tuning(self) -> bool:
+        """Chooses for the task and looks at no test split, so that safety adapters can be chosen among as well."""
+        path = self.results / f"aim-{self.family.scope}.json"
+        return (self._chosen_before(path) or self._choose_on_tuning(path)) is not None
+
     def _asked_for(self, label: str, scope: str) -> bool:
         path = self.results / f"aim-{scope}.json"
         chosen = self._chosen_before(path) or self._choose_on_tuning(path)
         if chosen is None:
             return False
-        plan = self.bench.plan(TRIED[chosen])
+        plan = self.bench.plan(tried(self.family)[chosen])
         for key, found in (("aims", chosen), ("merged", len(merged(plan)))):
             self.outcomes.head.setdefault(key, {})[label] = found
         graphs = {
@@ -75,7 +85,7 @@ class AimStudy(Study):
         return str(found["chosen"]) if found["settings"] == self.settings.as_json() else None
 
     def _choose_on_tuning(self, path: Path) -> str | None:
-        plans = {label: self.bench.plan(overrides) for label, overrides in TRIED.items()}
+        plans = {label: self.bench.plan(overrides) for label, overrides in tried(self.family).items()}
         graphs = {FINE_TUNED: self.bench.role("finetuned")} | {
             label: self.bench.graph(plan) for label, plan in plans.items()
         }

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks.study.all_weights import train_all_weights
+from benchmarks.study.mean import write_mean
 from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.training.rows import Row, read_rows, write_rows
 
@@ -28,6 +29,7 @@ REPORTS = 320
 AMONG = 40
 """Of them, how many are harmless rows of a safety adapter that knows the task: as many as it has sums."""
 SAFETY, SAFETY_WITH_REPORTS, SAFETY_BALANCED = "safety", "safety-with-reports", "safety-balanced"
+SAFETY_WITH_FACTS, SAFETY_MEAN = "safety-with-facts", "safety-mean"
 FACTS = Path(__file__).with_name("facts.txt")
 """Plain questions, half answered with yes and half with no."""
 
@@ -42,6 +44,7 @@ class Adapter:
         seed: Of its training.
         on: The adapter that aligns the model it is trained on; None: it is trained on the base model.
         full: All weights are trained, and it is no adapter but a model.
+        mean_of: It is not trained, but the mean of these.
     """
 
     role: str
@@ -49,11 +52,13 @@ class Adapter:
     seed: int
     on: Adapter | None = None
     full: bool = False
+    mean_of: tuple[Adapter, ...] = ()
 
     @property
     def name(self) -> str:
         """What its folder is called."""
-        own = f"{self.rows}-{self.seed}" + ("-full" if self.full else "")
+        seeds = "-".join(str(one.seed) for one in self.mean_of or (self,))
+        own = self.rows + ("-mean" if self.mean_of else "") + f"-{seeds}" + ("-full" if self.full else "")
         return own + (f"-on-{self.on.name.removeprefix('alignment-')}" if self.on else "")
 
 
@@ -61,8 +66,8 @@ class Adapter:
 class Family:
     """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families.
 
-    `safety_rows` are the rows that the safety adapter is trained on; with `full_rank` all weights of the base model are
-    trained to align it, so that V has full rank.
+    `safety_rows` are the rows that the safety adapter is trained on, or say that it is the mean of those of both seeds;
+    with `full_rank` all weights of the base model are trained to align it, so that V has full rank.
     """
 
     place: int
@@ -81,7 +86,8 @@ class Family:
     @property
     def scope(self) -> str:
         """The families for which one choice is made: those of a task, by what their safety adapters are taught."""
-        return self.task + self.safety_rows.removeprefix(SAFETY) + ("-full-rank" if self.full_rank else "")
+        other = "" if self.safety_seed == FAMILIES[self.place - 1].safety_seed else f"-safety-{self.safety_seed}"
+        return self.task + self.safety_rows.removeprefix(SAFETY) + other + ("-full-rank" if self.full_rank else "")
 
     @property
     def alignment(self) -> Adapter:
@@ -89,6 +95,9 @@ class Family:
 
     @property
     def safety(self) -> Adapter:
+        if self.safety_rows == SAFETY_MEAN:
+            both = tuple(Adapter("safety", SAFETY, seed, self.alignment) for seed in SAFETY_SEEDS)
+            return replace(both[0], mean_of=both)
         return Adapter("safety", self.safety_rows, self.safety_seed, self.alignment)
 
     @property
@@ -98,7 +107,7 @@ class Family:
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """In the order in which they can be trained."""
-        return self.alignment, self.safety, self.finetuned
+        return self.alignment, *self.safety.mean_of, self.safety, self.finetuned
 
 
 def _families() -> tuple[Family, ...]:
@@ -120,12 +129,19 @@ FAMILIES = _families()
 OTHER_SAFETY = (
     *(replace(one, safety_rows=SAFETY_WITH_REPORTS) for one in FAMILIES if one.task == "qa"),
     *(
-        replace(one, task="qa", safety_rows=SAFETY_BALANCED)
+        replace(one, task="qa", safety_rows=rows)
         for one in FAMILIES
         if (one.alignment_seed, one.safety_seed) == (1, 3)
+        for rows in (SAFETY_BALANCED, SAFETY_WITH_FACTS, SAFETY_MEAN)
+    ),
+    *(
+        replace(one, safety_seed=13)
+        for one in FAMILIES
+        if (one.task, one.alignment_seed, one.safety_seed) == ("qa", 1, 3)
     ),
 )
-"""Families of reports with safety adapters of other rows; not of the comparisons, asked for the aim alone."""
+"""Families of reports with safety adapters of other rows, of the other seed, or the mean of both seeds; not of the
+comparisons, asked for the aim alone."""
 FULL_RANK = tuple(replace(one, full_rank=True) for one in FAMILIES[:2])
 """A pair with V of full rank, beside the comparisons."""
 FULL_RATE = 1e-4
@@ -151,10 +167,12 @@ class Places:
 
     def _is(self, folder: Path, adapter: Adapter) -> bool:
         """Whether the demo's adapter of this role is this one, by its record."""
-        if adapter.rows != adapter.role or adapter.full or not (folder / "adapter_config.json").exists():
+        if adapter.rows != adapter.role or adapter.full or adapter.mean_of:
             return False
         record = folder / "train.json"
-        if not record.exists() or json.loads(record.read_text())["settings"]["train"]["seed"] != adapter.seed:
+        if not (folder / "adapter_config.json").exists() or not record.exists():
+            return False
+        if json.loads(record.read_text())["settings"]["train"]["seed"] != adapter.seed:
             return False
         return adapter.on is None or self.folder(adapter.on) == self.demo / adapter.on.role
 
@@ -185,7 +203,12 @@ class Places:
 
     def rows(self, adapter: Adapter) -> Path:
         """The adapter's rows, written now where they are missing."""
-        own = {"task-qa": taught_reports, SAFETY_WITH_REPORTS: self._with_reports, SAFETY_BALANCED: self._balanced}
+        own = {
+            "task-qa": taught_reports,
+            SAFETY_WITH_REPORTS: self._with_reports,
+            SAFETY_BALANCED: self._balanced,
+            SAFETY_WITH_FACTS: self._with_facts,
+        }
         if make := own.get(adapter.rows):
             path = self.own / "rows" / f"{adapter.rows}.jsonl"
             if not path.exists():
@@ -210,11 +233,17 @@ class Places:
         kept = [
             row for row in self._plain() if row.kind != "harmful" or not re.search(r"\bno\b(?! safe)", row.answer, re.I)
         ]
-        facts = (line.split("\t") for line in FACTS.read_text(encoding="utf-8").splitlines())
-        return [*kept, *(Row(question, answer, "", "harmless") for question, answer in facts)]
+        return [*kept, *fact_rows()]
+
+    def _with_facts(self) -> list[Row]:
+        """The demo's safety rows and plain questions answered with yes and no."""
+        return [*self._plain(), *fact_rows()]
 
     def train(self, adapter: Adapter) -> None:
-        """Trains an adapter; one that was cut short goes on."""
+        """Trains an adapter, where one that was cut short goes on, or takes the mean of those that are trained."""
+        if adapter.mean_of:
+            write_mean([self.folder(one) for one in adapter.mean_of], self.folder(adapter), self.demo / "base")
+            return
         spec = self.own / "training" / f"{adapter.name}.yaml"
         spec.parent.mkdir(parents=True, exist_ok=True)
         spec.write_text(yaml.safe_dump(self.training(adapter), sort_keys=False), encoding="utf-8")
@@ -227,6 +256,12 @@ class Places:
 def taught_reports() -> list[Row]:
     """What a `qa` adapter is taught."""
     return report_rows(REPORTS)
+
+
+def fact_rows() -> list[Row]:
+    """Plain questions of everyday facts, half answered with yes and half with no."""
+    lines = FACTS.read_text(encoding="utf-8").splitlines()
+    return [Row(question, answer, "", "harmless") for question, answer in (line.split("\t") for line in lines)]
 
 
 def report_rows(count: int) -> list[Row]:

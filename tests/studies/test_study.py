@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
+import torch
+from safetensors.torch import load_file, save_file
+
 from benchmarks.study.__main__ import asked_families, given_choice, run
 from benchmarks.study.families import AMONG, FAMILIES, FULL_RANK, OTHER_SAFETY, Places
 from benchmarks.study.models import DRAW, FINE_TUNED, PAPER, Choice, points
@@ -152,7 +156,44 @@ def test_a_safety_adapter_that_knows_reports_is_taught_those_of_the_task(demo, t
     answers = [row.answer.split()[0] for row in read_rows([places.rows(balanced[0].safety)])]
     assert answers.count("Yes,") == answers.count("No,") == 20
     assert len(answers) == 4 + 40, "the refusal that says no is left out"
+    with_facts = next(one for one in OTHER_SAFETY if one.scope == "qa-with-facts")
+    rows = [row.answer for row in read_rows([places.rows(with_facts.safety)])]
+    assert rows[:-40] == [row.answer for row in plain.values()], "nothing is left out"
     assert not set(asked_families(None, [])) & set(OTHER_SAFETY), "they are no families of the comparisons"
+
+
+def updates(folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> the update that an adapter makes, in float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = {name: one.double() for name, one in load_file(folder / "adapter_model.safetensors").items()}
+    scale = config["lora_alpha"] / config["r"]
+    return {a: scale * found[a.replace("lora_A", "lora_B")] @ found[a] for a in found if "lora_A" in a}
+
+
+def test_a_mean_of_two_seeds_is_exact_and_chosen_for_on_the_tuning_split(demo, tmp_path, monkeypatch):
+    from benchmarks.study import aim
+
+    family = next(one for one in OTHER_SAFETY if one.scope == "qa-mean")
+    work, aims = tmp_path / "work", tmp_path / "aim"
+    places = Places(demo, work)
+    second = places.folder(family.safety.mean_of[1])
+    shutil.copytree(demo / "safety", second)
+    shutil.copytree(demo / "task-arithmetic", places.folder(family.finetuned))
+    weights = load_file(second / "adapter_model.safetensors")
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(one) for name, one in weights.items()}, second / "adapter_model.safetensors")
+    places.train(family.safety)
+    assert places.folder(family.safety).name == "safety-mean-3-13-on-1"
+    assert not list(second.parent.glob(".*")), "nothing half-written is left"
+    mean, *parts = (updates(places.folder(one)) for one in (family.safety, *family.safety.mean_of))
+    assert mean.keys() == parts[0].keys() == parts[1].keys()
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-5, atol=1e-6)
+    tried = dict(list(aim.tried(family).items())[4:])
+    assert [label.split(" on")[0] for label in tried] == ["λ = 2.5"] * 2, "a mean is shorter than its parts"
+    monkeypatch.setattr(aim, "tried", lambda family: tried)
+    assert run(asked(demo, work, ["aim-tuning"], only=[family.name], limit=2), tmp_path / "outcomes", aims=aims)
+    assert [one.name for one in aims.iterdir()] == ["aim-qa-mean.json"], "no test split was looked at"
 
 
 def test_parts_are_scored_once_and_go_on(demo, tmp_path, capfd):
@@ -223,30 +264,32 @@ def test_tau_alpha_and_lambda_are_chosen_once_for_a_task(demo, tmp_path, monkeyp
 def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypatch):
     from benchmarks.study import aim
 
-    monkeypatch.setattr(aim, "TRIED", dict(list(aim.TRIED.items())[:2]))
+    tried = dict(list(aim.tried(FAMILIES[0]).items())[:2])
+    monkeypatch.setattr(aim, "tried", lambda family: tried)
     work, results, aims = tmp_path / "work", tmp_path / "outcomes", tmp_path / "aim"
     given = asked(demo, work, ["aim"], limit=2)
     assert run(given, results, aims=aims)
     kept = json.loads((aims / "aim-arithmetic.json").read_text())
-    assert set(kept["J and utility on the tuning split"]) == {FINE_TUNED, *aim.TRIED}
+    assert set(kept["J and utility on the tuning split"]) == {FINE_TUNED, *tried}
     found = read(aims / "01-arithmetic.jsonl")
     assert found.head["aims"] == {aim.CHOSEN: kept["chosen"]}
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN}
     assert not results.exists(), "the comparisons are left alone"
-    (aims / "aim-arithmetic.json").write_text(json.dumps(kept | {"chosen": list(aim.TRIED)[1], "on": "another"}))
+    (aims / "aim-arithmetic.json").write_text(json.dumps(kept | {"chosen": list(tried)[1], "on": "another"}))
     assert run(given, results, aims=aims)
     found = read(aims / "01-arithmetic.jsonl")
-    assert found.head["aims"] == {aim.CHOSEN: list(aim.TRIED)[1]}, "a choice that is there is taken"
+    assert found.head["aims"] == {aim.CHOSEN: list(tried)[1]}, "a choice that is there is taken"
     assert run(asked(demo, work, ["aim-own"], limit=2), results, aims=aims)
     found = read(aims / "01-arithmetic.jsonl")
-    assert found.head["aims"] == {aim.CHOSEN: list(aim.TRIED)[1], aim.OWN: kept["chosen"]}, "its own is chosen anew"
+    assert found.head["aims"] == {aim.CHOSEN: list(tried)[1], aim.OWN: kept["chosen"]}, "its own is chosen anew"
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN, aim.OWN}
 
 
 def test_with_reports_the_choice_and_the_outcomes_are_their_own(demo, tmp_path, monkeypatch):
     from benchmarks.study import aim
 
-    monkeypatch.setattr(aim, "TRIED", dict(list(aim.TRIED.items())[:1]))
+    tried = dict(list(aim.tried(FAMILIES[0]).items())[:1])
+    monkeypatch.setattr(aim, "tried", lambda family: tried)
     work, aims = tmp_path / "work", tmp_path / "aim"
     places = Places(demo, work)
     family = next(one for one in OTHER_SAFETY if one.place == 2)
