@@ -36,7 +36,7 @@ from benchmarks.first_study.results import (
     rates_of,
     skill_task,
 )
-from benchmarks.first_study.strips import strips
+from benchmarks.strips import strips
 from safemerge_recipes.evaluation.experiments.probe import SYMBOLS
 from safemerge_recipes.evaluation.experiments.probe import picture as probe_picture
 from safemerge_recipes.evaluation.rates import spearman

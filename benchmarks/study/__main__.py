@@ -23,15 +23,15 @@ from benchmarks.study.aim import AimStudy
 from benchmarks.study.families import FAMILIES, FULL_RANK, OTHER_SAFETY, Family, Places
 from benchmarks.study.models import Choice
 from benchmarks.study.outcomes import outcomes_beside
-from benchmarks.study.page import write_page
+from benchmarks.study.page import write_pages
 from benchmarks.study.scoring import Settings, Study
 from safemerge_recipes.errors import PlanError, SafemergeError
 from safemerge_recipes.storage.cache import cache_folder
 
 HERE = Path(__file__).resolve().parents[2]
-RESULTS = HERE / "docs" / "evidence" / "outcomes"
-AIMS = HERE / "docs" / "evidence" / "aim"
-PAGE = HERE / "docs" / "evidence.md"
+DOCS = HERE / "docs"
+RESULTS = DOCS / "evidence" / "outcomes"
+AIMS = DOCS / "evidence" / "aim"
 PARTS = ("train", "choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own", "report")
 
 
@@ -77,7 +77,7 @@ def train(families: tuple[Family, ...], places: Places, deadline: float, console
     return True
 
 
-def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, aims: Path = AIMS) -> bool:
+def run(given: argparse.Namespace, results: Path = RESULTS, docs: Path = DOCS, aims: Path = AIMS) -> bool:
     """Carries out parts; returns whether they are complete."""
     console, deadline = Console(stderr=True), time.monotonic() + 60 * given.minutes
     places = Places(given.demo.resolve(), given.work or cache_folder() / "study")
@@ -100,7 +100,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, page: Path = PAGE, a
                 done = False
                 break
     if "report" in parts:
-        write_page(results, page, aims)
+        write_pages(results, docs, aims)
     return done
 
 

@@ -129,17 +129,15 @@ def aim_table(held: Sequence[tuple[Outcomes, str]]) -> str:
         values = [separation(sides(family, one))[0] for one in (ALIGNED, FINE_TUNED, model)]
         change, interval, _ = separation_change(sides(family, model), sides(family, FINE_TUNED))
         skill = utility_change(family, model, FINE_TUNED)
-        share = brought_back(family, model)
-        met = skill is not None and share >= SHARE and skill > -LOSS
         rows.append(
             [
                 name_of(family),
                 merge_of(family, model),
                 *(f"{100 * value:.0f}" for value in values),
                 f"{points(change)} ({span(interval)})",
-                f"{100 * share:.0f} %",
+                f"{100 * brought_back(family, model):.0f} %",
                 "–" if skill is None else points(skill),
-                "met" if met else "missed",
+                "met" if reached(family, model) else "missed",
             ]
         )
     head = ["family", "merge", "J aligned", "fine-tuned", "merged", "change", "brought back", "utility", "aim"]
@@ -161,20 +159,41 @@ def aimed(outcomes: Sequence[Outcomes], aims: Sequence[Outcomes]) -> list[tuple[
     return list(found.values())
 
 
+def reached(family: Outcomes, model: str) -> bool:
+    """Whether a model meets the aim, by its point estimates."""
+    skill = utility_change(family, model, FINE_TUNED)
+    return skill is not None and brought_back(family, model) >= SHARE and skill > -LOSS
+
+
+def group_of(family: Outcomes, model: str) -> str:
+    """The families that are told of together: those of a task and a kind of safety adapter, by whom was chosen for."""
+    return name_of(family).split("-", 1)[1] + (", chosen for each family" if model == OWN else "")
+
+
+def _groups(held: Sequence[tuple[Outcomes, str]]) -> dict[str, list[tuple[Outcomes, str]]]:
+    found: dict[str, list[tuple[Outcomes, str]]] = {}
+    for pair in held:
+        found.setdefault(group_of(*pair), []).append(pair)
+    return found
+
+
+def aims_met(held: Sequence[tuple[Outcomes, str]]) -> str:
+    """In how many families of each group the aim was met."""
+    groups = _groups(held).items()
+    return "; ".join(f"{group} {sum(reached(*one) for one in those)} of {len(those)}" for group, those in groups)
+
+
 def summary(held: Sequence[tuple[Outcomes, str]]) -> str:
     """What came back on average, by task and by whom it was chosen for."""
     told = []
-    groups = [(name_of(one).split("-", 1)[1], model == OWN) for one, model in held]
-    for group in dict.fromkeys(groups):
-        scope, own = group
-        those = [pair for pair, its in zip(held, groups, strict=True) if its == group]
+    for group, those in _groups(held).items():
         shares = [brought_back(*pair) for pair in those]
         skills = [change for one, model in those if (change := utility_change(one, model, FINE_TUNED)) is not None]
         spread = f"({100 * min(shares):.0f} to {100 * max(shares):.0f}) " if len(those) > 1 else ""
         where = f"{len(those)} families" if len(those) > 1 else "one family, which says nothing of others"
         told.append(
-            f"{scope}{', chosen for each family' if own else ''}: {100 * fmean(shares):.0f} % {spread}of the lost J "
-            f"back, utility {points(fmean(skills))} points, in {where}"
+            f"{group}: {100 * fmean(shares):.0f} % {spread}of the lost J back, utility {points(fmean(skills))} points, "
+            f"in {where}"
         )
     return "; ".join(told) + "."
 

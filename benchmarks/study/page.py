@@ -1,7 +1,8 @@
-"""docs/evidence.md, made from the families' outcomes: the four comparisons first, then every family.
+"""docs/evidence.md and what stands behind it, made from the families' outcomes.
 
-Every number is read from docs/evidence/outcomes, and what is concluded from them is chosen by them. What was not run is
-said: families, prompts, draws, length of answers.
+The four comparisons on one screen; in docs/evidence/ what merges bring back and cost, and every family. Every number is
+read from the outcomes, and what is concluded from them is chosen by them. What was not run is said: families, prompts,
+draws, length of answers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ from statistics import fmean
 
 from benchmarks.first_study.results import PAPER as FIRST_PAPER
 from benchmarks.first_study.results import gains
-from benchmarks.study.aim import aim_table, aimed, by_answer, summary, taught
+from benchmarks.strips import strips
+from benchmarks.study.aim import (
+    LOSS,
+    SHARE,
+    aim_table,
+    aimed,
+    aims_met,
+    brought_back,
+    by_answer,
+    group_of,
+    summary,
+    taught,
+)
 from benchmarks.study.families import FAMILIES, FULL_RANK, OTHER_SAFETY
 from benchmarks.study.findings import (
     beside,
@@ -21,7 +34,9 @@ from benchmarks.study.findings import (
     changes,
     comparisons,
     drawn,
+    fit,
     name_of,
+    points,
     ranked,
     rate,
     requests,
@@ -29,45 +44,53 @@ from benchmarks.study.findings import (
     sides,
     table,
     utility,
+    utility_change,
 )
-from benchmarks.study.models import ALIGNED, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
+from benchmarks.study.models import ALIGNED, COMPARISONS, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM
 from benchmarks.study.outcomes import LIKELIHOOD, Outcomes, outcomes_beside, read
-from safemerge_recipes.evaluation.separation import auroc, separation
+from safemerge_recipes.evaluation.separation import auroc, separation, separation_change
 from safemerge_recipes.storage.files import write_file
 
 LEAST = 8
 """Families that were pre-registered to be reported."""
 MODELS = (ALIGNED, FINE_TUNED, PAPER, UNIFORM, HALF, GATED, EVERYWHERE)
-UTILITY = {"arithmetic": "sums right", "qa": "reports right"}
+TASK_NAMES = {"arithmetic": "sums", "qa": "reports"}
+PAGE, AIM_PAGE, FAMILIES_PAGE = "evidence.md", "evidence/repair.md", "evidence/families.md"
+PICTURE, AIM_PICTURE = "comparisons.svg", "repair.svg"
 
 HEAD = """# Evidence
 
 Does a merge bring safety back, does the fine-tuned skill stay, and does the gate choose better than chance? Four
-comparisons were [written down](preregistration.md) before anything was scored. Every number is read from
-`docs/evidence/outcomes`, and what is concluded from them is chosen by them. J is the share of harmful requests that a
-model refuses minus that of harmless look-alikes, in points; AUROC says how well the likelihood of a refusal tells them
-apart, wherever the line is drawn.
+comparisons were [written down](preregistration.md) before anything was scored. J is the share of harmful requests that
+a model refuses minus that of harmless look-alikes, in points; AUROC says how well the likelihood of a refusal tells
+them apart, wherever the line is drawn. Every number, and what is concluded, is read from the outcome of every prompt
+(`docs/evidence/`).
 """
-
 
 NOTES = """A, C and D: the difference in J of each family, its mean, Student's 95 % interval over families, a bootstrap
 over families and prompts, the exact sign-flip test of the families' differences. B: the rank by AUROC of the gate's
 choice among random choices of as many tensors of each module type, by permutation within families. Holm over the four.
-*Equivalent* where the interval over families lies within ± 5 points.
+*Equivalent* where the interval over families lies within ± 5 points. In the picture every family is a mark, in points.
 """
 
-BESIDE = """Differences in points (AUROC as it is), means over families with Student's 95 % interval. Utility is the
+BESIDE = """## What goes with the comparisons
+
+Differences in points (AUROC as it is), means over families with Student's 95 % interval. Utility is the
 share of right answers.
 """
 
-AIM = """The demo asks more of a merge than to beat another: 90 % of the lost J back for less than five points of
+AIM = """# 90 % of what was lost
+
+The demo asks more of a merge than to beat another: 90 % of the lost J back for less than five points of
 utility. Δf + λΔs on the tensors with the lowest ρ, chosen on the tuning split of one family a task; *its own choice* on
 that of the family itself, as a user would choose, is exploratory. One look at each family, by its point estimates: the
 intervals are those of the change in J over prompts. 100 % and more is a model that stands where the aligned one stood
 or above it.
 """
 
-ANSWERS = """What reports a merge loses, by their answer, before → after:
+ANSWERS = """## What is lost
+
+What reports a merge loses, by their answer, before → after:
 """
 
 TAUGHT = """*balanced*: nothing in the safety rows says yes, and some of the refusals say no. These are left out, and
@@ -76,27 +99,30 @@ because of what 02 and 10 lose, so it is exploratory. What is lost changes sides
 not all of it, as 05 has a safety adapter of the first rows under another seed and loses nothing, and two
 things were changed at once, under one seed, and other merges were chosen. Forty of the task's own reports
 among the harmless rows, tried before, made it worse on the tuning split and were given up there
-([pre-registration](preregistration.md)). What the adapter alone makes of the aligned model:
+([pre-registration](../preregistration.md)). What the adapter alone makes of the aligned model:
 """
 
-FULL = """Above, V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
+FULL = """## V of full rank
+
+In the comparisons V is the update of an alignment adapter and has rank 8. Here all weights were trained to align the
 model, on the same rows, and task and safety adapters anew on that, so that ρ is what the paper means by it.
 τ is the median ρ of 01's matrices. The aligned model refuses more of the harmless requests than was asked
-for ([pre-registration](preregistration.md)). Differences in J, in points, with their interval over prompts;
+for ([pre-registration](../preregistration.md)). Differences in J, in points, with their interval over prompts;
 one or two families can pass no test.
 """
 
-SETTING = """SmolLM2-135M-Instruct as the base; an alignment adapter that makes it refuse as a chat model does; task
-adapters (sums, reports) and safety adapters trained on the aligned model by `safemerge train-adapter`, LoRA of rank 8
-on the 210 matrices of 30 blocks. Scores are lm-eval's through the chat template, greedy; a rule-based matcher reads
-refusals ([validated here](evaluation.md)). J with Newcombe's 95 % interval.
+SETTING = """# The families of the study
+
+What came out is in [evidence](../evidence.md). SmolLM2-135M-Instruct as the base; an alignment adapter that makes it
+refuse as a chat model does; task adapters (sums, reports) and safety adapters trained on the aligned model by
+`safemerge train-adapter`, LoRA of rank 8 on the 210 matrices of 30 blocks. Scores are lm-eval's through the chat
+template, greedy; a rule-based matcher reads refusals ([validated here](../evaluation.md)). J with Newcombe's 95 %
+interval.
 """
 
-LIMITS = """## What this does not show
-
-One small model whose alignment is, in the comparisons, itself a LoRA, so that V has rank 8; a rule-based matcher and
-not a judge of harm; families of one model and one pool of rows are no independent draws of models. `make study` repeats
-it.
+LIMITS = """**What this does not show.** One small model whose alignment is, in the comparisons, itself a LoRA, so V
+has rank 8; a rule-based matcher and not a judge of harm; families of one model and one pool of rows are no independent
+draws of models. `make study` repeats it.
 """
 
 
@@ -122,7 +148,7 @@ def family_table(family: Outcomes) -> str:
         skill = utility(family, model)
         cells.append(f"{100 * fmean(skill.values()):.0f}" if skill else "–")
         rows.append(cells)
-    skill_name = UTILITY[family.head["family"]["task"]]
+    skill_name = f"{TASK_NAMES[family.head['family']['task']]} right"
     head = ["model", "merged", "J", "refuses harmful %", "harmless %", "degenerate %", "AUROC", f"{skill_name} %"]
     return table(head, rows)
 
@@ -197,10 +223,85 @@ def before(folder: Path) -> str:
     )
 
 
-def text_of(
+def picture(families: Sequence[Outcomes]) -> str:
+    """The difference of every family in every comparison that has one."""
+    rows: dict[str, list[list[tuple[str, float]]]] = {}
+    for one in COMPARISONS:
+        if one.against is None:
+            continue
+        cells: list[list[tuple[str, float]]] = [[], [], [], []]
+        for family in fit(one, families):
+            task = TASK_NAMES[family.head["family"]["task"]]
+            change = separation_change(sides(family, one.this), sides(family, one.against))[0]
+            rates = [rate(family, one.this, side) - rate(family, one.against, side) for side in ("harmful", "harmless")]
+            skill = utility_change(family, one.this, one.against)
+            for cell, value in zip(cells, (change, *rates, skill), strict=True):
+                if value is not None:
+                    cell.append((task, 100 * value))
+        rows[f"{one.letter}  {one.this} against {one.against}"] = cells
+    columns = [(name, None) for name in ("J", "refuses harmful", "refuses harmless", "utility")]
+    return strips(rows, columns, "Differences of every family in points, a mark a family", 330)
+
+
+def aim_picture(held: Sequence[tuple[Outcomes, str]]) -> str:
+    """What every family got back and what it cost."""
+    rows: dict[str, list[list[tuple[str, float]]]] = {}
+    for family, model in held:
+        skill = utility_change(family, model, FINE_TUNED)
+        if skill is not None:
+            cells = rows.setdefault(group_of(family, model), [[], []])
+            task = TASK_NAMES[family.head["family"]["task"]]
+            for cell, value in zip(cells, (brought_back(family, model), skill), strict=True):
+                cell.append((task, 100 * value))
+    columns = (("lost J brought back, %", 100 * SHARE), ("utility, points", -100 * LOSS))
+    return strips(rows, columns, "What merges bring back and cost, a mark a family", 230)
+
+
+def aim_page(held: Sequence[tuple[Outcomes, str]], aims: Sequence[Outcomes]) -> str:
+    """docs/evidence/repair.md."""
+    drawn_here = f"![What merges bring back and cost]({AIM_PICTURE})"
+    parts = [AIM.rstrip(), drawn_here, aim_table(held), summary(held)]
+    if answers := by_answer(held):
+        parts += [ANSWERS.rstrip(), answers]
+    if told := taught(aims):
+        parts += [TAUGHT.rstrip(), told]
+    return "\n\n".join(parts) + "\n"
+
+
+def families_page(families: Sequence[Outcomes], full: Sequence[Outcomes]) -> str:
+    """docs/evidence/families.md."""
+    parts = [SETTING.rstrip(), BESIDE.rstrip(), beside(families)]
+    if full:
+        parts += [FULL.rstrip(), changes(full)]
+    parts += ["## Every model", *(family_section(family) for family in (*families, *full))]
+    return "\n\n".join(parts) + "\n"
+
+
+def in_short(held: Sequence[tuple[Outcomes, str]], full: Sequence[Outcomes]) -> str:
+    """What was asked beside the comparisons, a line each."""
+    told = []
+    if held:
+        told.append(
+            f"- **90 % of the lost J for less than five points of utility**, the demo's aim: {aims_met(held)} "
+            "([every merge](evidence/repair.md))."
+        )
+    if full:
+        changed = " and ".join(
+            f"{points(separation_change(sides(one, HALF), sides(one, FINE_TUNED))[0])} points of J by Δs on the lowest "
+            f"half, {points(separation_change(sides(one, PAPER), sides(one, UNIFORM))[0])} by the paper's gate against "
+            "uniform"
+            for one in full
+        )
+        families = "one family" if len(full) == 1 else f"{len(full)} families"
+        told.append(f"- **V of full rank**, {families}: {changed} ([intervals](evidence/families.md#v-of-full-rank)).")
+    told.append("- [Every model of every family](evidence/families.md), with AUROC, both rates and utility.")
+    return "\n".join(told)
+
+
+def pages(
     families: Sequence[Outcomes], first: Path, aims: Sequence[Outcomes] = (), full: Sequence[Outcomes] = ()
-) -> str:
-    """The whole page.
+) -> dict[str, str]:
+    """The pages and pictures by name: what came out on one screen, and what stands behind it.
 
     Args:
         families: Those of the comparisons.
@@ -208,26 +309,22 @@ def text_of(
         aims: Families that were asked for the aim.
         full: Families with V of full rank.
     """
-    parts = [HEAD.rstrip(), carried_out(families)]
+    parts, found = [HEAD.rstrip(), carried_out(families)], {}
     if families:
-        parts += ["## Four comparisons", comparisons(families), NOTES.rstrip()]
-        parts += ["## What goes with it", BESIDE.rstrip(), beside(families)]
-        if held := aimed(families, aims):
-            parts += ["## 90 % of what was lost", AIM.rstrip(), aim_table(held), summary(held)]
-            if answers := by_answer(held):
-                parts += [ANSWERS.rstrip(), answers]
-        if told := taught(aims):
-            parts += [TAUGHT.rstrip(), told]
-        if full:
-            parts += ["## V of full rank", FULL.rstrip(), changes(full)]
-        parts += ["## The families", SETTING.rstrip()]
-        parts += [family_section(family) for family in (*families, *full)]
-    parts += ["## The study before", before(first), LIMITS.rstrip()]
-    return "\n\n".join(parts) + "\n"
+        held = aimed(families, aims)
+        parts += [comparisons(families), f"![Differences of every family](evidence/{PICTURE})", NOTES.rstrip()]
+        parts.append(in_short(held, full))
+        found = {f"evidence/{PICTURE}": picture(families), FAMILIES_PAGE: families_page(families, full)}
+        if held:
+            found |= {AIM_PAGE: aim_page(held, aims), f"evidence/{AIM_PICTURE}": aim_picture(held)}
+    parts += [before(first), LIMITS.rstrip()]
+    return {PAGE: "\n\n".join(parts) + "\n"} | found
 
 
-def write_page(outcomes: Path, page: Path, aims: Path) -> None:
-    """Writes the page from the folders of outcomes."""
-    found = (read_families(folder) for folder in (outcomes, aims, outcomes_beside(outcomes)))
-    families, aimed_at, full = found
-    write_file(page, text_of(families, outcomes.parent, aimed_at, full))
+def write_pages(outcomes: Path, docs: Path, aims: Path) -> None:
+    """Writes the pages into a folder of documentation, from the folders of outcomes."""
+    read_in = (read_families(folder) for folder in (outcomes, aims, outcomes_beside(outcomes)))
+    families, aimed_at, full = read_in
+    for name, text in pages(families, outcomes.parent, aimed_at, full).items():
+        (docs / name).parent.mkdir(parents=True, exist_ok=True)
+        write_file(docs / name, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
 from benchmarks.study.outcomes import Outcomes, read
-from benchmarks.study.page import carried_out, read_families, text_of, write_page
+from benchmarks.study.page import carried_out, pages, read_families, write_pages
 from safemerge_recipes.evaluation.tasks import studies
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -50,6 +51,11 @@ def family(place: int, *, carry: float | None = 0.3, draws: int = 20, n: int = 1
     return found
 
 
+def text_of(*given) -> str:
+    """All pages, one after the other, and the pictures."""
+    return "\n".join(pages(given[0], DOCS / "evidence", *given[1:]).values())
+
+
 def row(text: str, letter: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(f"| **{letter}**"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
@@ -82,7 +88,7 @@ def test_a_safety_adapter_that_carries_nothing_counts_only_where_it_is_not_merge
     told = carried_out(found)
     assert f"Failed the carry check, and left out of A, B and C: {FAMILIES[1].name}." in told
     assert f"Without a carry check, and left out of A, B and C: {FAMILIES[2].name}." in told
-    assert "**failed**" in text_of(found, DOCS / "evidence")
+    assert "**failed**" in text_of(found)
 
 
 def test_two_families_that_agree_are_called_neither_equivalent_nor_not_inferior():
@@ -101,7 +107,7 @@ def test_two_families_that_agree_are_called_neither_equivalent_nor_not_inferior(
 def test_one_family_says_nothing_of_others_and_a_part_says_that_it_is_one():
     one = family(0, draws=3)
     one.head["settings"] = {"limit": 90, "tokens": 32, "published": False}
-    page = text_of([one], DOCS / "evidence")
+    page = text_of([one])
     assert row(page, "A")[-1] == "one family says nothing of others"
     told = " ".join(page.split())
     assert "1 of 16 families, the first 90 prompts of each task, the shipped prompts alone" in told
@@ -130,7 +136,7 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert brought_back(*held[1]) == pytest.approx(0.4, abs=0.15)
     assert f"qa: {100 * brought_back(*held[1]):.0f} % of the lost J" in summary(held)
     assert "one family, which says nothing of others" in summary(held)
-    page = text_of(outcomes, DOCS / "evidence", aims)
+    page = text_of(outcomes, aims)
     assert aim_table(held) in page
     chosen = aimed(outcomes, [*aims, family(0, **levels, **{CHOSEN: 0.5})])
     assert [model for _, model in chosen] == [CHOSEN, CHOSEN], "sums that were chosen for stand there once"
@@ -146,7 +152,7 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert f"qa-balanced: {100 * brought_back(taught, CHOSEN):.0f} % of the lost J" in told, "told apart from qa"
     assert "*balanced*" not in page
     name = taught.head["family"]["name"]
-    alone = text_of(outcomes, DOCS / "evidence", [*aims, taught]).split("*balanced*")[1]
+    alone = text_of(outcomes, [*aims, taught]).split("*balanced*")[1]
     assert re.search(rf"\| {name} \| 6\d \| [78]\d \|", alone), "the aligned model's J, and with Δs"
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
@@ -177,8 +183,24 @@ def test_outcomes_come_back_as_they_were_written(tmp_path: Path):
 
 
 def test_the_page_is_made_from_the_outcomes_that_ship(tmp_path: Path):
-    write_page(DOCS / "evidence" / "outcomes", tmp_path / "evidence.md", DOCS / "evidence" / "aim")
-    assert (tmp_path / "evidence.md").read_text() == (DOCS / "evidence.md").read_text(), "make study PART=report"
+    write_pages(DOCS / "evidence" / "outcomes", tmp_path, DOCS / "evidence" / "aim")
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 5
+    for path in written:
+        assert (tmp_path / path).read_text() == (DOCS / path).read_text(), f"{path}: make study PART=report"
+
+
+def test_what_came_out_is_one_screen_and_every_family_is_in_its_pictures():
+    assert len((DOCS / "evidence.md").read_text().splitlines()) < 45
+    found = [family(place) for place in range(4)]
+    written = pages(found, DOCS / "evidence")
+    assert "comparisons.svg" in written["evidence.md"]
+    assert set(written) == {"evidence.md", "evidence/families.md", "evidence/comparisons.svg"}, "no aim was asked for"
+    picture = ElementTree.fromstring(written["evidence/comparisons.svg"])
+    titles = [str(one.text) for one in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == 3 * 4 * 4, "a mark for each comparison, quantity and family"
+    mean = sum(float(one.split()[-1]) for one in titles if one.startswith("A") and ": J " in one) / 4
+    assert mean == pytest.approx(float(row(written["evidence.md"], "A")[1].replace("−", "-")), abs=0.1)
 
 
 def test_readme_says_what_came_out():
@@ -203,10 +225,10 @@ def test_families_of_full_rank_are_told_one_by_one_beside_the_comparisons():
     full = family(0)
     full.head["family"]["name"] += "-full-rank"
     others = [family(place) for place in range(4)]
-    page = text_of(others, DOCS / "evidence", (), [full])
+    page = text_of(others, (), [full])
     assert comparisons(others) in page, "they change nothing there"
     rows = [line for line in page.splitlines() if line.startswith("| 01-arithmetic-full-rank |")]
     assert [line.split("**")[1] for line in rows] == ["A", "C", "D"]
     assert float(rows[1].split("|")[3]) == pytest.approx(50, abs=6), "C, as the family was made"
     assert "<b>01-arithmetic-full-rank</b>" in page
-    assert "V of full rank" not in text_of(others, DOCS / "evidence")
+    assert "V of full rank" not in text_of(others)
