@@ -17,7 +17,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,21 +217,24 @@ def timed(operands: tuple[Weight, Weight], effort: Effort, times: int = 1) -> tu
     return found, seconds
 
 
-def by_side(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
-    """Measure single square matrices both ways: CPU seconds of one thread, ρ and its interval."""
+def square_pairs(where: Path, sides: Sequence[int]) -> Iterator[tuple[dict[str, Any], tuple[Weight, Weight]]]:
+    """Single square matrices of each spectrum, with what they are; torch takes one thread."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
     torch.set_num_threads(1)
-    rows = []
     for side, flat in itertools.product(sides, (False, True)):
-        operands = square_pair(side, flat, draw, where)
+        yield {"side": side, "spectrum": "flat" if flat else "falling"}, square_pair(side, flat, draw, where)
+
+
+def by_side(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure single square matrices both ways: CPU seconds of one thread, ρ and its interval."""
+    rows = []
+    for row, operands in square_pairs(where, sides):
         (sketch, sketch_s), (exact, exact_s) = timed(operands, "sketch"), timed(operands, "exact")
-        rows.append({
-            "side": side, "spectrum": "flat" if flat else "falling", "rho": exact.rho, "sketch": sketch.rho,
-            "half_width": sketch.rho_error, "sketch_s": sketch_s, "exact_s": exact_s,
-        })  # fmt: skip
-        print(f"  {side} × {side}, {rows[-1]['spectrum']:8} ρ {exact.rho:.4f}, sketched {sketch.rho:.4f} "
+        row |= {"rho": exact.rho, "sketch": sketch.rho, "half_width": sketch.rho_error}
+        rows.append(row | {"sketch_s": sketch_s, "exact_s": exact_s})
+        print(f"  {row['side']} × {row['side']}, {row['spectrum']:8} ρ {exact.rho:.4f}, sketched {sketch.rho:.4f} "
               f"± {sketch.rho_error:.2g}: {sketch_s:.2f} s against {exact_s:.2f} s: "
               f"{exact_s / sketch_s:.1f} ×", flush=True)  # fmt: skip
     return rows
@@ -241,12 +244,8 @@ def matrix_units(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
     """The same matrices where float32 products may be made of bfloat16 ones, as a prefilter would: what that saves."""
     import torch
 
-    draw = torch.Generator().manual_seed(0)
-    torch.set_num_threads(1)
     rows = []
-    for side, flat in itertools.product(sides, (False, True)):
-        operands = square_pair(side, flat, draw, where)
-        row: dict[str, Any] = {"side": side, "spectrum": "flat" if flat else "falling"}
+    for row, operands in square_pairs(where, sides):
         for precision, effort in itertools.product(("ieee", "bf16"), EFFORTS):
             torch.backends.mkldnn.matmul.fp32_precision = precision
             found, seconds = timed(operands, effort, 3)
@@ -255,7 +254,7 @@ def matrix_units(where: Path, sides: Sequence[int]) -> list[dict[str, Any]]:
         for effort in EFFORTS:
             one, two = row[f"{effort} ieee"], row[f"{effort} bf16"]
             saved = one["cpu_s"] / two["cpu_s"]
-            print(f"  {side} × {side}, {row['spectrum']:8} {effort}: ρ {one['rho']:.6f} and {two['rho']:.6f}, "
+            print(f"  {row['side']}², {row['spectrum']:8} {effort}: ρ {one['rho']:.6f} and {two['rho']:.6f}, "
                   f"{one['cpu_s']:.3f} and {two['cpu_s']:.3f} s: {saved:.2f} ×", flush=True)  # fmt: skip
     return rows
 
