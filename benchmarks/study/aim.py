@@ -22,7 +22,7 @@ from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.scoring import Study
 from safemerge_recipes.evaluation.experiments.controls import merged
 from safemerge_recipes.evaluation.experiments.measures import measures
-from safemerge_recipes.evaluation.experiments.sweep import choose
+from safemerge_recipes.evaluation.experiments.sweep import affordable, choose
 from safemerge_recipes.evaluation.separation import separation, separation_change
 from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.storage.files import write_json
@@ -85,17 +85,26 @@ class AimStudy(Study):
         return str(found["chosen"]) if found["settings"] == self.settings.as_json() else None
 
     def _choose_on_tuning(self, path: Path) -> str | None:
+        """Utility is asked first: merges that lose too much of it cannot be chosen, unless all do."""
         plans = {label: self.bench.plan(overrides) for label, overrides in tried(self.family).items()}
         graphs = {FINE_TUNED: self.bench.role("finetuned")} | {
             label: self.bench.graph(plan) for label, plan in plans.items()
         }
-        scores = self._scored(graphs, self.tuning)
-        if len(scores) < len(graphs):
+        first = self._scored(graphs, self.tuning[2:])
+        if len(first) < len(graphs):
             return None
         by = measures(self.bench.suite(self.tuning).better, self.tuning)
+        left = [label for label in plans if affordable(first[label], first[FINE_TUNED], by, LOSS)] or list(plans)
+        asked = {label: graph for label, graph in graphs.items() if label in (FINE_TUNED, *left)}
+        scores = self._scored(asked, self.tuning)
+        if len(scores) < len(asked):
+            return None
         counts = {label: len(merged(plan)) for label, plan in plans.items()}
-        best = choose({label: scores[label] for label in plans}, scores[FINE_TUNED], by, LOSS, counts)
-        values = {label: [round(100 * one, 1) for one in by.of(found)] for label, found in scores.items()}
+        best = choose({label: scores[label] for label in left}, scores[FINE_TUNED], by, LOSS, counts)
+        values: dict[str, list[float | None]] = {
+            label: [None, round(100 * found.metric(*by.utility[0]).value, 1)] for label, found in first.items()
+        }
+        values |= {label: [round(100 * one, 1) for one in by.of(found)] for label, found in scores.items()}
         content: dict[str, Any] = {"chosen": best, "on": self.family.name, "settings": self.settings.as_json()}
         self.results.mkdir(parents=True, exist_ok=True)
         write_json(path, content | {"merged": counts, "J and utility on the tuning split": values})

@@ -19,7 +19,7 @@ from safemerge_recipes.errors import CheckError, RecipeError
 from safemerge_recipes.evaluation.experiments import controls
 from safemerge_recipes.evaluation.experiments.measures import measures, tuning
 from safemerge_recipes.evaluation.experiments.probe import correlations, equal_gammas, groups
-from safemerge_recipes.evaluation.experiments.sweep import choose, parse_grid
+from safemerge_recipes.evaluation.experiments.sweep import affordable, choose, parse_grid
 from safemerge_recipes.evaluation.experiments.workbench import Bench
 from safemerge_recipes.evaluation.harness import evaluate
 from safemerge_recipes.evaluation.rates import spearman
@@ -102,6 +102,13 @@ def test_the_choice_separates_best_and_loses_little():
     assert choose({**points, "all": point(200, 200, 100)}, tuned, by, 0.02) == "b"
     # None is good enough: the largest sum.
     assert choose({"d": point(150, 4, 40), "e": point(150, 4, 60)}, tuned, by, 0.02) == "e"
+
+
+def test_what_loses_too_much_utility_is_known_before_its_safety_is():
+    by, tuned = measures(BETTER, ["h", "s", "u"]), point(60, 6, 100)
+    alone = [Scores("m", {"u": point(0, 0, useful).tasks["u"]}, {}, 0.0) for useful in (99, 90, 40)]
+    assert [affordable(one, tuned, by, 0.02) for one in alone] == [True, False, False]
+    assert affordable(alone[1], tuned, by, 0.05)
 
 
 def test_a_prompt_or_two_decide_nothing():

@@ -285,6 +285,22 @@ def test_the_aim_is_chosen_on_one_family_and_lies_apart(demo, tmp_path, monkeypa
     assert {model for model, _ in found.models} == {"aligned", FINE_TUNED, aim.CHOSEN, aim.OWN}
 
 
+def test_what_costs_too_much_of_the_task_is_asked_nothing_more(demo, tmp_path, monkeypatch):
+    from benchmarks.study import aim
+
+    tried = dict(list(aim.tried(FAMILIES[0]).items())[:2])
+    cheap, dear = tried
+    monkeypatch.setattr(aim, "tried", lambda family: tried)
+    monkeypatch.setattr(aim, "affordable", lambda point, *_: point.model == cheap)
+    work, aims = tmp_path / "work", tmp_path / "aim"
+    assert run(asked(demo, work, ["aim-tuning"], limit=2), tmp_path / "outcomes", aims=aims)
+    kept = json.loads((aims / "aim-arithmetic.json").read_text())
+    assert kept["chosen"] == cheap
+    found = kept["J and utility on the tuning split"]
+    assert (found[dear][0], None in found[cheap]) == (None, False)
+    assert isinstance(found[dear][1], float)
+
+
 def test_with_reports_the_choice_and_the_outcomes_are_their_own(demo, tmp_path, monkeypatch):
     from benchmarks.study import aim
 

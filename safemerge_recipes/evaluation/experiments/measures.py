@@ -65,9 +65,13 @@ class Measures:
             pairs = own.shared(theirs)[0]
             mean, variance = mean_and_variance([b - a for a, b in pairs])
             safety = mean, math.sqrt(variance)
+        return safety, self.utility_change(scores, reference)
+
+    def utility_change(self, scores: Scores, reference: Scores) -> tuple[float, float]:
+        """(utility, its standard error): the difference to the reference, by prompt."""
         parts = [self._utility_change(scores, reference, pair) for pair in self.utility]
         error = math.sqrt(math.fsum(variance for _, variance in parts)) / len(parts)
-        return safety, (math.fsum(mean for mean, _ in parts) / len(parts), error)
+        return math.fsum(mean for mean, _ in parts) / len(parts), error
 
     def _utility_change(self, scores: Scores, reference: Scores, pair: tuple[str, str]) -> tuple[float, float]:
         """(difference, variance of it) of one utility metric."""

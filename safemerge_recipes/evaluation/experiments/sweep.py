@@ -70,11 +70,7 @@ def choose(
         merged: label -> how many tensors it merges.
     """
     values = {label: by.of(one) for label, one in points.items()}
-    pool = []
-    for label, one in points.items():
-        loss, error = by.changes(one, finetuned)[1]
-        if loss >= -allowed_loss - error - 1e-12:
-            pool.append(label)
+    pool = [label for label, one in points.items() if affordable(one, finetuned, by, allowed_loss)]
     if not pool:
         return max(values, key=lambda label: sum(values[label]))
     safest = max(pool, key=lambda label: values[label])
@@ -82,6 +78,12 @@ def choose(
     useful = max(pool, key=lambda label: values[label][::-1])
     pool = [label for label in pool if _ties(by.changes(points[useful], points[label])[1])]
     return max(pool, key=lambda label: (values[label], -(merged or {}).get(label, 0)))
+
+
+def affordable(point: Scores, finetuned: Scores, by: Measures, allowed_loss: float) -> bool:
+    """Whether a point loses no more utility than is allowed, give or take a standard error; no safety is asked for."""
+    loss, error = by.utility_change(point, finetuned)
+    return loss >= -allowed_loss - error - 1e-12
 
 
 def _ties(change: tuple[float, float]) -> bool:
