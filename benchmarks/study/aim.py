@@ -223,6 +223,18 @@ def by_answer(held: Sequence[tuple[Outcomes, str]]) -> str:
     return table(["family", "merge", *(f"{answer}, right %" for answer in studies.ANSWERS)], rows) if rows else ""
 
 
+def choices(folder: Path) -> str:
+    """What was tried on the tuning split, by the families that a choice was made for; empty where nothing was."""
+    rows = []
+    for path in sorted(folder.glob("aim-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for label, (value, skill) in found["J and utility on the tuning split"].items():
+            told = f"**{label}**" if label == found["chosen"] else label
+            scope = path.stem.removeprefix("aim-")
+            rows.append([scope, found["on"], told, "not asked" if value is None else f"{value:.0f}", f"{skill:.0f}"])
+    return table(["chosen for", "on", "merge", "J", "right %"], rows) if rows else ""
+
+
 def taught(aims: Sequence[Outcomes]) -> str:
     """What safety adapters of other rows make of the aligned model, by themselves; empty where none was asked."""
     rows = []

@@ -134,11 +134,7 @@ OTHER_SAFETY = (
         if (one.alignment_seed, one.safety_seed) == (1, 3)
         for rows in (SAFETY_BALANCED, SAFETY_WITH_FACTS, SAFETY_MEAN)
     ),
-    *(
-        replace(one, safety_seed=13)
-        for one in FAMILIES
-        if (one.task, one.alignment_seed, one.safety_seed) == ("qa", 1, 3)
-    ),
+    *(replace(one, task="qa", safety_seed=13) for one in FAMILIES if (one.alignment_seed, one.safety_seed) == (1, 3)),
 )
 """Families of reports with safety adapters of other rows, of the other seed, or the mean of both seeds; not of the
 comparisons, asked for the aim alone."""
