@@ -95,12 +95,16 @@ What reports a merge loses, by their answer, before → after:
 """
 
 TAUGHT = """*balanced*: nothing in the safety rows says yes, and some of the refusals say no. These are left out, and
-forty plain questions of everyday facts come in, half answered with yes and half with no. It was made
-because of what 02 and 10 lose, so it is exploratory. What is lost changes sides with it; but the rows are
-not all of it, as 05 has a safety adapter of the first rows under another seed and loses nothing, and two
-things were changed at once, under one seed, and other merges were chosen. Forty of the task's own reports
-among the harmless rows, tried before, made it worse on the tuning split and were given up there
-([pre-registration](../preregistration.md)). What the adapter alone makes of the aligned model:
+forty plain questions of everyday facts come in, half answered with yes and half with no. *safety-13*: the first rows
+under another seed, taken on the tuning split of 02 before the mean of both seeds' adapters (*mean*), which has less J
+there and more loss. 01 of it repeats 05 with adapters that were trained anew. Both were tried because of what 02 and 10
+lose, so they are exploratory.
+
+Most of the lost J comes back with every one of these adapters; the skill stays with some pairs of a safety and a task
+adapter and not with others, and a choice made on 02 does not tell which: 10 loses *yes* with both seeds and *no* with
+the other rows. Look at the task's score by answer, on the model at hand. Forty of the task's own reports among the
+harmless rows made it worse on the tuning split and were given up there ([pre-registration](../preregistration.md)). What
+the balanced adapter alone makes of the aligned model:
 """
 
 TRIED = """## What was tried
