@@ -103,8 +103,8 @@ lose, so they are exploratory.
 Most of the lost J comes back with every one of these adapters; the skill stays with some pairs of a safety and a task
 adapter and not with others, and a choice made on 02 does not tell which: 10 loses *yes* with both seeds and *no* with
 the other rows. Look at the task's score by answer, on the model at hand. Forty of the task's own reports among the
-harmless rows made it worse on the tuning split and were given up there ([pre-registration](../preregistration.md)). What
-the balanced adapter alone makes of the aligned model:
+harmless rows made it worse on the tuning split and were given up there ([pre-registration](../preregistration.md)).
+What the balanced adapter alone makes of the aligned model:
 """
 
 TRIED = """## What was tried
