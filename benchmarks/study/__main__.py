@@ -4,10 +4,10 @@
 
 `train` makes the adapters that are missing, `choose` takes τ, α and λ on the tuning split of each task's first family,
 `carry` checks that the safety adapter has something to give, `score` asks every model on the test split, `draws` holds
-the gate against random choices, `report` writes the page; `aim` asks apart from them whether a merge chosen for the
-task, or with `aim-own` for the family, brings 90 % of the lost J back (benchmarks/study/aim.py). Without a part all are
-run. A call that was stopped, or reached `--minutes`, goes on where it stopped; several may run beside each other on
-different families (`--only`).
+the gate against random choices, `report` writes the pages; `aim` asks apart from them whether a merge chosen for the
+task, or with `aim-own` for the family, brings 90 % of the lost J back (benchmarks/study/aim.py), and `aim-tuning` makes
+that choice without a look at the test split. Without a part all are run. A call that was stopped, or reached
+`--minutes`, goes on where it stopped; several may run beside each other on different families (`--only`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(given: argparse.Namespace, results: Path = RESULTS, docs: Path = DOCS, a
     settings = Settings(given.limit, given.tokens, not given.shipped, given.draws, given_choice(given.choice), deadline)
     parts = given.parts or list(PARTS)
     done = train(families, places, deadline, console) if "train" in parts else True
-    scored = [part for part in ("choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own") if part in parts]
+    scored = [part for part in PARTS if part in parts and part not in ("train", "report")]
     for family in families if scored else ():
         missing = [adapter.name for adapter in family.adapters if not places.has(adapter)]
         if missing:

@@ -304,15 +304,15 @@ def in_short(held: Sequence[tuple[Outcomes, str]], full: Sequence[Outcomes]) -> 
             f"- **90 % of the lost J for less than five points of utility**, the demo's aim: {aims_met(held)} "
             "([every merge](evidence/repair.md))."
         )
-    if full:
+    if asked := [one for one in full if scored(one, HALF, FINE_TUNED, PAPER, UNIFORM)]:
         changed = " and ".join(
             f"{points(separation_change(sides(one, HALF), sides(one, FINE_TUNED))[0])} points of J by Δs on the lowest "
             f"half, {points(separation_change(sides(one, PAPER), sides(one, UNIFORM))[0])} by the paper's gate against "
             "uniform"
-            for one in full
+            for one in asked
         )
-        families = "one family" if len(full) == 1 else f"{len(full)} families"
-        told.append(f"- **V of full rank**, {families}: {changed} ([intervals](evidence/families.md#v-of-full-rank)).")
+        count = "one family" if len(asked) == 1 else f"{len(asked)} families"
+        told.append(f"- **V of full rank**, {count}: {changed} ([intervals](evidence/families.md#v-of-full-rank)).")
     told.append("- [Every model of every family](evidence/families.md), with AUROC, both rates and utility.")
     return "\n".join(told)
 
@@ -347,8 +347,7 @@ def pages(
 
 def write_pages(outcomes: Path, docs: Path, aims: Path) -> None:
     """Writes the pages into a folder of documentation, from the folders of outcomes."""
-    read_in = (read_families(folder) for folder in (outcomes, aims, outcomes_beside(outcomes)))
-    families, aimed_at, full = read_in
+    families, aimed_at, full = (read_families(folder) for folder in (outcomes, aims, outcomes_beside(outcomes)))
     for name, text in pages(families, outcomes.parent, aimed_at, full, choices(aims)).items():
         (docs / name).parent.mkdir(parents=True, exist_ok=True)
         write_file(docs / name, text)

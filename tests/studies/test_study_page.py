@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,7 +11,18 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
-from benchmarks.study.aim import CHOSEN, OWN, TAUGHT, aim_table, aimed, brought_back, by_answer, summary
+from benchmarks.study.aim import (
+    CHOSEN,
+    OWN,
+    TAUGHT,
+    aim_table,
+    aimed,
+    aims_met,
+    brought_back,
+    by_answer,
+    choices,
+    summary,
+)
 from benchmarks.study.families import FAMILIES
 from benchmarks.study.findings import beside, comparisons
 from benchmarks.study.models import ALIGNED, DRAW, EVERYWHERE, FINE_TUNED, GATED, HALF, PAPER, UNIFORM, Choice
@@ -133,6 +145,7 @@ def test_what_is_brought_back_is_held_against_the_aim():
     assert "| λ = 1 on the lowest 50 % | 5" in first
     assert first.endswith("| met |")
     assert second.endswith("| missed |")
+    assert aims_met(held) == "arithmetic 1 of 1; qa 0 of 1"
     assert brought_back(*held[1]) == pytest.approx(0.4, abs=0.15)
     assert f"qa: {100 * brought_back(*held[1]):.0f} % of the lost J" in summary(held)
     assert "one family, which says nothing of others" in summary(held)
@@ -157,6 +170,18 @@ def test_what_is_brought_back_is_held_against_the_aim():
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
+
+
+def test_what_was_tried_is_told_also_where_no_j_was_asked_for(tmp_path: Path):
+    assert choices(tmp_path) == ""
+    tried = {"fine-tuned": [7.8, 98.9], "λ = 1": [36.7, 95.6], "λ = 2": [None, 74.4]}
+    content = {"chosen": "λ = 1", "on": "02-qa", "J and utility on the tuning split": tried}
+    (tmp_path / "aim-qa.json").write_text(json.dumps(content))
+    assert choices(tmp_path).splitlines()[2:] == [
+        "| qa | 02-qa | fine-tuned | 8 | 99 |",
+        "| qa | 02-qa | **λ = 1** | 37 | 96 |",
+        "| qa | 02-qa | λ = 2 | not asked | 74 |",
+    ]
 
 
 def test_lost_reports_are_told_by_their_answer():
@@ -232,3 +257,7 @@ def test_families_of_full_rank_are_told_one_by_one_beside_the_comparisons():
     assert float(rows[1].split("|")[3]) == pytest.approx(50, abs=6), "C, as the family was made"
     assert "<b>01-arithmetic-full-rank</b>" in page
     assert "V of full rank" not in text_of(others)
+    del full.models[HALF, "safemerge_refusal"]
+    begun = pages(others, DOCS / "evidence", (), [full])
+    assert "V of full rank" not in begun["evidence.md"], "a family that is not scored yet is no reason to stop"
+    assert "| **A**" in begun["evidence/families.md"]
