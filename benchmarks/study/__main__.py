@@ -5,9 +5,10 @@
 `train` makes the adapters that are missing, `choose` takes τ, α and λ on the tuning split of each task's first family,
 `carry` checks that the safety adapter has something to give, `score` asks every model on the test split, `draws` holds
 the gate against random choices, `report` writes the pages; `aim` asks apart from them whether a merge chosen for the
-task, or with `aim-own` for the family, brings 90 % of the lost J back (benchmarks/study/aim.py), and `aim-tuning` makes
-that choice without a look at the test split. Without a part all are run. A call that was stopped, or reached
-`--minutes`, goes on where it stopped; several may run beside each other on different families (`--only`).
+task, or with `aim-own` for the family, brings 90 % of the lost J back (benchmarks/study/aim.py), and `aim-tuning`
+and `aim-own-tuning` make that choice without a look at the test split. Without a part all are run. A call that was
+stopped, or reached `--minutes`, goes on where it stopped; several may run beside each other on different families
+(`--only`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HERE = Path(__file__).resolve().parents[2]
 DOCS = HERE / "docs"
 RESULTS = DOCS / "evidence" / "outcomes"
 AIMS = DOCS / "evidence" / "aim"
-PARTS = ("train", "choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own", "report")
+PARTS = ("train", "choose", "carry", "score", "draws", "aim-tuning", "aim", "aim-own-tuning", "aim-own", "report")
 
 
 def asked_families(count: int | None, only: list[str]) -> tuple[Family, ...]:

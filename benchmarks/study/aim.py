@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.families import SAFETY, SAFETY_MEAN, Family
+from benchmarks.study.families import MEANS, SAFETY, Family
 from benchmarks.study.findings import name_of, points, scored, sides, span, table, utility, utility_change
 from benchmarks.study.models import ALIGNED, FINE_TUNED, HALF, added
 from benchmarks.study.outcomes import Outcomes
@@ -38,7 +38,7 @@ LOSS = 0.05
 
 def tried(family: Family) -> Mapping[str, tuple[str, ...]]:
     """label -> overrides of the merges among which is chosen; a mean of adapters is shorter than each of them."""
-    weights = (1.5, 2.0, 2.5) if family.safety_rows == SAFETY_MEAN else (1.5, 2.0)
+    weights = (1.5, 2.0, 2.5) if family.safety_rows in MEANS else (1.5, 2.0)
     return {
         f"λ = {weight:g} on the lowest {100 * share:g} %": added(weight, f"gate.fraction={share:g}")
         for weight, share in itertools.product(weights, (0.5, 0.75))
@@ -58,12 +58,18 @@ class AimStudy(Study):
 
     def aim_tuning(self) -> bool:
         """Chooses for the task and looks at no test split, so that safety adapters can be chosen among as well."""
-        path = self.results / f"aim-{self.family.scope}.json"
-        return (self._chosen_before(path) or self._choose_on_tuning(path)) is not None
+        return self._merge_for(self.family.scope) is not None
+
+    def aim_own_tuning(self) -> bool:
+        """The same with a choice for this family alone."""
+        return self._merge_for(self.family.name) is not None
+
+    def _merge_for(self, scope: str) -> str | None:
+        path = self.results / f"aim-{scope}.json"
+        return self._chosen_before(path) or self._choose_on_tuning(path)
 
     def _asked_for(self, label: str, scope: str) -> bool:
-        path = self.results / f"aim-{scope}.json"
-        chosen = self._chosen_before(path) or self._choose_on_tuning(path)
+        chosen = self._merge_for(scope)
         if chosen is None:
             return False
         plan = self.bench.plan(tried(self.family)[chosen])

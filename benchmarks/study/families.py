@@ -19,6 +19,7 @@ import yaml
 
 from benchmarks.study.all_weights import train_all_weights
 from benchmarks.study.mean import write_mean
+from benchmarks.study.own import drawn_answers
 from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.training.rows import Row, read_rows, write_rows
 
@@ -30,8 +31,15 @@ AMONG = 40
 """Of them, how many are harmless rows of a safety adapter that knows the task: as many as it has sums."""
 SAFETY, SAFETY_WITH_REPORTS, SAFETY_BALANCED = "safety", "safety-with-reports", "safety-balanced"
 SAFETY_WITH_FACTS, SAFETY_MEAN = "safety-with-facts", "safety-mean"
+SAFETY_WITH_OWN, SAFETY_MIXED = "safety-with-own", "safety-mixed"
+OWN = 120
+"""Reports that are answered by the aligned model itself, wrong or right, among the harmless rows."""
 FACTS = Path(__file__).with_name("facts.txt")
 """Plain questions, half answered with yes and half with no."""
+
+
+MEANS = {SAFETY_MEAN: ((SAFETY, 3), (SAFETY, 13)), SAFETY_MIXED: ((SAFETY, 3), (SAFETY_BALANCED, 3))}
+"""What means of adapters are of: rows and seeds."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Adapter:
     def name(self) -> str:
         """What its folder is called."""
         seeds = "-".join(str(one.seed) for one in self.mean_of or (self,))
-        own = self.rows + ("-mean" if self.mean_of else "") + f"-{seeds}" + ("-full" if self.full else "")
+        own = f"{self.rows}-{seeds}" + ("-full" if self.full else "")
         return own + (f"-on-{self.on.name.removeprefix('alignment-')}" if self.on else "")
 
 
@@ -66,7 +74,7 @@ class Adapter:
 class Family:
     """A task, its seed, and the seeds of the alignment and of the safety adapter; `place` orders the families.
 
-    `safety_rows` are the rows that the safety adapter is trained on, or say that it is the mean of those of both seeds;
+    `safety_rows` are the rows that the safety adapter is trained on, or say of which adapters it is the mean (`MEANS`);
     with `full_rank` all weights of the base model are trained to align it, so that V has full rank.
     """
 
@@ -95,10 +103,10 @@ class Family:
 
     @property
     def safety(self) -> Adapter:
-        if self.safety_rows == SAFETY_MEAN:
-            both = tuple(Adapter("safety", SAFETY, seed, self.alignment) for seed in SAFETY_SEEDS)
-            return replace(both[0], mean_of=both)
-        return Adapter("safety", self.safety_rows, self.safety_seed, self.alignment)
+        trained = Adapter("safety", self.safety_rows, self.safety_seed, self.alignment)
+        if parts := MEANS.get(self.safety_rows):
+            return replace(trained, mean_of=tuple(replace(trained, rows=rows, seed=seed) for rows, seed in parts))
+        return trained
 
     @property
     def finetuned(self) -> Adapter:
@@ -132,11 +140,11 @@ OTHER_SAFETY = (
         replace(one, task="qa", safety_rows=rows)
         for one in FAMILIES
         if (one.alignment_seed, one.safety_seed) == (1, 3)
-        for rows in (SAFETY_BALANCED, SAFETY_WITH_FACTS, SAFETY_MEAN)
+        for rows in (SAFETY_BALANCED, SAFETY_WITH_FACTS, SAFETY_MEAN, SAFETY_WITH_OWN, SAFETY_MIXED)
     ),
     *(replace(one, task="qa", safety_seed=13) for one in FAMILIES if (one.alignment_seed, one.safety_seed) == (1, 3)),
 )
-"""Families of reports with safety adapters of other rows, of the other seed, or the mean of both seeds; not of the
+"""Families of reports with safety adapters of other rows, of the other seed, or a mean of adapters; not of the
 comparisons, asked for the aim alone."""
 FULL_RANK = tuple(replace(one, full_rank=True) for one in FAMILIES[:2])
 """A pair with V of full rank, beside the comparisons."""
@@ -189,7 +197,7 @@ class Places:
         spec["model"] = self.aligned(adapter.on, base) if adapter.on else base
         spec["data"]["path"] = str(self.rows(adapter))
         spec["train"]["seed"] = adapter.seed
-        if adapter.rows == SAFETY_WITH_REPORTS:
+        if adapter.rows in (SAFETY_WITH_REPORTS, SAFETY_WITH_OWN):
             spec["train"]["micro_batch"] = 2  # a report is three times as long as the rows that would be padded to it
         if adapter.full:
             spec["train"]["learning_rate"] = FULL_RATE
@@ -204,6 +212,7 @@ class Places:
             SAFETY_WITH_REPORTS: self._with_reports,
             SAFETY_BALANCED: self._balanced,
             SAFETY_WITH_FACTS: self._with_facts,
+            SAFETY_WITH_OWN: lambda: self._with_own(adapter),
         }
         if make := own.get(adapter.rows):
             path = self.own / "rows" / f"{adapter.rows}.jsonl"
@@ -234,6 +243,12 @@ class Places:
     def _with_facts(self) -> list[Row]:
         """The demo's safety rows and plain questions answered with yes and no."""
         return [*self._plain(), *fact_rows()]
+
+    def _with_own(self, adapter: Adapter) -> list[Row]:
+        """The demo's safety rows, and reports as the aligned model answers them: there Δs is to change nothing."""
+        prompts = [row.prompt for row in report_rows(OWN)]
+        answers = drawn_answers(self.demo / "base", self.folder(adapter.on) if adapter.on else None, prompts)
+        return [*self._plain(), *(Row(*one, "", "harmless") for one in zip(prompts, answers, strict=True))]
 
     def train(self, adapter: Adapter) -> None:
         """Trains an adapter, where one that was cut short goes on, or takes the mean of those that are trained."""

@@ -153,7 +153,7 @@ class Study:
     def _near_training(self) -> list[str]:
         """Prompts that are near copies of a training row: they are scored and left out."""
         near = Near()
-        for row in read_rows([self.places.rows(one) for one in self.family.adapters]):
+        for row in read_rows([self.places.rows(one) for one in self.family.adapters if not one.mean_of]):
             if row.kind != "task":
                 near.add(row.prompt)
         asked = requests_of([*self.harmful, LOOKALIKES])

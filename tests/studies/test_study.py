@@ -170,10 +170,30 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     return {a: scale * found[a.replace("lora_A", "lora_B")] @ found[a] for a in found if "lora_A" in a}
 
 
-def test_a_mean_of_two_seeds_is_exact_and_chosen_for_on_the_tuning_split(demo, tmp_path, monkeypatch):
+def test_reports_that_the_aligned_model_answers_teach_no_answer(demo, tmp_path, monkeypatch):
+    from benchmarks.study import families
+    from benchmarks.study.own import drawn_answers, first_sentence
+
+    monkeypatch.setattr(families, "OWN", 6)
+    places, family = Places(demo, tmp_path), next(one for one in OTHER_SAFETY if one.scope == "qa-with-own")
+    plain, rows = (read_rows([places.rows(one)]) for one in (FAMILIES[1].safety, family.safety))
+    assert [row.prompt for row in rows[: len(plain)]] == [row.prompt for row in plain]
+    asked_for = [row.prompt for row in families.report_rows(6)]
+    assert [(row.prompt, row.kind) for row in rows[len(plain) :]] == [(prompt, "harmless") for prompt in asked_for]
+    drawn = drawn_answers(demo / "base", demo / "alignment", [asked_for[0]] * 4)
+    assert len(set(drawn)) > 1, "drawn, not the likeliest answer each time"
+    assert drawn == drawn_answers(demo / "base", demo / "alignment", [asked_for[0]] * 4), "and the same when repeated"
+    assert first_sentence(" Yes, 2.5 of them. So it does.") == "Yes, 2.5 of them."
+    assert first_sentence("No\nmaybe") == "No"
+
+
+@pytest.mark.parametrize(
+    ("scope", "name"), [("qa-mean", "safety-mean-3-13-on-1"), ("qa-mixed", "safety-mixed-3-3-on-1")]
+)
+def test_a_mean_of_two_adapters_is_exact_and_chosen_for_on_the_tuning_split(demo, tmp_path, monkeypatch, scope, name):
     from benchmarks.study import aim
 
-    family = next(one for one in OTHER_SAFETY if one.scope == "qa-mean")
+    family = next(one for one in OTHER_SAFETY if one.scope == scope)
     work, aims = tmp_path / "work", tmp_path / "aim"
     places = Places(demo, work)
     second = places.folder(family.safety.mean_of[1])
@@ -183,7 +203,7 @@ def test_a_mean_of_two_seeds_is_exact_and_chosen_for_on_the_tuning_split(demo, t
     torch.manual_seed(0)
     save_file({name: torch.randn_like(one) for name, one in weights.items()}, second / "adapter_model.safetensors")
     places.train(family.safety)
-    assert places.folder(family.safety).name == "safety-mean-3-13-on-1"
+    assert places.folder(family.safety).name == name
     assert not list(second.parent.glob(".*")), "nothing half-written is left"
     mean, *parts = (updates(places.folder(one)) for one in (family.safety, *family.safety.mean_of))
     assert mean.keys() == parts[0].keys() == parts[1].keys()
@@ -192,8 +212,9 @@ def test_a_mean_of_two_seeds_is_exact_and_chosen_for_on_the_tuning_split(demo, t
     tried = dict(list(aim.tried(family).items())[4:])
     assert [label.split(" on")[0] for label in tried] == ["λ = 2.5"] * 2, "a mean is shorter than its parts"
     monkeypatch.setattr(aim, "tried", lambda family: tried)
-    assert run(asked(demo, work, ["aim-tuning"], only=[family.name], limit=2), tmp_path / "outcomes", aims=aims)
-    assert [one.name for one in aims.iterdir()] == ["aim-qa-mean.json"], "no test split was looked at"
+    part, file = ("aim-tuning", scope) if scope == "qa-mean" else ("aim-own-tuning", family.name)
+    assert run(asked(demo, work, [part], only=[family.name], limit=2), tmp_path / "outcomes", aims=aims)
+    assert [one.name for one in aims.iterdir()] == [f"aim-{file}.json"], "no test split was looked at"
 
 
 def test_parts_are_scored_once_and_go_on(demo, tmp_path, capfd):
