@@ -19,7 +19,6 @@ import yaml
 
 from benchmarks.study.all_weights import train_all_weights
 from benchmarks.study.mean import write_mean
-from benchmarks.study.own import drawn_answers
 from safemerge_recipes.evaluation.tasks import studies
 from safemerge_recipes.training.rows import Row, read_rows, write_rows
 
@@ -32,10 +31,10 @@ AMONG = 40
 SAFETY, SAFETY_WITH_REPORTS, SAFETY_BALANCED = "safety", "safety-with-reports", "safety-balanced"
 SAFETY_WITH_FACTS, SAFETY_MEAN = "safety-with-facts", "safety-mean"
 SAFETY_WITH_OWN, SAFETY_MIXED = "safety-with-own", "safety-mixed"
-OWN = 120
-"""Reports that are answered by the aligned model itself, wrong or right, among the harmless rows."""
 FACTS = Path(__file__).with_name("facts.txt")
 """Plain questions, half answered with yes and half with no."""
+OWN = Path(__file__).with_name("own_answers.txt")
+"""What the demo's aligned model answered to the first reports by itself, drawn at temperature 1, a line each."""
 
 
 MEANS = {SAFETY_MEAN: ((SAFETY, 3), (SAFETY, 13)), SAFETY_MIXED: ((SAFETY, 3), (SAFETY_BALANCED, 3))}
@@ -212,7 +211,7 @@ class Places:
             SAFETY_WITH_REPORTS: self._with_reports,
             SAFETY_BALANCED: self._balanced,
             SAFETY_WITH_FACTS: self._with_facts,
-            SAFETY_WITH_OWN: lambda: self._with_own(adapter),
+            SAFETY_WITH_OWN: self._with_own,
         }
         if make := own.get(adapter.rows):
             path = self.own / "rows" / f"{adapter.rows}.jsonl"
@@ -244,11 +243,11 @@ class Places:
         """The demo's safety rows and plain questions answered with yes and no."""
         return [*self._plain(), *fact_rows()]
 
-    def _with_own(self, adapter: Adapter) -> list[Row]:
+    def _with_own(self) -> list[Row]:
         """The demo's safety rows, and reports as the aligned model answers them: there Δs is to change nothing."""
-        prompts = [row.prompt for row in report_rows(OWN)]
-        answers = drawn_answers(self.demo / "base", self.folder(adapter.on) if adapter.on else None, prompts)
-        return [*self._plain(), *(Row(*one, "", "harmless") for one in zip(prompts, answers, strict=True))]
+        answers = OWN.read_text(encoding="utf-8").splitlines()
+        rows = zip(report_rows(len(answers)), answers, strict=True)
+        return [*self._plain(), *(replace(row, answer=answer, kind="harmless") for row, answer in rows)]
 
     def train(self, adapter: Adapter) -> None:
         """Trains an adapter, where one that was cut short goes on, or takes the mean of those that are trained."""

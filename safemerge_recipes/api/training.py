@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safemerge_recipes.api.given import memory_of
+from safemerge_recipes.errors import RecipeError
 from safemerge_recipes.events import Listener, ignore
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ def prepare_safety_data(
     holdout: float = 0.0,
     keep_out: Sequence[Path] = (),
     drop_overlap: bool = False,
+    own_answers: Path | None = None,
+    answered_by: LoadedTraining | str | Path | None = None,
+    on_event: Listener = ignore,
 ) -> tuple[PreparedRows, list[Path]]:
     """Rows for a safety adapter, checked, cleaned and written; returns them and the files that hold them.
 
@@ -34,15 +38,31 @@ def prepare_safety_data(
         holdout: part of the rows that is held out.
         keep_out: files with further evaluation prompts to stay away from.
         drop_overlap: leave out rows near an evaluation prompt instead of refusing the set.
+        own_answers: rows of your task, whose prompts the model answers by itself: there the adapter changes nothing.
+        answered_by: the training file that names that model.
+        on_event: is told how many prompts are answered.
 
     Raises:
         RecipeError: a file cannot be read, harmful rows are answered, or rows are near evaluation prompts.
+        SafemergeError: the model cannot answer.
     """
+    from safemerge_recipes.recipe.training import load_training
     from safemerge_recipes.training.prepare import check_target, write_prepared
     from safemerge_recipes.training.prepare import prepare_safety_data as prepare
 
-    check_target(output, [*sources, *refuse, *keep_out])
+    if (own_answers is None) != (answered_by is None):
+        raise RecipeError(
+            "--own-answers and --answered-by go together: the task's rows, and the training file whose "
+            "model answers them"
+        )
+    check_target(output, [*sources, *refuse, *keep_out, *([own_answers] if own_answers else [])])
     found = prepare(sources, refuse, holdout=holdout, keep_out=keep_out, drop_overlap=drop_overlap)
+    if own_answers is not None and answered_by is not None:
+        from safemerge_recipes.training.own import own_rows
+
+        loaded = load_training(answered_by) if isinstance(answered_by, str | Path) else answered_by
+        own = own_rows(own_answers, loaded, on_event)
+        found = prepare(sources, refuse, holdout=holdout, keep_out=keep_out, drop_overlap=drop_overlap, own=own)
     return found, write_prepared(found, output)
 
 

@@ -66,14 +66,28 @@ def prepare_safety_data(
     drop_overlap: Annotated[
         bool, typer.Option("--drop-overlap", help="Leave out rows near an evaluation prompt instead of refusing.")
     ] = False,
+    own_answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--own-answers",
+            metavar="FILE",
+            help="Rows of your task; the model answers them itself, so that the adapter changes nothing there.",
+        ),
+    ] = None,
+    answered_by: Annotated[
+        Path | None,
+        typer.Option("--answered-by", metavar="FILE", help="The training file that names the model for --own-answers."),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Mix refusals with helpful answers, drop near copies, and keep every evaluation prompt out."""
     from safemerge_recipes import api
 
-    found, paths = api.prepare_safety_data(
-        output, sources or (), refuse or (), holdout=holdout, keep_out=keep_out or (), drop_overlap=drop_overlap
-    )
+    with watched(json_) as bar:
+        found, paths = api.prepare_safety_data(
+            output, sources or (), refuse or (), holdout=holdout, keep_out=keep_out or (), drop_overlap=drop_overlap,
+            own_answers=own_answers, answered_by=answered_by, on_event=bar,
+        )  # fmt: skip
     if json_:
         return write_json({"files": [str(path) for path in paths], **found.as_json()})
     screen = console(False)

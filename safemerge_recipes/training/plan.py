@@ -187,8 +187,8 @@ def _checked(
             "no harmless rows: an adapter trained on refusals alone learns to refuse everything; mix some in, "
             "`safemerge prepare-safety-data` makes such a set"
         )
-    if source.near_copies == "keep" or all(row.kind == "task" for row in rows):
-        return rows, 0  # sums resemble each other, and are meant to
+    if source.near_copies == "keep":
+        return rows, 0
     kept, copies = without_copies(rows)
     return kept, len(copies)
 

@@ -52,6 +52,7 @@ def prepare_safety_data(
     holdout: float = 0.0,
     keep_out: Sequence[Path] = (),
     drop_overlap: bool = False,
+    own: Sequence[Row] = (),
 ) -> PreparedRows:
     """Rows from files, checked and cleaned; the shipped set where none is named.
 
@@ -62,6 +63,7 @@ def prepare_safety_data(
         holdout: Part of the rows that goes into the held-out file.
         keep_out: Files with further evaluation prompts.
         drop_overlap: Leave out rows that are close to an evaluation prompt, instead of refusing the set.
+        own: Rows of a task that the model answers by itself (`training.own`).
 
     Raises:
         RecipeError: a file cannot be read, a harmful row's answer is no refusal (more than 2 %), or rows are close to
@@ -69,6 +71,7 @@ def prepare_safety_data(
     """
     given = list(sources) or ([] if refuse else [SHIPPED])
     rows = [_labelled(row) for row in read_rows(given)] + [row for path in refuse for row in _refused(path)]
+    rows += own
     if not rows:
         raise RecipeError("found no rows; expected some in the files")
     near = evaluation_prompts()

@@ -190,10 +190,15 @@ class Near:
 
 
 def without_copies(rows: Sequence[Row], overlap: float = 0.6) -> tuple[list[Row], list[Row]]:
-    """(rows that are not close to an earlier one, those that are), by their requests."""
+    """(rows that are not close to an earlier one, those that are), by their requests.
+
+    Rows of a task are all kept: sums resemble each other, and are meant to.
+    """
     near, kept, dropped = Near(overlap), [], []
     for row in rows:
-        if near.find(row.prompt) is None:
+        if row.kind == "task":
+            kept.append(row)
+        elif near.find(row.prompt) is None:
             near.add(row.prompt)
             kept.append(row)
         else:
@@ -204,14 +209,16 @@ def without_copies(rows: Sequence[Row], overlap: float = 0.6) -> tuple[list[Row]
 def nested(rows: Sequence[Row], seed: int, share: float | None) -> list[Row]:
     """Rows in an order whose every beginning has this share of harmless rows; with None all rows, in their own share.
 
+    Rows of a task count as harmless.
+
     The order within a kind is that of a hash of seed and row, so that it does not hang on the file's.
     """
 
     def place(row: Row) -> str:
         return hashlib.sha256(f"{seed}:{row.key}".encode()).hexdigest()
 
-    harmless = sorted((row for row in rows if row.kind == "harmless"), key=place)
-    others = sorted((row for row in rows if row.kind != "harmless"), key=place)
+    harmless = sorted((row for row in rows if row.kind in ("harmless", "task")), key=place)
+    others = sorted((row for row in rows if row.kind not in ("harmless", "task")), key=place)
     if not harmless or not others:
         return harmless + others
     total = len(rows)

@@ -147,7 +147,7 @@ def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
 
     loaded, training = plan.loaded, plan.loaded.training
     full, adapter = model_folders(loaded)
-    tokenizer = _tokenizer(loaded)
+    tokenizer = tokenizer_of(loaded)
     rows = list(plan.rows)
     cut = sum(n > training.train.max_length for n in lengths(rows, tokenizer, training.train))
     if cut > 0.05 * len(rows):
@@ -156,7 +156,7 @@ def _train(plan: TrainingPlan, part: Path, on_event: Listener) -> None:
             "tokens; expected at most 5 %. Raise it, or shorten the rows"
         )
     on_event(TrainingStep(plan.sizes[0], 0, plan.steps()[plan.sizes[0]]))
-    model, device, dtype = _model(loaded)
+    model, device, dtype = model_of(loaded)
     runs: dict[int, dict[str, Any]] = {}
     for size in plan.sizes:
         place = part / f"size-{size}"
@@ -185,7 +185,8 @@ def _write_record(folder: Path, record: dict[str, Any]) -> None:
     write_file(folder / "README.md", card(record))
 
 
-def _tokenizer(loaded: LoadedTraining) -> Any:
+def tokenizer_of(loaded: LoadedTraining) -> Any:
+    """The tokenizer of the model that a training file names, with the template it is trained in."""
     from safemerge_recipes.training.chat import load_tokenizer
 
     training = loaded.training
@@ -194,7 +195,7 @@ def _tokenizer(loaded: LoadedTraining) -> Any:
     return load_tokenizer(full.path, adapter.path if adapter else None, template, training.train)
 
 
-def _model(loaded: LoadedTraining) -> tuple[Any, str, str]:
+def model_of(loaded: LoadedTraining) -> tuple[Any, str, str]:
     """(the frozen model, its device, its dtype)."""
     full, adapter = model_folders(loaded)
     device = _device(loaded.training.train.device)
@@ -279,8 +280,8 @@ def _refusals(
             on_event(Note(f"scoring {name}"))
             if model is None:
                 check_extra()
-                model = _model(plan.loaded)[0]
-            tokenizer = tokenizer or _tokenizer(plan.loaded)
+                model = model_of(plan.loaded)[0]
+            tokenizer = tokenizer or tokenizer_of(plan.loaded)
             known[name] = asdict(refusals(model, tokenizer, folders, ask))
             write_file(file, json.dumps(known))
     return {name: Sides(**one) for name, one in known.items()}

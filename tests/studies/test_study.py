@@ -170,21 +170,17 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
     return {a: scale * found[a.replace("lora_A", "lora_B")] @ found[a] for a in found if "lora_A" in a}
 
 
-def test_reports_that_the_aligned_model_answers_teach_no_answer(demo, tmp_path, monkeypatch):
-    from benchmarks.study import families
-    from benchmarks.study.own import drawn_answers, first_sentence
-
-    monkeypatch.setattr(families, "OWN", 6)
+def test_reports_that_the_aligned_model_answers_teach_no_answer(demo, tmp_path):
     places, family = Places(demo, tmp_path), next(one for one in OTHER_SAFETY if one.scope == "qa-with-own")
-    plain, rows = (read_rows([places.rows(one)]) for one in (FAMILIES[1].safety, family.safety))
+    plain, rows, task = (read_rows([places.rows(one)]) for one in (FAMILIES[1].safety, family.safety, family.finetuned))
     assert [row.prompt for row in rows[: len(plain)]] == [row.prompt for row in plain]
-    asked_for = [row.prompt for row in families.report_rows(6)]
-    assert [(row.prompt, row.kind) for row in rows[len(plain) :]] == [(prompt, "harmless") for prompt in asked_for]
-    drawn = drawn_answers(demo / "base", demo / "alignment", [asked_for[0]] * 4)
-    assert len(set(drawn)) > 1, "drawn, not the likeliest answer each time"
-    assert drawn == drawn_answers(demo / "base", demo / "alignment", [asked_for[0]] * 4), "and the same when repeated"
-    assert first_sentence(" Yes, 2.5 of them. So it does.") == "Yes, 2.5 of them."
-    assert first_sentence("No\nmaybe") == "No"
+    added = rows[len(plain) :]
+    assert len(added) == 120
+    answers = {row.prompt: row.answer for row in task}
+    begun = [(row.answer.split()[0].strip(",.").lower(), answers[row.prompt].split(".")[0]) for row in added]
+    assert len({said for said, _ in begun}) > 2, "drawn, not the likeliest answer each time"
+    said_either = [said == right for said, right in begun if said in ("yes", "no") and right in ("yes", "no")]
+    assert 0.35 < sum(said_either) / len(said_either) < 0.65, "no better than chance"
 
 
 @pytest.mark.parametrize(
