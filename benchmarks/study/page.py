@@ -21,6 +21,7 @@ from benchmarks.study.aim import (
     aim_table,
     aimed,
     aims_met,
+    aims_met_by_model,
     brought_back,
     by_answer,
     choices,
@@ -97,14 +98,22 @@ What reports a merge loses, by their answer, before → after:
 TAUGHT = """*balanced*: nothing in the safety rows says yes, and some of the refusals say no. These are left out, and
 forty plain questions of everyday facts come in, half answered with yes and half with no. *safety-13*: the first rows
 under another seed, taken on the tuning split of 02 before the mean of both seeds' adapters (*mean*), which has less J
-there and more loss. 01 of it repeats 05 with adapters that were trained anew. Both were tried because of what 02 and 10
-lose, so they are exploratory.
+there and more loss. 01 of it repeats 05 with adapters that were trained anew. *with-own*: the first rows and 120
+reports as the aligned model answers them by itself, drawn at temperature 1 and right no more often than by chance, so
+that Δs learns to change nothing there (`safemerge prepare-safety-data --own-answers`). With it, 01 has no merge that
+keeps more than 47 % on its tuning split, and was given up there. *mixed*: the mean of the first and the balanced
+adapter; it was asked on the tuning split of 10 alone. All were tried because of what 02 and 10 lose, so they are
+exploratory.
 
 Most of the lost J comes back with every one of these adapters; the skill stays with some pairs of a safety and a task
-adapter and not with others, and a choice made on 02 does not tell which: 10 loses *yes* with both seeds and *no* with
-the other rows. Look at the task's score by answer, on the model at hand. Forty of the task's own reports among the
-harmless rows made it worse on the tuning split and were given up there ([pre-registration](../preregistration.md)).
-What the balanced adapter alone makes of the aligned model:
+adapter and not with others, and a choice made on 02 does not tell which: 10 loses *yes* with both seeds, *no* with
+the balanced rows, and nothing with own answers; 01 keeps all with the second seed and would lose half with own answers.
+Chosen on the tuning split of the model at hand, adapter, λ and share together, all three models have 90 % and more of
+their J back for less than five points: 01 with the second seed (by 05's choice; the first adapter was not asked on 01),
+02 and 10 with own answers. Two of the three stand at 90 %, so that one request fewer would have missed it. Forty
+reports with the right answers among the harmless rows made it worse on the tuning split and were given up there
+([pre-registration](../preregistration.md)).
+What these adapters alone make of the aligned model:
 """
 
 TRIED = """## What was tried
@@ -304,6 +313,11 @@ def in_short(held: Sequence[tuple[Outcomes, str]], full: Sequence[Outcomes]) -> 
             f"- **90 % of the lost J for less than five points of utility**, the demo's aim: {aims_met(held)} "
             "([every merge](evidence/repair.md))."
         )
+        if by_model := aims_met_by_model(held):
+            told.append(
+                "- The same where safety adapter, λ and share are chosen on the tuning split of the model at hand, "
+                f"three models of reports: {by_model}. Exploratory, by point estimates."
+            )
     if asked := [one for one in full if scored(one, HALF, FINE_TUNED, PAPER, UNIFORM)]:
         changed = " and ".join(
             f"{points(separation_change(sides(one, HALF), sides(one, FINE_TUNED))[0])} points of J by Δs on the lowest "

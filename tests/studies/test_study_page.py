@@ -14,10 +14,12 @@ pytest.importorskip("scipy")
 from benchmarks.study.aim import (
     CHOSEN,
     OWN,
+    PREFERRED,
     TAUGHT,
     aim_table,
     aimed,
     aims_met,
+    aims_met_by_model,
     brought_back,
     by_answer,
     choices,
@@ -170,6 +172,17 @@ def test_what_is_brought_back_is_held_against_the_aim():
     skill = held[0][0].models[HALF, "safemerge_arithmetic"]["acc"]
     skill[:] = [0] * len(skill)
     assert aim_table(held).splitlines()[2].endswith("| missed |"), "all of the skill is lost"
+
+
+def test_models_with_the_adapter_of_their_own_tuning_split_are_told_together():
+    reports = next(place for place, one in enumerate(FAMILIES) if one.task == "qa")
+    held = []
+    for name, after in zip(PREFERRED, (0.75, 0.75, 0.3), strict=True):
+        one = family(reports, **{ALIGNED: 0.7, FINE_TUNED: 0.2, OWN: after})
+        one.head["family"] = one.head["family"] | {"name": name}
+        held.append((one, OWN))
+    assert aims_met_by_model(held).startswith("2 of 3 (01-qa-safety-13 ")
+    assert aims_met_by_model(held[:2]) == "", "one of them is not scored"
 
 
 def test_what_was_tried_is_told_also_where_no_j_was_asked_for(tmp_path: Path):
