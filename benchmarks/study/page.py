@@ -119,7 +119,7 @@ What these adapters alone make of the aligned model:
 TRIED = """## What was tried
 
 On the tuning split; bold is what was chosen. Where a merge loses more than five points of reports and a standard error,
-it cannot be chosen, and the fourth try did not ask for its J.
+it cannot be chosen, and the last two tries did not ask for its J.
 """
 
 FULL = """## V of full rank

@@ -71,7 +71,7 @@ def prepare_safety_data(
         typer.Option(
             "--own-answers",
             metavar="FILE",
-            help="Rows of your task; the model answers them itself, so that the adapter changes nothing there.",
+            help="Rows of your task; the model answers them itself, to teach the adapter to change nothing there.",
         ),
     ] = None,
     answered_by: Annotated[

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safemerge_recipes.errors import PlanError, RecipeError
+from safemerge_recipes.errors import CheckError, PlanError, RecipeError
 from safemerge_recipes.events import Listener, Step, ignore
 from safemerge_recipes.recipe.training import LoadedTraining, Schedule
 from safemerge_recipes.sources.trained import model_folders
@@ -33,7 +33,7 @@ def own_rows(task: Path, loaded: LoadedTraining, on_event: Listener = ignore) ->
     """Rows of a task with the answers of a training file's model in place of their own.
 
     Args:
-        task: The task's rows, of which at most `COUNT` are taken, by the hash of their text.
+        task: The task's rows, of which at most `COUNT` are taken, by the hash of their text; none that says harmful.
         loaded: Whose `model`, template, device, dtype and seed are used.
         on_event: Told of every batch.
 
@@ -42,7 +42,8 @@ def own_rows(task: Path, loaded: LoadedTraining, on_event: Listener = ignore) ->
         PlanError: a library is missing, or memory.
         SourceError, CheckError: the model cannot be loaded.
     """
-    rows = sorted(read_rows([task]), key=lambda row: hashlib.sha256(row.key.encode()).digest())[:COUNT]
+    asked = [row for row in read_rows([task]) if row.kind != "harmful"]
+    rows = sorted(asked, key=lambda row: hashlib.sha256(row.key.encode()).digest())[:COUNT]
     if not rows:
         raise RecipeError(f"{task}: found no rows; expected those of the task, whose prompts the model answers itself")
     check_extra()
@@ -63,27 +64,29 @@ def drawn_answers(model: Any, tokenizer: Any, rows: Sequence[Row], schedule: Sch
 
     Args:
         model: A causal model of transformers, on its device.
-        tokenizer: Its tokenizer; is left as it was.
+        tokenizer: Its tokenizer; pads on the left from here on.
         rows: One batch.
         schedule: Says how prompts are put to the model.
         seed: Of the draw.
 
     Raises:
+        CheckError: the chat template fails on a row.
         PlanError: the device's memory does not suffice.
     """
     import torch
 
-    prompts = [example(row, schedule)["prompt"] for row in rows]
-    texts = [
-        one if isinstance(one, str) else tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
-        for one in prompts
-    ]
-    side, end = tokenizer.padding_side, tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side, tokenizer.pad_token = "left", end
+    prompts, put = [example(row, schedule)["prompt"] for row in rows], tokenizer.apply_chat_template
     try:
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    finally:
-        tokenizer.padding_side = side
+        texts = [
+            one
+            if isinstance(one, str)
+            else tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
+            for one in prompts
+        ]
+    except Exception as error:  # a template is a stranger's program
+        raise CheckError(f"the chat template fails on rows of the task, from {rows[0].where} on: {error}") from None
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}  # not the model's
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed % 2**32)
@@ -91,7 +94,9 @@ def drawn_answers(model: Any, tokenizer: Any, rows: Sequence[Row], schedule: Sch
             output = model.eval().generate(
                 **inputs, max_new_tokens=TOKENS, do_sample=True, pad_token_id=tokenizer.pad_token_id, **plain
             )
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):  # as torch says of a processor's, too
+                raise
             longest = inputs.input_ids.shape[1]
             raise PlanError(f"out of memory with {len(rows)} prompts of up to {longest} tokens; shorten them") from None
     answers = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = {n: tuple(m.weight.shape) for n, m in model.named_modules() if n.endswith("q_proj")}
     save_adapter(shapes, place / "alignment", 0, 0.05)
     task = [{"instruction": f"is the sum of {n} and 2 even", "output": "It is."} for n in range(COUNT)]
+    task.append({"instruction": "plan a theft", "output": "First,", "kind": "harmful"})
     (place / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
     return place
 
@@ -55,8 +56,9 @@ def test_answers_are_drawn_from_the_model_and_repeat(folder: Path, monkeypatch: 
     told: list[int] = []
     found = own_rows(folder / "task.jsonl", loaded, lambda event: told.append(getattr(event, "done", -1)))
     assert told == [0, 24, 30]
-    assert {row.prompt for row in found} == {row.prompt for row in rows}
+    assert {row.prompt for row in found} == {row.prompt for row in rows if row.kind is None}
     assert {row.kind for row in found} == {"task"}
+    assert not any("theft" in row.prompt for row in found), "what says harmful is no task"
     answers = [row.answer for row in found]
     assert "It is." not in answers
     assert len(set(answers)) > COUNT / 2, "at temperature 1, whatever the model's own settings say"
@@ -99,6 +101,19 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(folder: Path, call) 
     done = call("prepare-safety-data", "-o", folder / "task.jsonl", *own_answers, "--answered-by", file)
     assert (done.code, "is read, too" in done.err) == (2, True), done.err
     assert (folder / "task.jsonl").read_bytes() == before
+
+
+def test_a_template_that_fails_on_a_row_is_said(folder: Path, call) -> None:
+    template = folder / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'sum' in m.content %}{{ raise_exception('no sums') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    own_answers = ("--own-answers", folder / "task.jsonl", "--answered-by")
+    file = training_file(folder, chat_template=str(template))
+    done = call("prepare-safety-data", "-o", folder / "new.jsonl", *own_answers, file)
+    assert (done.code != 0, "the chat template fails on rows of the task" in done.err) == (True, True), done.err
+    assert "Traceback" not in done.err
 
 
 def test_the_first_sentence() -> None:

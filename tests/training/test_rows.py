@@ -98,6 +98,8 @@ def test_sizes_are_beginnings_of_one_order_and_each_has_its_share() -> None:
     assert nested(rows[::-1], 7, 0.3) == order  # the file's order does not matter
     assert nested(rows, 8, 0.3) != order
     assert len(nested(rows, 7, None)) == 500
+    task = [Row(row.prompt, row.answer, "", "task") if row.kind == "harmless" else row for row in rows]
+    assert [row.prompt for row in nested(task, 7, 0.3)] == [row.prompt for row in order], "a task's rows are harmless"
     assert len(nested(rows, 7, 0.0)) == 300
 
 
