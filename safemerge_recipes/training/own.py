@@ -16,6 +16,8 @@ from typing import Any
 from safemerge_recipes.errors import CheckError, PlanError, RecipeError
 from safemerge_recipes.events import Listener, Step, ignore
 from safemerge_recipes.recipe.training import LoadedTraining, Schedule
+from safemerge_recipes.sources.checkpoint import open_checkpoint
+from safemerge_recipes.sources.peft.adapter import open_adapter
 from safemerge_recipes.sources.trained import model_folders
 from safemerge_recipes.training.chat import example
 from safemerge_recipes.training.rows import Row, read_rows
@@ -47,7 +49,11 @@ def own_rows(task: Path, loaded: LoadedTraining, on_event: Listener = ignore) ->
     if not rows:
         raise RecipeError(f"{task}: found no rows; expected those of the task, whose prompts the model answers itself")
     check_extra()
-    name, schedule = base_name(*model_folders(loaded)), loaded.training.train
+    full, adapter = model_folders(loaded)
+    open_checkpoint(full.path)  # what is cut short is told here, as before a training
+    if adapter is not None:
+        open_adapter(adapter.path)
+    name, schedule = base_name(full, adapter), loaded.training.train
     tokenizer, model = tokenizer_of(loaded), model_of(loaded)[0]
     on_event(Step(name, 1, 1, "own answers", 0, len(rows)))
     answers: list[str] = []
@@ -75,7 +81,7 @@ def drawn_answers(model: Any, tokenizer: Any, rows: Sequence[Row], schedule: Sch
     """
     import torch
 
-    prompts, put = [example(row, schedule)["prompt"] for row in rows], tokenizer.apply_chat_template
+    prompts = [example(row, schedule)["prompt"] for row in rows]
     try:
         texts = [
             one

@@ -103,6 +103,15 @@ def test_what_does_not_fit_is_said_before_a_model_is_loaded(folder: Path, call) 
     assert (folder / "task.jsonl").read_bytes() == before
 
 
+def test_a_model_that_is_cut_short_is_said(folder: Path, call, tmp_path: Path) -> None:
+    cut = shutil.copytree(folder / "base", tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    file = training_file(folder, model=str(cut.parent))
+    done = call("prepare-safety-data", "-o", tmp_path / "o.jsonl", "--own-answers", folder / "task.jsonl",
+                "--answered-by", file)  # fmt: skip
+    assert (done.code, "model.safetensors" in done.err, "a bug" in done.err) == (3, True, False), done.err
+
+
 def test_a_template_that_fails_on_a_row_is_said(folder: Path, call) -> None:
     template = folder / "strict.jinja"
     template.write_text(
